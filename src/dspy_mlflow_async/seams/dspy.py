@@ -1,0 +1,90 @@
+"""DSPy's side: settings that only their owner may configure, worker threads, and the usage tracker."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dspy
+from dspy.dsp.utils.settings import main_thread_config, thread_local_overrides
+from dspy.dsp.utils.utils import dotdict
+from dspy.utils.callback_context import ACTIVE_CALL_ID
+from dspy.utils.parallelizer import ParallelExecutor
+from dspy.utils.usage_tracker import UsageTracker
+
+__all__ = ["ACTIVE_CALL_ID", "ParallelExecutor", "UsageTracker"]
+
+
+def global_callbacks() -> list[Any]:
+    """The callbacks of ``dspy.configure``, whatever a ``dspy.context`` around us says."""
+    return list(main_thread_config["callbacks"])
+
+
+def set_global_callbacks(callbacks: Sequence[Any]) -> None:
+    """``dspy.configure(callbacks=...)`` from any thread or task, without becoming the owner of the settings.
+
+    ``dspy.configure`` raises in every thread and task but the first that called it, and a call from here would
+    make this one the first. Where a ``dspy.context`` around us hides the global list, its list is replaced too.
+    """
+    main_thread_config["callbacks"] = list(callbacks)
+    overrides = thread_local_overrides.get()
+    if "callbacks" in overrides:
+        thread_local_overrides.set(dotdict({**overrides, "callbacks": list(callbacks)}))
+
+
+def overrides() -> Any:
+    """The settings that ``dspy.context`` has changed here."""
+    return thread_local_overrides.get()
+
+
+def restore_overrides(before: Any) -> None:
+    """Put back, by value, what ``overrides`` returned."""
+    thread_local_overrides.set(before)
+
+
+def override_usage_tracker(tracker: UsageTracker | None) -> None:
+    """``dspy.context(usage_tracker=...)`` from here on, without a block and without freezing other settings."""
+    before = thread_local_overrides.get()
+    thread_local_overrides.set(dotdict({**before, "usage_tracker": tracker}))
+
+
+def is_tracking_usage() -> bool:
+    """Whether the user has switched on ``track_usage`` here."""
+    return bool(dspy.settings.track_usage)
+
+
+def with_program_and_metric(
+    function: Callable[[Any], Any],
+    run_program: Callable[[Any, dict[str, Any]], Any],
+    run_metric: Callable[..., Any],
+) -> Callable[[Any], Any]:
+    """``Evaluate``'s function for one example, with its program and its metric called through these.
+
+    ``Evaluate.__call__`` defines ``process_item`` over ``program`` and ``metric``; a copy of the function over other
+    cells leaves both of them, and everything that reads their names, as they are.
+
+    Args:
+        function: What ``Evaluate`` gives its worker pool.
+        run_program: Called with the program and its arguments by name.
+        run_metric: Called with the metric and what it judges.
+
+    Returns:
+        The copy, or ``function`` itself where it is not of that shape.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    names = function.__code__.co_freevars
+    if not {"program", "metric"} <= set(names):
+        return function
+    cells = dict(zip(names, function.__closure__ or (), strict=True))
+    program, metric = cells["program"].cell_contents, cells["metric"].cell_contents
+    cells["program"] = types.CellType(lambda **inputs: run_program(program, inputs))
+    cells["metric"] = types.CellType(lambda *judged: run_metric(metric, *judged))
+    return types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells[name] for name in names),
+    )

@@ -1,0 +1,159 @@
+"""Every name of DSPy, MLflow and OpenTelemetry that this package touches without their having documented it.
+
+A test holds this list against the source, so that no name is touched in silence.
+"""
+
+from __future__ import annotations
+
+from dspy_mlflow_async.seams.check import Seam
+
+_PROVIDER = "mlflow.tracing.provider"
+_MANAGER = "mlflow.tracing.trace_manager:InMemoryTraceManager"
+_UTILS = "mlflow.tracing.utils"
+_FLUENT = "mlflow.tracking.fluent"
+_WORKERS = "makes DSPy's worker threads take up the tracing context"
+_SETTINGS = "reads and changes DSPy's settings where dspy.configure would raise"
+_CONTEXT = "carries MLflow's current span, session and tags between threads and tasks"
+_SPANS = "begins and ends spans as MLflow does, with fewer steps"
+_EXPORT = "hands MLflow the exporter that writes whole traces"
+_WRITE = "writes a trace as MLflow's own exporter does"
+_RUNS = "gives each evaluation and compile its own run"
+_EVALUATE = "lets AsyncEvaluate give the tables and files that dspy.Evaluate gives"
+_CAPTURE = "keeps traces in memory for tests"
+_SCOPE = "gives the traces of one request their own destination and sampling"
+_FORK = "keeps a forked process from inheriting held locks and open connections"
+
+SEAMS: tuple[Seam, ...] = (
+    # DSPy
+    Seam("dspy.dsp.utils.settings:main_thread_config", _SETTINGS),
+    Seam("dspy.dsp.utils.settings:thread_local_overrides", _SETTINGS),
+    Seam("dspy.dsp.utils.utils:dotdict", _SETTINGS),
+    Seam("dspy.utils.parallelizer:ParallelExecutor", _WORKERS),
+    Seam("dspy.utils.parallelizer:ParallelExecutor.execute", _WORKERS),
+    Seam("dspy.utils.callback_context:ACTIVE_CALL_ID", "tells which DSPy call is around a call"),
+    Seam("dspy.utils.usage_tracker:UsageTracker", "counts the tokens of exactly one LM call"),
+    Seam("dspy.evaluate.evaluate:EvaluationResult", _EVALUATE),
+    Seam("dspy.evaluate.evaluate:Evaluate._construct_result_table", _EVALUATE),
+    Seam("dspy.evaluate.evaluate:Evaluate._display_result_table", _EVALUATE),
+    Seam("dspy.evaluate.evaluate:Evaluate._prepare_results_output", _EVALUATE),
+    Seam("dspy.utils.callback:with_callbacks", _EVALUATE),
+    # MLflow, the context that tells which span is current
+    Seam(f"{_PROVIDER}:mlflow_runtime_context", _CONTEXT),
+    Seam(f"{_PROVIDER}:mlflow_runtime_context._current_context", _CONTEXT),
+    Seam(f"{_PROVIDER}:_MLFLOW_TRACE_USER_DESTINATION", _CONTEXT),
+    Seam(f"{_PROVIDER}:_MLFLOW_TRACE_USER_DESTINATION._context_local_value", _CONTEXT),
+    Seam("mlflow.tracing.context:_USER_TRACE_CONTEXT", _CONTEXT),
+    Seam("mlflow.tracing.context:_UserTraceContext", _CONTEXT),
+    Seam("mlflow.tracing.sampling:_SAMPLING_RATIO_OVERRIDE", _CONTEXT),
+    Seam("mlflow.pyfunc.context:_PREDICTION_REQUEST_CTX", _CONTEXT, is_optional=True),
+    Seam("mlflow.pyfunc.context:get_prediction_context", "tags a served model's traces with its schema"),
+    # MLflow, spans
+    Seam(f"{_PROVIDER}:provider", _SPANS),
+    Seam(f"{_PROVIDER}:provider.once", _SPANS),
+    Seam(f"{_PROVIDER}:provider._isolated_tracer_provider", _SPANS),
+    Seam(f"{_PROVIDER}:_initialize_tracer_provider", _SPANS),
+    Seam(_MANAGER, _SPANS),
+    Seam("mlflow.entities.span:_SpanAttributesRegistry", _SPANS),
+    Seam("mlflow.entities.span:LiveSpan._extract_attachments", "keeps images and audio as attachments"),
+    Seam("mlflow.entities.span:Span._span", _SPANS),
+    Seam("mlflow.entities.span:Span._attachments", _WRITE),
+    Seam("mlflow.entities.span:Span._links", _WRITE, is_optional=True),
+    Seam(f"{_UTILS}:encode_span_id", _SPANS),
+    Seam(f"{_UTILS}:set_span_cost_attribute", _SPANS),
+    Seam(f"{_UTILS}:should_compute_cost_client_side", _SPANS),
+    Seam(f"{_UTILS}.processor:apply_span_processors", _SPANS),
+    Seam(f"{_UTILS}.default_log_level:default_log_level_for_span_type", _SPANS, is_optional=True),
+    # MLflow, its own integration, which ours replaces
+    Seam("mlflow.dspy.callback:MlflowCallback", "is the base of our callback, by which MLflow finds it"),
+    Seam("mlflow.dspy.autolog:safe_patch", "keeps a later mlflow.dspy.autolog() from doubling the spans"),
+    Seam("mlflow.dspy.util:EXCLUDE_LM_PARAMS", "leaves the LM arguments out that MLflow leaves out"),
+    Seam("mlflow.utils.autologging_utils:AUTOLOGGING_INTEGRATIONS", "sees whether MLflow's own autolog is on"),
+    Seam("mlflow.utils.autologging_utils.safety:revert_patches", "switches MLflow's own autolog off"),
+    # MLflow, export
+    Seam(f"{_PROVIDER}:_get_mlflow_span_processor", _EXPORT),
+    Seam(f"{_PROVIDER}:_trace_disabled_state", _EXPORT, is_optional=True),
+    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor", _EXPORT),
+    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._truncate_metadata", _WRITE),
+    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._deduplication_lock", _FORK, is_optional=True),
+    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._batch_delegate", _EXPORT, is_optional=True),
+    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._pending_on_end_condition", _FORK, is_optional=True),
+    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._pending_on_end_count", _FORK, is_optional=True),
+    Seam("mlflow.tracing.processor:base_mlflow", _EXPORT),
+    Seam("mlflow.tracing.processor.base_mlflow:retire_batch_processor", _EXPORT, is_optional=True),
+    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter", _EXPORT),
+    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._async_queue", _EXPORT),
+    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._client", _EXPORT),
+    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._is_async_enabled", _EXPORT),
+    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._deferred_lock", _EXPORT, is_optional=True),
+    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._deferred_root_spans", _EXPORT, is_optional=True),
+    Seam("mlflow.tracing.export.async_export_queue:AsyncTraceExportQueue._stop_event", _EXPORT),
+    Seam("mlflow.tracing.export.inference_table:maybe_add_trace_to_serving_buffer", _WRITE, is_optional=True),
+    Seam(f"{_MANAGER}._lock", _FORK),
+    Seam(f"{_MANAGER}._otel_id_to_mlflow_trace_id", _EXPORT),
+    Seam(f"{_MANAGER}._traces", _EXPORT),
+    Seam("mlflow.tracing.trace_manager:_Trace", _EXPORT),
+    Seam("mlflow.tracing:provider", _EXPORT),
+    Seam("mlflow.tracing.attachments:Attachment", _WRITE),
+    Seam("mlflow.tracing.attachments:Attachment._id", _WRITE),
+    Seam("mlflow.tracing.client:TracingClient", _WRITE),
+    Seam("mlflow.tracing.client:TracingClient._upload_attachments", _WRITE),
+    Seam("mlflow.tracing.client:TracingClient._upload_trace_data", _WRITE),
+    Seam("mlflow.tracing.display:get_display_handler", _WRITE),
+    Seam("mlflow.tracing.fluent:_EVAL_REQUEST_ID_TO_TRACE_ID", _WRITE),
+    Seam("mlflow.tracing.fluent:_set_last_active_trace_id", _WRITE),
+    Seam(f"{_UTILS}:add_size_stats_to_trace_metadata", _WRITE),
+    Seam(f"{_UTILS}:aggregate_cost_from_spans", _WRITE),
+    Seam(f"{_UTILS}:aggregate_usage_from_spans", _WRITE),
+    Seam(f"{_UTILS}:generate_assessment_id", _WRITE),
+    Seam(f"{_UTILS}:get_experiment_id_for_trace", _WRITE),
+    Seam(f"{_UTILS}:maybe_get_request_id", _WRITE),
+    Seam(f"{_UTILS}:update_trace_state_from_span_conditionally", _WRITE),
+    Seam(f"{_UTILS}.otlp:should_export_otlp_metrics", _WRITE),
+    Seam(f"{_UTILS}.truncation:set_request_response_preview", _WRITE),
+    Seam("mlflow.tracking._tracking_service.utils:_get_store", _FORK),
+    Seam("mlflow.tracking._tracking_service.utils:_resolve_tracking_uri", _WRITE),
+    Seam("mlflow.store.tracking.rest_store:RestStore._get_server_version", _WRITE),
+    Seam("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore.ManagedSessionMaker", _WRITE, is_optional=True),
+    Seam("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._run_with_deadlock_retry", _WRITE, is_optional=True),
+    Seam("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._start_trace_once", _WRITE, is_optional=True),
+    Seam("mlflow.utils.databricks_utils:is_in_databricks_notebook", _WRITE),
+    Seam("mlflow.tracking.request_header:registry", _WRITE),
+    Seam("mlflow.tracking.request_header.registry:resolve_request_headers", _WRITE),
+    Seam("mlflow.utils:rest_utils", "bounds how long one write may take"),
+    Seam("mlflow.utils.rest_utils:_get_http_response_with_retries", "bounds how long one write may take"),
+    Seam("mlflow.utils.uri:is_databricks_uri", _WRITE),
+    Seam("mlflow.utils:workspace_context", _WRITE),
+    Seam("mlflow.utils.workspace_context:get_request_workspace", _WRITE),
+    Seam("mlflow.utils.workspace_context:ServerWorkspaceContext", _WRITE, is_optional=True),
+    # MLflow, requests
+    Seam(f"{_UTILS}:generate_mlflow_trace_id_from_otel_trace_id", _SCOPE),
+    Seam("opentelemetry.sdk.trace:TracerProvider._tracers", _SCOPE, is_optional=True),
+    # MLflow, runs
+    Seam(f"{_FLUENT}:_active_run_stack", "makes MLflow's active run follow the context"),
+    Seam(f"{_FLUENT}:_create_logged_model", _RUNS),
+    Seam(f"{_FLUENT}:_get_experiment_id", _RUNS),
+    Seam(f"{_FLUENT}:_last_active_run_id", _RUNS),
+    Seam("mlflow.dspy.util:_flatten_dspy_module_state", _RUNS),
+    Seam("mlflow.dspy.util:sanitize_params", _RUNS),
+    Seam("mlflow.tracking.context:registry", _RUNS),
+    Seam("mlflow.tracking.context.registry:resolve_tags", _RUNS),
+    Seam(f"{_UTILS}:calculate_cost_by_model_and_token_usage", _RUNS),
+    Seam("mlflow.store.artifact.artifact_repository_registry:get_artifact_repository", _RUNS),
+    Seam("mlflow.store.artifact.artifact_repo:ArtifactRepository._download_file", _RUNS),
+    Seam("mlflow.utils:providers", "reckons what an evaluation has cost"),
+    Seam("mlflow.utils.providers:cost_per_token", "reckons what an evaluation has cost"),
+    Seam("mlflow.utils.mlflow_tags:MLFLOW_AUTOLOGGING", _RUNS),
+    Seam("mlflow.utils.mlflow_tags:MLFLOW_LOGGED_ARTIFACTS", _RUNS),
+    Seam("mlflow.utils.mlflow_tags:MLFLOW_PARENT_RUN_ID", _RUNS),
+    # MLflow, tests
+    Seam(f"{_PROVIDER}:_get_span_processors", _CAPTURE),
+    Seam("opentelemetry.util._once:Once._done", _CAPTURE),
+    Seam("opentelemetry.trace:_TRACER_PROVIDER", _CAPTURE),
+    # OpenTelemetry, under MLflow
+    Seam("opentelemetry.context:_SUPPRESS_INSTRUMENTATION_KEY", "keeps the writing of traces out of the traces"),
+    Seam("opentelemetry.sdk.trace:TracerProvider._active_span_processor", _EXPORT),
+    Seam("opentelemetry.sdk.trace:SynchronousMultiSpanProcessor._span_processors", _EXPORT),
+    Seam("opentelemetry.sdk.trace:ReadableSpan._attributes", _SPANS),
+    Seam("opentelemetry.attributes:BoundedAttributes._dict", _SPANS, is_optional=True),
+    Seam("opentelemetry.attributes:BoundedAttributes._lock", _SPANS, is_optional=True),
+)

@@ -1,0 +1,390 @@
+"""MLflow's side: spans by hand, the context they are current in, and the callback that ours replaces."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import mlflow.tracing.provider as trace_provider
+import mlflow.tracing.sampling as trace_sampling
+from mlflow.dspy.callback import MlflowCallback
+from mlflow.entities import SpanStatusCode, SpanType
+from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey, TraceMetadataKey, TraceTagKey
+from mlflow.tracing.context import _USER_TRACE_CONTEXT, _UserTraceContext
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+from mlflow.tracing.utils import encode_span_id, set_span_cost_attribute, should_compute_cost_client_side
+from mlflow.tracing.utils.processor import apply_span_processors
+from opentelemetry import context as otel_context
+from opentelemetry import trace as otel
+from opentelemetry.sdk.trace import Span as OtelSpan
+
+from dspy_mlflow_async.seams import mlflow_live as live_seam
+
+__all__ = ["MlflowCallback", "SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
+
+FLAVOR = "dspy"
+SOURCE_RUN = TraceMetadataKey.SOURCE_RUN
+# Marks traces that a scorer made, which MLflow's UI keeps apart from predictions.
+SOURCE_SCORER_TAG = getattr(TraceTagKey, "SOURCE_SCORER_NAME", "mlflow.trace.sourceScorer")
+
+try:  # mlflow >= 3.12
+    from mlflow.tracing.utils.default_log_level import default_log_level_for_span_type
+except ImportError:  # pragma: no cover - the lowest supported version has no log levels
+    default_log_level_for_span_type = None
+_ERROR_LEVEL = "40"  # mlflow.entities.span_log_level.SpanLogLevel.ERROR
+
+
+# --- the context that tells which span is current ---------------------------------------------------------------
+
+
+class _OpenTelemetryContext:
+    """OpenTelemetry's global context: MLflow's when it shares the provider, and everybody's baggage."""
+
+    @staticmethod
+    def get() -> Any:
+        return otel_context.get_current()
+
+    @staticmethod
+    def set(value: Any) -> None:
+        otel_context.attach(value)
+
+
+# MLflow's own runtime context. The variable itself: a ``Token`` of attach() is never kept, see ``context.frame``.
+RUNTIME_CONTEXT = trace_provider.mlflow_runtime_context._current_context
+OPENTELEMETRY_CONTEXT = _OpenTelemetryContext()
+# mlflow.tracing.context(): session, user, tags, metadata, enabled.
+TRACE_CONTEXT = _USER_TRACE_CONTEXT
+
+
+def _optional_variables() -> list[Any]:
+    """Variables that decide where a trace goes and whether it is sampled, as far as this MLflow has them."""
+    found = [
+        getattr(trace_sampling, "_SAMPLING_RATIO_OVERRIDE", None),
+        getattr(trace_provider._MLFLOW_TRACE_USER_DESTINATION, "_context_local_value", None),
+    ]
+    try:
+        from mlflow.pyfunc.context import _PREDICTION_REQUEST_CTX
+    except ImportError:  # mlflow-tracing or mlflow-skinny: no pyfunc, no serving
+        pass
+    else:
+        found.append(_PREDICTION_REQUEST_CTX)
+    return [variable for variable in found if variable is not None]
+
+
+TRACING_VARIABLES: tuple[Any, ...] = (
+    RUNTIME_CONTEXT,
+    OPENTELEMETRY_CONTEXT,
+    TRACE_CONTEXT,
+    *_optional_variables(),
+)
+
+
+def is_context_enabled() -> bool:
+    """Whether ``mlflow.tracing.context(enabled=False)`` is not in force here."""
+    configured = TRACE_CONTEXT.get()
+    return configured is None or configured.enabled is not False
+
+
+def disabled_context() -> Any:
+    """What ``mlflow.tracing.context(enabled=False)`` would set, for a scope that has no ``with`` block."""
+    configured = TRACE_CONTEXT.get()
+    return _UserTraceContext(
+        metadata=configured.metadata if configured else {},
+        tags=configured.tags if configured else {},
+        enabled=False,
+    )
+
+
+def extended_context(*, metadata: Mapping[str, str], tags: Mapping[str, str]) -> Any:
+    """What ``mlflow.tracing.context(metadata=..., tags=...)`` would set, for a scope that has no ``with`` block."""
+    configured = TRACE_CONTEXT.get()
+    return _UserTraceContext(
+        metadata={**(configured.metadata if configured else {}), **metadata},
+        tags={**(configured.tags if configured else {}), **tags},
+        enabled=configured.enabled if configured else None,
+    )
+
+
+INVALID_SPAN = otel.INVALID_SPAN
+
+
+class Here(NamedTuple):
+    """MLflow's tracing context where it was asked for.
+
+    Attributes:
+        is_isolated: Whether MLflow has a provider and a context of its own.
+        runtime: MLflow's own context.
+        shared: OpenTelemetry's context.
+        span: The OpenTelemetry span that MLflow takes for current: of ours, of the user, remote, or INVALID_SPAN.
+    """
+
+    is_isolated: bool
+    runtime: Any
+    shared: Any
+    span: Any
+
+
+def here() -> Here:
+    """MLflow's tracing context at this point."""
+    is_isolated, runtime, shared = live_seam.is_isolated(), RUNTIME_CONTEXT.get(), otel_context.get_current()
+    return Here(is_isolated, runtime, shared, otel.get_current_span(runtime if is_isolated else shared))
+
+
+def attach(span: Any, before: Here) -> None:
+    """Make an OpenTelemetry span current, as ``mlflow.tracing.provider.set_span_in_context`` does.
+
+    Args:
+        span: The span.
+        before: What is current now; ``reattach`` puts it back.
+    """
+    if not before.is_isolated:
+        otel_context.attach(otel.set_span_in_context(span, before.shared))
+        return
+    RUNTIME_CONTEXT.set(otel.set_span_in_context(span, before.runtime))
+    if live_seam.propagates_to_opentelemetry():
+        otel_context.attach(otel.set_span_in_context(span, before.shared))
+
+
+def reattach(before: Here) -> None:
+    """Make current again, by value, what ``attach`` or ``detach`` has replaced."""
+    RUNTIME_CONTEXT.set(before.runtime)
+    if otel_context.get_current() is not before.shared:
+        otel_context.attach(before.shared)
+
+
+def without_span(where: Here) -> Here:
+    """The same context with no span current in it."""
+    return where._replace(
+        runtime=otel.set_span_in_context(otel.INVALID_SPAN, where.runtime),
+        shared=otel.set_span_in_context(otel.INVALID_SPAN, where.shared),
+        span=otel.INVALID_SPAN,
+    )
+
+
+def detach() -> Here:
+    """Make no span current, so that the next one begins a trace of its own.
+
+    Returns:
+        What was current before.
+    """
+    before = here()
+    attach(otel.INVALID_SPAN, before)
+    return before
+
+
+# --- spans ------------------------------------------------------------------------------------------------------
+
+
+def is_live(span: Any) -> bool:
+    """Whether a span may have children: it was begun by an SDK and has not ended."""
+    return isinstance(span, OtelSpan) and span.end_time is None
+
+
+def has_ended(span: Any) -> bool:
+    """Whether a span of an SDK has ended. One that records nothing never does."""
+    return isinstance(span, OtelSpan) and span.end_time is not None
+
+
+class OpenSpan:
+    """A span that has begun: MLflow's live span, the OpenTelemetry span under it, and the root of its trace."""
+
+    __slots__ = ("level", "live", "otel", "root")
+
+    def __init__(self, live: Any, otel_span: Any, root: Any, level: str | None) -> None:
+        self.live = live
+        self.otel = otel_span
+        self.root = root
+        self.level = level
+
+    @property
+    def trace_id(self) -> str:
+        """MLflow's id of the trace, ``tr-`` and 32 hexadecimal digits."""
+        return str(self.live.trace_id)
+
+
+class Unsampled(NamedTuple):
+    """A span that the sampler has left out: nothing below it is recorded either.
+
+    Attributes:
+        otel: OpenTelemetry's span; it records nothing, and must be current for its children to be left out.
+    """
+
+    otel: Any
+
+
+class _Tracer:
+    """The tracer of MLflow's provider, fetched once per provider."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, Any] = (None, None)
+
+    def get(self, *, is_isolated: bool) -> Any:
+        wrapper = trace_provider.provider
+        provider = wrapper._isolated_tracer_provider if is_isolated else wrapper.get()
+        known, tracer = self._known
+        if provider is None or known is not provider:
+            wrapper.once.do_once(trace_provider._initialize_tracer_provider)
+            provider = wrapper.get()
+            tracer = provider.get_tracer(__name__)
+            self._known = (provider, tracer)
+        return tracer
+
+
+_tracer = _Tracer()
+
+
+def current_tracer(where: Here) -> Any:
+    """The tracer of MLflow's provider."""
+    return _tracer.get(is_isolated=where.is_isolated)
+
+
+def forget_tracer() -> None:
+    """Fetch the tracer anew: its provider has another sampler."""
+    _tracer._known = (None, None)
+
+
+def start_span(
+    name: str,
+    span_type: str,
+    where: Here,
+    parent: Any | None,
+    root: Any | None,
+    attributes: dict[str, str],
+    tracer: Any | None = None,
+) -> OpenSpan | Unsampled | None:
+    """Begin a span, as ``mlflow.start_span_no_context`` does, with all attributes in one write.
+
+    Args:
+        name: The span's name.
+        span_type: One of ``SpanType``.
+        where: What is current.
+        parent: The OpenTelemetry span above it. None leaves it to the current context, which then holds a
+            remote parent, a trace that was sampled out, or nothing.
+        root: The first span of the trace in this process, or None where that is not known.
+        attributes: JSON texts by key.
+        tracer: What begins it; by default MLflow's tracer.
+
+    Returns:
+        The span; what stands for it where the sampler left it out; None where MLflow records none here (tracing
+        disabled, trace timed out).
+    """
+    context = where.runtime if where.is_isolated else where.shared
+    if parent is not None and where.span is not parent:
+        context = otel.set_span_in_context(parent, context)
+    span = (tracer or current_tracer(where)).start_span(name, context)
+    if not span.is_recording():
+        return Unsampled(span) if span.get_span_context().is_valid else None
+    live = live_seam.live_span_of(span) or _registered(span)
+    if live is None:
+        return None
+    attributes[SpanAttributeKey.SPAN_TYPE] = f'"{span_type}"'
+    live_seam.write(span, attributes)
+    if root is None:
+        root = span if span.parent is None else _root_of(live.trace_id, span)
+    return OpenSpan(live, span, root, _level_of(span_type))
+
+
+def _registered(span: Any) -> Any | None:
+    """MLflow's span for one that a processor of MLflow's own has registered."""
+    request_id = span.attributes.get(SpanAttributeKey.REQUEST_ID)
+    if request_id is None:
+        return None
+    manager = InMemoryTraceManager.get_instance()
+    return manager.get_span_from_id(json.loads(request_id), encode_span_id(span.context.span_id))
+
+
+def _root_of(trace_id: str, span: Any) -> Any:
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        first = next(iter(trace.span_dict.values()), None) if trace is not None else None
+    return first._span if first is not None else span
+
+
+@functools.lru_cache(maxsize=64)
+def _level_of(span_type: str) -> str | None:
+    """The log level that ``LiveSpan.end`` gives a span of this type, as JSON text."""
+    if default_log_level_for_span_type is None:
+        return None
+    return str(int(default_log_level_for_span_type(span_type)))
+
+
+def extract_attachments(span: OpenSpan, plain: Any) -> Any:
+    """Inputs or outputs with references in place of their media, which MLflow keeps as attachments."""
+    try:
+        from mlflow.environment_variables import MLFLOW_TRACE_EXTRACT_ATTACHMENTS
+    except ImportError:  # mlflow < 3.12 stores media as it is
+        return plain
+    if MLFLOW_TRACE_EXTRACT_ATTACHMENTS.get():
+        return span.live._extract_attachments(plain, True)
+    return plain
+
+
+def end_span(
+    span: OpenSpan, attributes: dict[str, str], status: otel.Status, event: Mapping[str, str] | None = None
+) -> None:
+    """End a span, as ``LiveSpan.end`` does. Ending it twice does nothing.
+
+    Args:
+        span: The span.
+        attributes: JSON texts by key, written before it ends.
+        status: OK or ERROR.
+        event: The attributes of an ``exception`` event, or None.
+    """
+    recording = span.otel
+    if recording.end_time is not None:
+        return
+    if span.level is not None:
+        if event is not None:
+            attributes[SpanAttributeKey.LOG_LEVEL] = _ERROR_LEVEL
+        elif SpanAttributeKey.LOG_LEVEL not in recording._attributes:  # the user may have set one
+            attributes[SpanAttributeKey.LOG_LEVEL] = span.level
+    live_seam.write(recording, attributes)
+    if event is not None:
+        recording.add_event("exception", event)
+    recording.set_status(status)
+    if SpanAttributeKey.CHAT_USAGE in attributes and should_compute_cost_client_side():
+        set_span_cost_attribute(span.live)
+    apply_span_processors(span.live)
+    recording.end()
+
+
+# --- serving ----------------------------------------------------------------------------------------------------
+
+
+def add_dependencies_schema(schema: dict[str, Any] | None) -> None:
+    """Put a served model's dependencies schema where MLflow tags the trace with it."""
+    if not schema:
+        return
+    from mlflow.pyfunc.context import get_prediction_context
+
+    context = get_prediction_context()
+    if context is not None:
+        context.update(**schema)
+
+
+# --- MLflow's own DSPy integration ------------------------------------------------------------------------------
+
+
+def is_own_autolog_on() -> bool:
+    """Whether ``mlflow.dspy.autolog()`` is on."""
+    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+
+    config = AUTOLOGGING_INTEGRATIONS.get(FLAVOR)
+    return bool(config) and not config.get("disable", True)
+
+
+def turn_own_autolog_off() -> None:
+    """What ``mlflow.dspy.autolog(disable=True)`` does, less ``dspy.configure``, which other threads may not call."""
+    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+    from mlflow.utils.autologging_utils.safety import revert_patches
+
+    revert_patches(FLAVOR)
+    if FLAVOR in AUTOLOGGING_INTEGRATIONS:
+        AUTOLOGGING_INTEGRATIONS[FLAVOR]["disable"] = True
+
+
+def own_autolog_module() -> Any:
+    """The module behind ``mlflow.dspy.autolog``, whose name the function of that name hides."""
+    return importlib.import_module("mlflow.dspy.autolog")

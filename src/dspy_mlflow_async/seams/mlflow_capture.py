@@ -1,0 +1,79 @@
+"""MLflow's tracer provider, exchanged for one that keeps complete traces in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlflow.tracing.provider as trace_provider
+from mlflow.entities import Trace
+from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
+from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+from opentelemetry import trace as otel
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+
+class _MemoryExporter(SpanExporter):
+    """Hands each trace on when its root and all other spans of it have ended."""
+
+    def __init__(self, keep: Callable[[Trace], None]) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._ended_roots: set[int] = set()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        manager = InMemoryTraceManager.get_instance()
+        with self._lock:
+            self._ended_roots.update(span.context.trace_id for span in spans if span.parent is None)
+            complete = [trace_id for trace_id in self._ended_roots if not _has_open_spans(manager, trace_id)]
+            self._ended_roots.difference_update(complete)
+        for trace_id in complete:
+            popped = manager.pop_trace(trace_id)
+            if popped is not None:
+                self._keep(popped.trace)
+        return SpanExportResult.SUCCESS
+
+
+def _has_open_spans(manager: Any, otel_trace_id: int) -> bool:
+    # InMemoryTraceManager.has_open_spans, which the lowest supported version lacks.
+    trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id)
+    with manager.get_trace(trace_id) as trace:
+        return trace is not None and any(span.end_time_ns is None for span in trace.span_dict.values())
+
+
+@contextlib.contextmanager
+def memory_provider(keep: Callable[[Trace], None]) -> Iterator[None]:
+    """Give every trace of the process to ``keep`` in this block, and then put MLflow's own provider back.
+
+    MLflow makes its provider anew at ``set_tracking_uri``, ``set_destination`` and ``enable``, so what makes it is
+    exchanged too. The provider that was there is neither flushed nor shut down.
+    """
+    processor = MlflowV3SpanProcessor(_MemoryExporter(keep), export_metrics=False)
+
+    def only_memory(disabled: bool = False) -> list[Any]:  # MLflow's signature
+        return [] if disabled else [processor]
+
+    original = trace_provider._get_span_processors
+    provider, once = _exchange(None, is_ready=False)
+    trace_provider._get_span_processors = only_memory
+    try:
+        yield
+    finally:
+        trace_provider._get_span_processors = original
+        _exchange(provider, is_ready=once)
+
+
+def _exchange(provider: Any, *, is_ready: bool) -> tuple[Any, bool]:
+    """Set MLflow's provider as it is, without the shutdown of the former one that its own ``set`` brings."""
+    wrapper = trace_provider.provider
+    before = wrapper.once._done
+    wrapper.once._done = is_ready
+    if MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
+        former, wrapper._isolated_tracer_provider = wrapper._isolated_tracer_provider, provider
+    else:
+        former, otel._TRACER_PROVIDER = otel._TRACER_PROVIDER, provider
+    return former, before

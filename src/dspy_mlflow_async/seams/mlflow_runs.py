@@ -1,0 +1,107 @@
+"""MLflow's runs: the stack behind ``mlflow.active_run()``, and what its DSPy flavor logs into a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow import ActiveRun, MlflowClient
+from mlflow.dspy.util import _flatten_dspy_module_state, sanitize_params
+from mlflow.entities import LoggedModelOutput
+from mlflow.exceptions import MlflowException
+from mlflow.tracing.constant import TokenUsageKey
+from mlflow.tracing.utils import calculate_cost_by_model_and_token_usage
+from mlflow.tracking import fluent, get_tracking_uri
+from mlflow.tracking.context import registry as context_registry
+from mlflow.utils import providers
+from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
+
+__all__ = [
+    "MLFLOW_AUTOLOGGING",
+    "MLFLOW_LOGGED_ARTIFACTS",
+    "MLFLOW_PARENT_RUN_ID",
+    "ActiveRun",
+    "fluent",
+    "sanitize_params",
+]
+
+# Looked up by MLflow in this module at every use, so an object of the same interface can stand in for it.
+STACK_NAME = "_active_run_stack"
+_AWAY = frozenset({408, 429, 502, 503, 504})  # HTTP
+
+
+def has_run_stack() -> bool:
+    """Whether this MLflow keeps its active runs where ``runs.active`` replaces them."""
+    stack = getattr(fluent, STACK_NAME, None)
+    return all(hasattr(stack, name) for name in ("get", "get_all_thread_values"))
+
+
+def run_stack() -> Any:
+    """The object in which MLflow keeps the active runs of every thread."""
+    return getattr(fluent, STACK_NAME)
+
+
+def create_run(name: str | None, experiment_id: str | None, tags: Mapping[str, str]) -> ActiveRun:
+    """Create a run as ``mlflow.start_run`` does, without making it active.
+
+    Raises:
+        MlflowException: Where the store refuses or is not there.
+    """
+    if experiment_id is None:
+        experiment_id = fluent._get_experiment_id()
+    run = MlflowClient().create_run(experiment_id, run_name=name, tags=context_registry.resolve_tags(dict(tags)))
+    return ActiveRun(run)
+
+
+def tracking_uri() -> str:
+    """Where MLflow's store is."""
+    return str(get_tracking_uri())
+
+
+def is_away(error: Exception) -> bool:
+    """Whether an error of the store says that it cannot be reached, rather than that it refuses."""
+    if isinstance(error, OSError):  # a TimeoutError, and what ``requests`` raises
+        return True
+    # MLflow wraps what `requests` raises after its retries: mlflow.utils.rest_utils.http_request.
+    if not isinstance(error, MlflowException):
+        return False
+    return "API request to" in error.message or error.get_http_status_code() in _AWAY
+
+
+def remember_last_run(run_id: str) -> None:
+    """What ``mlflow.end_run`` notes for ``mlflow.last_active_run``."""
+    fluent._last_active_run_id.set(run_id)
+
+
+def log_dummy_model(run_id: str, flavor: str) -> None:
+    """Log an empty model output, without which MLflow's UI hides the run of a GenAI experiment.
+
+    Source: ``mlflow.dspy.util.log_dummy_model_outputs``, by run id.
+    """
+    model = fluent._create_logged_model(name="dspy", source_run_id=run_id, flavor=flavor)
+    MlflowClient().log_outputs(run_id, models=[LoggedModelOutput(model_id=model.model_id, step=0)])
+
+
+def program_params(program: Any) -> dict[str, Any]:
+    """The state of a program as flat params. Source: ``mlflow.dspy.util.log_dspy_module_params``."""
+    flat = _flatten_dspy_module_state(program.dump_state(), exclude_keys=("metadata", "lm", "traces", "train"))
+    return {f"{type(program).__name__}.{key}": value for key, value in flat.items()}
+
+
+def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
+    """What MLflow reckons that these tokens cost, or None for a model without a known price."""
+    provider, _, name = model.rpartition("/")
+    if "litellm" in sys.modules:
+        cost = calculate_cost_by_model_and_token_usage(model, dict(tokens), provider.partition("/")[0] or None)
+        return None if cost is None else float(cost["total_cost"])
+    # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.
+    costs = providers.cost_per_token(
+        model=name,
+        prompt_tokens=tokens.get(TokenUsageKey.INPUT_TOKENS, 0),
+        completion_tokens=tokens.get(TokenUsageKey.OUTPUT_TOKENS, 0),
+        custom_llm_provider=provider.partition("/")[0] or None,
+        cache_read_input_tokens=tokens.get(TokenUsageKey.CACHE_READ_INPUT_TOKENS),
+        cache_creation_input_tokens=tokens.get(TokenUsageKey.CACHE_CREATION_INPUT_TOKENS),
+    )
+    return None if costs is None else float(sum(costs))
