@@ -1,0 +1,1 @@
+"""Who am I inside? One context variable of immutable frames, and the way it travels between threads."""

@@ -1,0 +1,77 @@
+"""Patches that make a pool or a thread take up the tracing context of the code that gave it its work."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from dspy_mlflow_async.context.carrier import Carrier
+
+Undo = Callable[[], None]
+Capture = Callable[[], Carrier]
+
+
+def patch_attribute(owner: Any, name: str, value: Any) -> Undo:
+    """Set ``owner.name`` and return the undo, which leaves it alone if somebody else has set it since."""
+    original = owner.__dict__[name]
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if owner.__dict__.get(name) is value:
+            setattr(owner, name, original)
+
+    return undo
+
+
+def patch_worker_pool(executor: type, prepare: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Undo:
+    """Make ``executor.execute(function, data)`` run the function that ``prepare`` makes of its own.
+
+    Args:
+        executor: DSPy's ``ParallelExecutor``, in which all its worker threads begin.
+        prepare: Called once per ``execute``, in the submitter's context.
+    """
+    original = executor.execute  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def execute(self: Any, function: Callable[..., Any], data: Any) -> Any:
+        return original(self, prepare(function), data)
+
+    return patch_attribute(executor, "execute", execute)
+
+
+def patch_all_threads(capture: Capture) -> Undo:
+    """Make every ``threading.Thread`` and ``ThreadPoolExecutor`` of the process carry the tracing context.
+
+    Threads take it at ``start``, pools at ``submit``: the same points as OpenTelemetry's threading instrumentor.
+    """
+    start = threading.Thread.start
+    submit: Callable[..., Any] = concurrent.futures.ThreadPoolExecutor.submit
+
+    @functools.wraps(start)
+    def carrying_start(self: threading.Thread) -> None:
+        run, carrier = self.run, capture()
+
+        def carried_run() -> None:
+            del self.run  # the instance attribute below, lest thread and function keep each other alive
+            carrier.run(run)
+
+        self.run = carried_run  # type: ignore[method-assign]
+        start(self)
+
+    @functools.wraps(submit)
+    def carrying_submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return submit(self, functools.partial(capture().run, fn), *args, **kwargs)
+
+    undos = [
+        patch_attribute(threading.Thread, "start", carrying_start),
+        patch_attribute(concurrent.futures.ThreadPoolExecutor, "submit", carrying_submit),
+    ]
+
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo

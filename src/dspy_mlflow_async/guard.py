@@ -1,0 +1,70 @@
+"""One boundary between the tracer's own faults and the program it watches.
+
+Whatever fails inside the tracer is logged once per place with its traceback, counted, and swallowed, because
+an observer must never change the observed. With ``DSPY_MLFLOW_ASYNC_STRICT=1`` (the test suite) it is raised.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_lock = threading.Lock()
+_errors_by_place: dict[str, int] = {}
+
+
+def is_strict() -> bool:
+    """Whether internal errors are raised, as they are in the test suite."""
+    return os.environ.get("DSPY_MLFLOW_ASYNC_STRICT") == "1"
+
+
+def internal_errors() -> int:
+    """How many errors of its own the tracer has swallowed in this process."""
+    with _lock:
+        return sum(_errors_by_place.values())
+
+
+def report(place: str, error: Exception) -> None:
+    """Count ``error`` and log it, with its traceback, unless ``place`` has been logged before.
+
+    Args:
+        place: The function that failed, as a dotted name.
+        error: The exception it raised.
+
+    Raises:
+        Exception: ``error`` itself, in strict mode.
+    """
+    with _lock:
+        _errors_by_place[place] = _errors_by_place.get(place, 0) + 1
+        is_first = _errors_by_place[place] == 1
+    if is_first:
+        logger.error(
+            "dspy-mlflow-async failed in %s; the program goes on, and further errors there are only counted. "
+            "Please report this.",
+            place,
+            exc_info=error,
+        )
+    if is_strict():
+        raise error
+
+
+def guarded(function: _Function) -> _Function:
+    """Make ``function`` return None instead of raising an ``Exception``; everything else passes."""
+    place = f"{function.__module__}.{function.__qualname__}"
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the never-raise boundary: see the module's docstring
+            report(place, error)
+
+    return cast("_Function", wrapper)

@@ -1,0 +1,48 @@
+"""What the tracer was asked to do: one frozen record, replaced as a whole when it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+Redact = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one tracer.
+
+    The first five are ``mlflow.dspy.autolog``'s, with its defaults and meaning.
+
+    Attributes:
+        log_traces: Record calls as spans.
+        log_traces_from_compile: Also those that an optimizer's ``compile`` makes.
+        log_traces_from_eval: Also those that ``dspy.Evaluate`` makes.
+        log_compiles: Log each ``compile`` as a run.
+        log_evals: Log each evaluation as a run.
+        max_value_bytes: Size in bytes beyond which the inputs or the outputs of a span are cut, with a mark.
+        redact: Sees each value before it is stored, containers before what they contain, and returns what to
+            store in its place. Where it raises, a mask is stored.
+    """
+
+    log_traces: bool = True
+    log_traces_from_compile: bool = False
+    log_traces_from_eval: bool = True
+    log_compiles: bool = False
+    log_evals: bool = False
+    max_value_bytes: int = 1024 * 1024
+    redact: Redact | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later, inside somebody's program."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be True or False, not {value!r}")
+        if isinstance(self.max_value_bytes, bool) or not isinstance(self.max_value_bytes, int):
+            raise TypeError(f"max_value_bytes must be a number of bytes, not {self.max_value_bytes!r}")
+        if self.max_value_bytes < 1:
+            raise ValueError(f"max_value_bytes must be at least 1, not {self.max_value_bytes}")
+        if self.redact is not None and not callable(self.redact):
+            raise TypeError(f"redact must be a function of one value, not {self.redact!r}")

@@ -1,0 +1,186 @@
+"""The patches: what they do while they are on, and that everything is its own again when they are undone."""
+
+import concurrent.futures
+import threading
+from contextvars import ContextVar
+
+import pytest
+
+from dspy_mlflow_async.context.carrier import Carrier
+from dspy_mlflow_async.context.threads import patch_all_threads, patch_attribute
+from echo import TIMEOUT
+
+PLACE = ContextVar("place", default="nowhere")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    PLACE.set("nowhere")
+
+
+def capture():
+    """A carrier of this test's variable."""
+    return Carrier([PLACE])
+
+
+def in_thread():
+    """What a plain thread sees."""
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(PLACE.get()))
+    thread.start()
+    thread.join(TIMEOUT)
+    return seen[0]
+
+
+def in_pool():
+    """What a plain pool's thread sees."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(PLACE.get).result(TIMEOUT)
+
+
+def in_subclass():
+    """What a thread sees whose class overrides ``run``."""
+    seen = []
+
+    class Subclass(threading.Thread):
+        def run(self):
+            seen.append(PLACE.get())
+
+    thread = Subclass()
+    thread.start()
+    thread.join(TIMEOUT)
+    return seen[0]
+
+
+@pytest.mark.parametrize("look", [in_thread, in_pool, in_subclass])
+def test_before_during_and_after(look):
+    """Off, threads see nothing; on, the place they were started in; undone, nothing again."""
+    PLACE.set("here")
+    assert "nowhere" == look()
+
+    undo = patch_all_threads(capture)
+    try:
+        assert "here" == look()
+    finally:
+        undo()
+
+    assert "nowhere" == look()
+    assert "_started" not in vars(threading.Thread)
+
+
+def test_the_undo_restores_the_very_functions():
+    """Undone, the functions are the same objects as before."""
+    before = threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit
+    undo = patch_all_threads(capture)
+    assert before != (threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit)
+    undo()
+
+    assert before == (threading.Thread.start, concurrent.futures.ThreadPoolExecutor.submit)
+
+
+def test_a_pools_thread_is_clean_between_items():
+    """Each item has the place of its own ``submit``, in whichever thread."""
+    undo = patch_all_threads(capture)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            seen = []
+            for place in ("a", "b"):
+                PLACE.set(place)
+                seen.append(pool.submit(PLACE.get).result(TIMEOUT))
+            assert ["a", "b"] == seen
+    finally:
+        undo()
+
+
+def test_threads_started_under_the_patch_and_running_after_it():
+    """A thread that began under the patch keeps its place when the patch is gone."""
+    go_on, seen = threading.Event(), []
+
+    def look():
+        assert go_on.wait(TIMEOUT)
+        seen.append(PLACE.get())
+
+    PLACE.set("here")
+    undo = patch_all_threads(capture)
+    thread = threading.Thread(target=look)
+    thread.start()
+    undo()
+    go_on.set()
+    thread.join(TIMEOUT)
+
+    assert ["here"] == seen
+
+
+def test_a_thread_can_be_started_once_only():
+    """Starting twice raises, as without the patch."""
+    undo = patch_all_threads(capture)
+    try:
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        thread.join(TIMEOUT)
+        with pytest.raises(RuntimeError):
+            thread.start()
+    finally:
+        undo()
+
+
+def test_timers_and_named_daemons():
+    """Subclasses with state of their own, such as ``threading.Timer``, work."""
+    seen, done = [], threading.Event()
+
+    def look():
+        seen.append((PLACE.get(), threading.current_thread().name, threading.current_thread().daemon))
+        done.set()
+
+    undo = patch_all_threads(capture)
+    try:
+        PLACE.set("here")
+        timer = threading.Timer(0, look)
+        timer.name, timer.daemon = "timer", True
+        timer.start()
+        assert done.wait(TIMEOUT)
+        timer.join(TIMEOUT)
+    finally:
+        undo()
+
+    assert [("here", "timer", True)] == seen
+
+
+class Owner:
+    """Somebody whose attribute is patched."""
+
+    def method(self):
+        return "original"
+
+
+def test_patch_attribute_and_undo():
+    """The undo restores what was there."""
+    undo = patch_attribute(Owner, "method", lambda self: "patched")
+    assert "patched" == Owner().method()
+    undo()
+    assert "original" == Owner().method()
+
+
+def test_the_undo_leaves_a_later_patch_of_somebody_elses_alone():
+    """Whoever patched after us stays."""
+    original = Owner.method
+    undo = patch_attribute(Owner, "method", lambda self: "patched")
+    Owner.method = lambda self: "later"
+    undo()
+    try:
+        assert "later" == Owner().method()
+    finally:
+        Owner.method = original
+
+
+def test_undoing_twice_does_nothing():
+    """The second undo does not bring back what somebody has set since."""
+    original = Owner.method
+    undo = patch_attribute(Owner, "method", lambda self: "patched")
+    undo()
+    Owner.method = lambda self: "later"
+    undo()
+    try:
+        assert "later" == Owner().method()
+    finally:
+        Owner.method = original
