@@ -1,0 +1,161 @@
+"""Turns what DSPy tells its callbacks into the name, type, inputs and attributes that MLflow records.
+
+The reference is ``mlflow.dspy.callback.MlflowCallback``. Nothing here changes what it is given: DSPy hands one
+``inputs`` dict to every callback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import dspy
+from mlflow.dspy.util import EXCLUDE_LM_PARAMS
+
+from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, SpanType
+from dspy_mlflow_async.spans.signatures import texts_of
+
+FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the user's
+
+
+class Description(NamedTuple):
+    """What is known of a call when it begins.
+
+    Attributes:
+        name: The span's name.
+        span_type: One of ``mlflow.entities.SpanType``.
+        inputs: Arguments by name.
+        attributes: Further attributes by key.
+        has_secrets: Whether arguments and attributes may hold credentials by key.
+    """
+
+    name: str
+    span_type: str
+    inputs: dict[str, Any]
+    attributes: dict[str, Any]
+    has_secrets: bool = False
+
+
+def describe_module(instance: Any, inputs: Mapping[str, Any]) -> Description:
+    """A call of a ``dspy.Module``, retriever or embedder."""
+    # Built-in modules take keywords only; an empty "args" says nothing.
+    if "args" in inputs and not inputs["args"]:
+        inputs = {key: value for key, value in inputs.items() if key != "args"}
+    return Description(
+        f"{type(instance).__name__}.forward",
+        _module_type(instance),
+        _unpack(inputs),
+        _module_attributes(instance),
+    )
+
+
+def describe_lm(instance: Any, inputs: Mapping[str, Any]) -> Description:
+    """A call of a ``dspy.LM`` or of anything that DSPy reports like one."""
+    model = getattr(instance, "model", None)
+    model_type = getattr(instance, "model_type", None)
+    attributes = {
+        key: value for key, value in (getattr(instance, "kwargs", None) or {}).items() if key not in EXCLUDE_LM_PARAMS
+    }
+    attributes |= {
+        "model": model,
+        "model_type": model_type,
+        "cache": getattr(instance, "cache", None),
+        SpanAttributeKey.MESSAGE_FORMAT: "dspy",
+    }
+    if isinstance(model, str):
+        attributes[SpanAttributeKey.MODEL] = model
+        provider, slash, _ = model.partition("/")
+        if slash and provider:
+            attributes[SpanAttributeKey.MODEL_PROVIDER] = provider
+    return Description(
+        f"{type(instance).__name__}.__call__",
+        SpanType.CHAT_MODEL if model_type == "chat" else SpanType.LLM,
+        _unpack(inputs),
+        attributes,
+        has_secrets=True,
+    )
+
+
+def describe_adapter(instance: Any, inputs: Mapping[str, Any], step: str) -> Description:
+    """A call of an adapter's ``format`` or ``parse``."""
+    return Description(f"{type(instance).__name__}.{step}", SpanType.PARSER, _unpack(inputs), {})
+
+
+def describe_tool(instance: Any, inputs: Mapping[str, Any]) -> Description:
+    """A call of a ``dspy.Tool``."""
+    arguments = _unpack(inputs)
+    arguments.pop("args", None)  # tools take keywords only
+    attributes = {"name": instance.name, "description": instance.desc, "args": instance.args}
+    return Description(f"Tool.{instance.name}", SpanType.TOOL, arguments, attributes, has_secrets=True)
+
+
+def describe_interpreter(instance: Any, inputs: Mapping[str, Any], operation: str) -> Description:
+    """An operation of a code interpreter: ``execute``, ``tool_call``, ``startup`` or ``shutdown``."""
+    span_type = SpanType.TOOL if operation in {"execute", "tool_call"} else SpanType.UNKNOWN
+    return Description(f"{type(instance).__name__}.{operation}", span_type, _unpack(inputs), {}, has_secrets=True)
+
+
+def describe_outputs(instance: Any, outputs: Any) -> Any:
+    """What a module returned, in the form that MLflow shows: predictions as dicts, documents as documents."""
+    if not isinstance(outputs, dspy.Prediction):
+        return outputs
+    kind = type(instance)
+    if f"{kind.__module__}.{kind.__qualname__.rpartition('.')[2]}" == "dspy.retrieve.databricks_rm.DatabricksRM":
+        return _documents(outputs)
+    return outputs.toDict()
+
+
+def program_hash(predictor: Any) -> str:
+    """Twelve hexadecimal digits that name a predictor's instructions and demos, so that a trace names its candidate."""
+    digest = hashlib.sha256(str(predictor.signature.instructions).encode("utf-8", "backslashreplace"))
+    for demo in getattr(predictor, "demos", None) or ():
+        items = sorted(demo.items(), key=str) if hasattr(demo, "items") else demo
+        digest.update(repr(items).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()[:12]
+
+
+def _module_type(instance: Any) -> str:
+    if isinstance(instance, dspy.Retrieve):
+        return SpanType.RETRIEVER
+    if isinstance(instance, dspy.ReAct):
+        return SpanType.AGENT
+    if isinstance(instance, dspy.Predict):
+        return SpanType.LLM
+    if isinstance(instance, dspy.Adapter):
+        return SpanType.PARSER
+    if isinstance(instance, dspy.Embedder):
+        return SpanType.EMBEDDING
+    return SpanType.CHAIN
+
+
+def _module_attributes(instance: Any) -> dict[str, Any]:
+    if isinstance(instance, dspy.Predict):
+        return {"signature": texts_of(instance.signature).short, "program_hash": program_hash(instance)}
+    if isinstance(instance, dspy.ChainOfThought):
+        signature = instance.signature if hasattr(instance, "signature") else instance.predict.signature
+        attributes = {"signature": texts_of(signature).short}
+        if hasattr(instance, "extended_signature"):
+            attributes["extended_signature"] = texts_of(instance.extended_signature).short
+        return attributes
+    return {}
+
+
+def _unpack(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with those of ``**kwargs`` beside them; signatures as text, which is their readable form."""
+    merged = {key: value for key, value in inputs.items() if key != "kwargs"}
+    merged.update(inputs.get("kwargs") or {})
+    for key, value in merged.items():
+        if isinstance(value, type) and issubclass(value, dspy.Signature):
+            merged[key] = texts_of(value).full
+    return merged
+
+
+def _documents(outputs: dspy.Prediction) -> list[dict[str, Any]]:
+    from mlflow.entities.document import Document
+
+    uris = outputs.doc_uris if outputs.doc_uris is not None else [None] * len(outputs.doc_ids)
+    return [
+        Document(page_content=content, metadata={"doc_id": doc_id, "doc_uri": uri} | extra, id=doc_id).to_dict()
+        for content, doc_id, uri, extra in zip(outputs.docs, outputs.doc_ids, uris, outputs.extra_columns, strict=False)
+    ]

@@ -1,0 +1,105 @@
+"""What a call holds while it is open, and what its end must put back; frames point to these."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans.usage import Ledger
+
+
+class Usage(Protocol):
+    """What counts tokens while a call is open."""
+
+    def close(self, outputs: Any, exception: BaseException | None) -> None:
+        """Stop counting: the call has returned or raised."""
+
+    def attributes(self, outputs: Any) -> dict[str, Any]:
+        """What was counted."""
+
+
+class SpanScope:
+    """A span that is open, and what its end must put back.
+
+    Frames point to it, and contexts to frames. When the last of them is gone before the call has ended, nothing
+    can end it any more: it has been abandoned.
+    """
+
+    __slots__ = ("before", "ended", "ledger", "settings", "show_outputs", "span", "thread", "usage")
+
+    def __init__(self, span: seam.OpenSpan, before: seam.Here, settings: Settings, ledger: Ledger | None) -> None:
+        self.ended = False
+        self.span = span
+        self.settings = settings
+        self.ledger = ledger
+        self.usage: Usage | None = None
+        self.show_outputs: Callable[[Any], Any] | None = None
+        self.before = before
+        self.thread = threading.get_ident()
+        seam.attach(span.otel, before)
+
+    def __del__(self) -> None:
+        # The collector may run while this very thread holds a lock of an exporter, so only append:
+        # whoever begins, ends or flushes next ends the span.
+        if not self.ended:
+            abandoned.append((self.span, self.settings))
+
+
+class Counting:
+    """The scope of an LM call that gets no span, but of which an evaluation, a compile or a request wants to know."""
+
+    __slots__ = ("left_out", "usage")
+
+    def __init__(self, usage: Usage, left_out: LeftOut | None) -> None:
+        self.usage = usage
+        self.left_out = left_out
+
+
+class Region:
+    """The scope of an evaluation or a compile: no span of its own, but what holds for everything inside.
+
+    Args:
+        isolated: Whether calls inside begin traces of their own, whatever is current outside.
+        suppressed: Whether calls inside are not recorded.
+    """
+
+    __slots__ = ("before", "isolated", "trace_context")
+
+    def __init__(self, *, isolated: bool, suppressed: bool) -> None:
+        self.isolated = isolated
+        self.trace_context = seam.TRACE_CONTEXT.get()
+        self.before = seam.detach() if isolated else None
+        if suppressed:
+            seam.TRACE_CONTEXT.set(seam.disabled_context())
+
+    def leave(self) -> None:
+        """Put back, by value, what held outside."""
+        seam.TRACE_CONTEXT.set(self.trace_context)
+        if self.before is not None:
+            seam.reattach(self.before)
+
+
+class Untraced:
+    """The scope of a call that began while its tracer was switched off: nothing below it begins a trace."""
+
+    __slots__ = ()
+
+
+class LeftOut(Untraced):
+    """The scope of a call that the sampler has left out, with all that is below it."""
+
+    __slots__ = ("before",)
+
+    def __init__(self, span: seam.Unsampled, before: seam.Here) -> None:
+        self.before = before
+        seam.attach(span.otel, before)
+
+
+UNTRACED = Untraced()
+
+# Spans whose call is gone, for whoever begins, ends or flushes next to end.
+abandoned: deque[tuple[seam.OpenSpan, Settings]] = deque()

@@ -1,0 +1,238 @@
+"""Makes any value of a program storable: plain JSON, bounded, without secrets, and never by changing it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import orjson
+import pydantic
+
+from dspy_mlflow_async.settings import Redact
+
+MASK = "[masked]"
+CIRCULAR = "[circular]"
+MAX_DEPTH = 200
+
+_SHORT = 64  # characters
+_LARGE = 10_000  # bits; Python refuses to write integers of more than 4,300 digits
+
+_SECRET_KEYS = frozenset({
+    "access_key", "access_token", "api_key", "apikey", "auth", "auth_token", "authorization", "aws_access_key_id",
+    "aws_secret_access_key", "aws_session_token", "azure_ad_token", "azure_password", "bearer_token",
+    "client_secret", "cookie", "credentials", "id_token", "passphrase", "passwd", "password", "private_key",
+    "proxy_authorization", "refresh_token", "secret", "secret_key", "session_token", "set_cookie", "token",
+    "x_amz_security_token", "x_api_key",
+})  # fmt: skip
+_SECRET_ENDINGS = ("_api_key", "_password", "_secret", "_secret_key", "_access_token", "_auth_token")
+# Below these, secrets are masked whatever the span: HTTP headers, and the LM arguments that modules hand on.
+_GUARDED_KEYS = frozenset(
+    {"headers", "Headers", "extra_headers", "default_headers", "http_headers", "config", "lm_kwargs"}
+)
+# What MLflow stores as an attachment must reach it uncut: see LiveSpan._extract_attachments.
+_ATTACHMENT_KEYS = frozenset({"data", "b64_json", "result"})
+
+
+@functools.lru_cache(maxsize=4096)
+def is_secret(key: str) -> bool:
+    """Whether ``key`` as a whole names a secret. ``max_tokens`` does not."""
+    name = key.lower().replace("-", "_")
+    return name in _SECRET_KEYS or name.endswith(_SECRET_ENDINGS)
+
+
+def dump(value: Any) -> str:
+    """JSON text of a plain value, as MLflow reads it back; what orjson has no words for takes the longer way."""
+    try:
+        return orjson.dumps(value).decode()
+    except (TypeError, ValueError):  # an integer beyond 64 bits, or a lone surrogate
+        text = json.dumps(value, ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+class Plain:
+    """One pass over one value, which makes plain JSON types of it.
+
+    Follows ``mlflow.tracing.utils.TraceJSONEncoder`` in what becomes of each type, and shows, where that gives
+    up, what it can: circular references, unprintable objects, keys that are not strings, deep nesting.
+
+    Args:
+        max_bytes: How many bytes of text the value may have; beyond that it is cut, with a mark.
+        redact: The user's hook, or None.
+        secrets: Whether the values of keys that name secrets are masked everywhere, not only in headers and LM
+            arguments.
+        media: Whether long text that may be media is left whole, for MLflow to store as an attachment.
+    """
+
+    __slots__ = ("_media", "_path", "_redact", "_remaining", "_secrets", "has_attachments", "has_unusual_floats")
+
+    def __init__(
+        self, max_bytes: int, redact: Redact | None = None, *, secrets: bool = False, media: bool = True
+    ) -> None:
+        self._remaining = max_bytes
+        self._redact = redact
+        self._secrets = secrets
+        self._media = media
+        self._path: set[int] = set()
+        self.has_attachments = False
+        self.has_unusual_floats = False
+
+    def __call__(self, value: Any) -> Any:
+        """The plain form of ``value``."""
+        return self._plain(value, secrets=self._secrets)
+
+    def dumps(self, value: Any) -> str:
+        """The plain form of ``value`` as JSON text."""
+        return self.encode(self(value))
+
+    def encode(self, plain: Any) -> str:
+        """JSON text of what this pass has made."""
+        if self.has_unusual_floats:  # orjson writes null for NaN, MLflow's json writes NaN
+            return json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+        return dump(plain)
+
+    def _plain(self, value: Any, *, secrets: bool, key: str | None = None) -> Any:
+        if self._redact is not None:
+            try:
+                value = self._redact(value)
+            except Exception:  # noqa: BLE001 - a hook that fails must not let the value through
+                return MASK
+        kind = type(value)
+        if kind is str:
+            if len(value) <= _SHORT and len(value) <= self._remaining:  # most values, and at most 4 bytes a character
+                self._remaining -= len(value)
+                return value
+            return self._text(value, key)
+        if kind is bool or value is None:
+            return value
+        if kind is int:
+            self._remaining -= 8
+            return value if value.bit_length() < _LARGE else _text_of(value)
+        if kind is float:
+            self._remaining -= 8
+            if not math.isfinite(value):
+                self.has_unusual_floats = True
+            return value
+        if kind is dict or kind is list or kind is tuple:
+            return self._container(value, secrets=secrets)
+        return self._other(value, secrets=secrets)
+
+    def _text(self, text: str, key: str | None) -> str:
+        if self._media and len(text) > _SHORT and _may_be_media(text, key):
+            self.has_attachments = True
+            return text
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        if size <= self._remaining:
+            self._remaining -= size
+            return text
+        kept = text[: max(self._remaining, 0)]
+        self._remaining = 0
+        return f"{kept}… [cut: {len(text) - len(kept)} of {len(text)} characters]"
+
+    def _container(self, value: Any, *, secrets: bool) -> Any:
+        identity = id(value)
+        if identity in self._path:
+            return CIRCULAR
+        if len(self._path) >= MAX_DEPTH:
+            return f"[nested deeper than {MAX_DEPTH}]"
+        self._path.add(identity)
+        try:
+            return self._mapping(value, secrets) if isinstance(value, dict) else self._sequence(value, secrets)
+        except Exception:  # noqa: BLE001 - a subclass may refuse to be read, or another thread change it meanwhile
+            return self._as_text(value)
+        finally:
+            self._path.discard(identity)
+
+    def _mapping(self, value: dict[Any, Any], secrets: bool) -> dict[str, Any]:
+        plain: dict[str, Any] = {}
+        is_open = self._redact is None
+        for key, item in list(value.items()):
+            name = key if type(key) is str else _key(key)
+            remaining = self._remaining - len(name)
+            if remaining < 0:
+                plain["…"] = f"[cut: {len(value) - len(plain)} of {len(value)} keys]"
+                break
+            self._remaining = remaining
+            if secrets and item is not None and is_secret(name):
+                plain[name] = MASK
+            elif item is None and is_open:
+                plain[name] = None
+            else:
+                plain[name] = self._plain(item, secrets=secrets or name in _GUARDED_KEYS, key=name)
+        return plain
+
+    def _sequence(self, value: Any, secrets: bool) -> list[Any]:
+        plain: list[Any] = []
+        for item in list(value):
+            if self._remaining <= 0:
+                plain.append(f"[cut: {len(value) - len(plain)} of {len(value)} items]")
+                break
+            self._remaining -= 1
+            plain.append(self._plain(item, secrets=secrets))
+        return plain
+
+    def _other(self, value: Any, *, secrets: bool) -> Any:
+        try:
+            return self._shown(value, secrets=secrets)
+        except Exception:  # noqa: BLE001 - the user's object may refuse to be looked at; its text still tells something
+            return self._as_text(value)
+
+    def _shown(self, value: Any, *, secrets: bool) -> Any:
+        # The order of TraceJSONEncoder: what json itself takes by subclass first, then models, then dataclasses.
+        if isinstance(value, str):
+            return self._text(str.__str__(value), None)
+        if isinstance(value, int):
+            return self._plain(int(value), secrets=secrets)
+        if isinstance(value, float):
+            return self._plain(float(value), secrets=secrets)
+        if isinstance(value, (dict, list, tuple)):
+            return self._container(value, secrets=secrets)
+        if isinstance(value, pydantic.BaseModel):
+            return self._container(value.model_dump(), secrets=secrets)
+        if is_dataclass(value) and not isinstance(value, type):
+            shown = {field.name: getattr(value, field.name) for field in fields(value)}
+            return self._nested(value, shown, secrets=secrets)
+        return self._as_text(value)
+
+    def _as_text(self, value: Any) -> str:
+        text = _text_of(value)
+        if self._redact is not None:  # the hook has seen the object, and sees what is stored of it
+            try:
+                redacted = self._redact(text)
+            except Exception:  # noqa: BLE001 - as above
+                return MASK
+            text = redacted if type(redacted) is str else _text_of(redacted)
+        return self._text(text, None)
+
+    def _nested(self, owner: Any, shown: dict[str, Any], *, secrets: bool) -> Any:
+        """``shown`` in place of ``owner``, so that a circle through ``owner`` is noticed."""
+        identity = id(owner)
+        if identity in self._path:
+            return CIRCULAR
+        self._path.add(identity)
+        try:
+            return self._container(shown, secrets=secrets)
+        finally:
+            self._path.discard(identity)
+
+
+def _may_be_media(text: str, key: str | None) -> bool:
+    return key in _ATTACHMENT_KEYS or (text.startswith("data:") and ";base64," in text[:200])
+
+
+def _key(key: Any) -> str:
+    """A mapping's key as ``json`` writes it; what ``json`` refuses, as text."""
+    if isinstance(key, str):
+        return str.__str__(key)
+    if key is None or isinstance(key, (bool, int, float)):
+        return json.dumps(key)
+    return _text_of(key)
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001 - str() runs the user's code
+        return f"<{type(value).__module__}.{type(value).__qualname__} without text: {type(error).__name__}>"

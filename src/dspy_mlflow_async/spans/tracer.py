@@ -1,0 +1,271 @@
+"""Begins and ends spans, each under the call that caused it, with the state kept in the context's frames."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from opentelemetry.trace import Status, StatusCode
+
+from dspy_mlflow_async.context import frame as frames
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import dspy as dspy_seam
+from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams.mlflow import SpanAttributeKey
+from dspy_mlflow_async.seams.mlflow_promise import PromisedSpan
+from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans import outcome as outcomes
+from dspy_mlflow_async.spans.describe import Description
+from dspy_mlflow_async.spans.outcome import Failure, failure_of
+from dspy_mlflow_async.spans.scopes import UNTRACED, Counting, LeftOut, Region, SpanScope, Untraced, Usage, abandoned
+from dspy_mlflow_async.spans.serialize import Plain, dump
+from dspy_mlflow_async.spans.witness import RequestWitness, Witness
+
+_OK = Status(StatusCode.OK)
+_OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
+
+
+@contextlib.contextmanager
+def suppress() -> Iterator[None]:
+    """Record nothing in this block and in all that it starts, in its tasks and in DSPy's worker threads.
+
+    Spans of the user and of other MLflow integrations are silenced too; the rest of the process is not. The same
+    as ``mlflow.tracing.context(enabled=False)``, and restored by value, so that the block may end in another task
+    than it began in.
+    """
+    before = seam.TRACE_CONTEXT.get()
+    seam.TRACE_CONTEXT.set(seam.disabled_context())
+    try:
+        yield
+    finally:
+        seam.TRACE_CONTEXT.set(before)
+
+
+def is_recording() -> bool:
+    """Whether a call that begins here may get a span."""
+    if not seam.is_context_enabled():
+        return False
+    frame = frames.current()
+    return frame is None or not isinstance(frame.scope, Untraced)
+
+
+def enter_untraced(call_id: str) -> None:
+    """Begin a call that gets no span, once for the outermost one."""
+    frame = frames.current()
+    if frame is None or not isinstance(frame.scope, Untraced):
+        frames.enter(call_id, UNTRACED)
+
+
+def start(call_id: str, description: Description, settings: Settings) -> SpanScope | None:
+    """Begin a span under the innermost open one and make it current.
+
+    Args:
+        call_id: DSPy's id of the call.
+        description: What is known of it.
+        settings: The tracer's settings.
+
+    Returns:
+        The scope of the span, or None where MLflow records none here or this call has one already.
+    """
+    end_abandoned()
+    frame = frames.current()
+    if frame is not None and frame.call_id == call_id:  # two of our callbacks on one call: one span
+        return None
+    request: RequestWitness | None = frame.request if frame is not None else None
+    if request is not None:
+        settings = request.adapt(settings)
+    before = seam.here()
+    where, parent, enclosing = _parent(before, frame)
+    root = enclosing.span.root if enclosing is not None and parent is not None else None
+    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets)
+    inputs = plain(description.inputs)
+    attributes = _attributes(description, settings)
+    if not plain.has_attachments:
+        attributes[SpanAttributeKey.INPUTS] = plain.encode(inputs)
+    span = seam.start_span(description.name, description.span_type, where, parent, root, attributes)
+    if span is None:
+        return None
+    if isinstance(span, seam.Unsampled):
+        frames.enter(call_id, LeftOut(span, before))
+        return None
+    scope = SpanScope(span, before, settings, enclosing.ledger if enclosing is not None else None)
+    frames.enter(call_id, scope)
+    if plain.has_attachments:
+        span.otel.set_attribute(SpanAttributeKey.INPUTS, plain.encode(_without_media(span, inputs, settings)))
+    example: Witness | None = frame.example if frame is not None else None
+    if example is not None:
+        example.saw(span)
+    if request is not None:
+        request.saw(span)
+    return scope
+
+
+def count_only(call_id: str, usage: Usage) -> None:
+    """Begin an LM call that gets no span: let ``usage`` count until it ends."""
+    frame = frames.leave(call_id)  # where it was entered as untraced
+    scope = frame.scope if frame is not None else None
+    frames.enter(call_id, Counting(usage, scope if isinstance(scope, LeftOut) else None))
+
+
+def is_open(call_id: str) -> bool:
+    """Whether the innermost call here is this one, and has a span or is counted."""
+    frame = frames.current()
+    return frame is not None and frame.call_id == call_id and isinstance(frame.scope, (SpanScope, Counting))
+
+
+def end(call_id: str, outputs: Any, exception: BaseException | None) -> None:
+    """End the call with this id, if this context has it: its span, its usage, and its place in the context.
+
+    Args:
+        call_id: DSPy's id of the call.
+        outputs: What it returned.
+        exception: What it raised, or None.
+    """
+    frame = frames.leave(call_id)
+    scope = frame.scope if frame is not None else None
+    if isinstance(scope, Counting):
+        scope.usage.close(outputs, exception)
+        scope = scope.left_out
+    if isinstance(scope, LeftOut):
+        seam.reattach(scope.before)
+    if not isinstance(scope, SpanScope) or scope.ended:
+        return
+    scope.ended = True
+    seam.reattach(scope.before)
+    if scope.usage is not None:
+        scope.usage.close(outputs, exception)
+    attributes: dict[str, str] = {}
+    try:
+        attributes |= _end_attributes(scope, outputs)
+    finally:
+        end_span(scope.span, scope.settings, attributes, failure_of(exception) if exception is not None else None)
+
+
+def end_abandoned() -> None:
+    """End the spans of calls that were dropped without an end."""
+    while abandoned:
+        try:
+            span, settings = abandoned.popleft()
+        except IndexError:  # another thread was faster
+            return
+        _end_abandoned_span(span, settings)
+
+
+@guarded
+def _end_abandoned_span(span: seam.OpenSpan, settings: Settings) -> None:
+    end_span(span, settings, {}, outcomes.ABANDONED_FAILURE)
+
+
+def _parent(where: seam.Here, frame: frames.Frame | None) -> tuple[seam.Here, Any | None, SpanScope | None]:
+    """What is current for a new call, the span to begin under, and our innermost open scope.
+
+    MLflow's current span is the innermost of ours and the user's. In a context that outlives the call it was
+    copied in, that span may have ended, and an ended span is nobody's parent: then it is the innermost of our
+    frames that is still open, or none.
+
+    Args:
+        where: What MLflow takes for current.
+        frame: Our innermost frame.
+    """
+    while frame is not None and _is_left_behind(frame):
+        if where.span is frame.scope.span.otel:
+            where = frame.scope.before
+        frame = frame.parent
+    enclosing = _enclosing(frame)
+    if type(where.span) is PromisedSpan:
+        where = where._replace(span=where.span.begun())
+    if seam.is_live(where.span):
+        return where, where.span, enclosing
+    if not seam.has_ended(where.span):
+        return where, None, enclosing  # nothing, a remote parent, or sampled out: it is read from the context
+    if enclosing is not None:
+        return where, enclosing.span.otel, enclosing
+    return seam.without_span(where), None, None
+
+
+def _is_left_behind(frame: frames.Frame) -> bool:
+    """Whether DSPy has forgotten the call of this frame without telling us its end.
+
+    That happens when a KeyboardInterrupt hits between the start handlers and the call. DSPy knows by then that
+    another call, or none, is the innermost here. A frame from another thread was brought by ``propagate``, of which
+    DSPy knows nothing; an id that none of our frames has belongs to a call that only another tracer is told of.
+    """
+    active = dspy_seam.ACTIVE_CALL_ID.get()
+    if frame.call_id == active or not isinstance(frame.scope, SpanScope):
+        return False
+    if frame.scope.thread != threading.get_ident():
+        return False
+    return active is None or any(outer.call_id == active for outer in frames.lineage(frame.parent))
+
+
+def _enclosing(frame: frames.Frame | None) -> SpanScope | None:
+    for outer in frames.lineage(frame):
+        scope = outer.scope
+        if isinstance(scope, SpanScope) and not scope.ended:
+            return scope
+        if isinstance(scope, Region) and scope.isolated:
+            return None
+    return None
+
+
+def _attributes(description: Description, settings: Settings) -> dict[str, str]:
+    if not description.attributes:
+        return {}
+    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets)
+    shown = plain(description.attributes)
+    if not isinstance(shown, dict):  # the user's hook has replaced them as a whole
+        shown = dict.fromkeys(description.attributes, shown)
+    return {key: plain.encode(value) for key, value in shown.items()}
+
+
+def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
+    attributes: dict[str, str] = {}
+    if outputs is not None:
+        plain = Plain(scope.settings.max_value_bytes, scope.settings.redact)
+        shown = plain(outputs if scope.show_outputs is None else scope.show_outputs(outputs))
+        if plain.has_attachments:
+            shown = _without_media(scope.span, shown, scope.settings)
+        attributes[SpanAttributeKey.OUTPUTS] = plain.encode(shown)
+    if scope.usage is not None:
+        for key, value in scope.usage.attributes(outputs).items():
+            attributes[key] = dump(value)
+    return attributes
+
+
+def _without_media(span: seam.OpenSpan, shown: Any, settings: Settings) -> Any:
+    """References in place of media; what only looked like media is bounded like everything else."""
+    return Plain(settings.max_value_bytes, media=False)(seam.extract_attachments(span, shown))
+
+
+def abandon(span: seam.OpenSpan, settings: Settings) -> None:
+    """Let somebody end a span whose call is gone; safe to call from ``__del__``."""
+    abandoned.append((span, settings))
+
+
+def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str], failure: Failure | None) -> None:
+    """End a span with its outcome, and with the exception that ended it.
+
+    Args:
+        span: The span.
+        settings: Those it began with.
+        attributes: JSON texts by key.
+        failure: What the call raised, or None.
+    """
+    is_late = span.root is not span.otel and seam.has_ended(span.root)
+    if failure is None:
+        attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
+        seam.end_span(span, attributes, _OK)
+        return
+    plain = Plain(settings.max_value_bytes, settings.redact)
+    message, stacktrace = plain(failure.message), plain(failure.stacktrace)
+    attributes["outcome"] = dump(failure.outcome)
+    if is_late:
+        attributes["late"] = dump(value=True)
+    event = {
+        "exception.message": message,
+        "exception.type": failure.type,
+        "exception.stacktrace": stacktrace,
+    }
+    seam.end_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {message}"), event)

@@ -1,0 +1,283 @@
+"""Counts the tokens of exactly one LM call, and of all calls of one trace, without changing what DSPy counts.
+
+``lm.history[-1]`` belongs to whichever call ended last, and ``track_usage=True`` changes the program's results.
+DSPy adds each call's usage to ``dspy.settings.usage_tracker``, a context-local setting, so a tracker placed there
+for the time of one call sees that call alone. It passes everything on to the tracker that the user has.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dspy
+
+from dspy_mlflow_async.seams.dspy import (
+    UsageTracker,
+    is_tracking_usage,
+    override_usage_tracker,
+    overrides,
+    restore_overrides,
+)
+from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, TokenUsageKey
+from dspy_mlflow_async.spans.outcome import OK, outcome_of
+from dspy_mlflow_async.spans.witness import LmCall, RequestWitness
+
+Usage = Mapping[str, Any]
+
+
+def token_usage(entries: Iterable[Usage]) -> dict[str, int]:
+    """Sum DSPy's usage entries under MLflow's keys.
+
+    Args:
+        entries: Usage as providers report it: ``prompt_tokens``, ``completion_tokens``, ``total_tokens``, and
+            details such as ``prompt_tokens_details.cached_tokens``.
+
+    Returns:
+        ``input_tokens``, ``output_tokens``, ``total_tokens`` and, where reported, the cached ones; empty where
+        nothing was reported.
+    """
+    total: dict[str, int] = {}
+
+    def add(key: str, count: int) -> None:
+        total[key] = total.get(key, 0) + count
+
+    for usage in entries:
+        inputs, outputs = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+        both = _count(usage.get("total_tokens"))
+        if inputs is None and outputs is None and both is None:
+            continue
+        add(TokenUsageKey.INPUT_TOKENS, inputs or 0)
+        add(TokenUsageKey.OUTPUT_TOKENS, outputs or 0)
+        add(TokenUsageKey.TOTAL_TOKENS, both or (inputs or 0) + (outputs or 0))
+        details = _mapping(usage.get("prompt_tokens_details"))
+        if cached := _count(details.get("cached_tokens")):
+            add(TokenUsageKey.CACHE_READ_INPUT_TOKENS, cached)
+        if written := _count(details.get("cache_creation_tokens")):
+            add(TokenUsageKey.CACHE_CREATION_INPUT_TOKENS, written)
+    return total
+
+
+def _count(value: Any) -> int | None:
+    """What a provider says, if it is a number: some report flags, texts or NaN beside their counts."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return int(value)
+    return None
+
+
+def _mapping(value: Any) -> Usage:
+    if isinstance(value, Mapping):
+        return value
+    dump = getattr(value, "model_dump", None)
+    return dump() if callable(dump) else {}
+
+
+class Ledger:
+    """The usage of some LM calls, by model: those below one module call, of one example, of one role in a compile.
+
+    Only appends: ``list.append`` is atomic with and without a GIL, so callers share no lock.
+    """
+
+    __slots__ = ("_begun", "_ended", "entries")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Usage]] = []
+        self._begun: list[None] = []
+        self._ended: list[None] = []
+
+    def begin(self) -> None:
+        """An LM call begins."""
+        self._begun.append(None)
+
+    def end(self) -> None:
+        """An LM call has ended."""
+        self._ended.append(None)
+
+    @property
+    def calls(self) -> int:
+        """How many LM calls have begun."""
+        return len(self._begun)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no LM call is under way."""
+        return len(self._begun) == len(self._ended)
+
+
+class CallUsage(UsageTracker):
+    """Stands in DSPy's ``usage_tracker`` setting while one LM call runs, or one outermost module call.
+
+    Args:
+        ledgers: Where the usage is added up besides.
+        inner: The tracker that the user has, which gets everything first.
+    """
+
+    def __init__(self, ledgers: Sequence[Ledger], inner: UsageTracker | None = None) -> None:
+        super().__init__()
+        self.inner = inner
+        self.entries: list[Usage] = []
+        self.was_reported = False
+        self._ledgers = ledgers
+        if inner is not None:
+            # dspy.track_usage() rolls a nested tracker up into its parent's usage_data.
+            self.usage_data = inner.usage_data
+
+    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
+        """What DSPy calls once per provider response that did not come from its cache."""
+        self.was_reported = True
+        if self.inner is not None:
+            self.inner.add_usage(lm, usage_entry)
+        if usage_entry:
+            usage = self._flatten_usage_entry(usage_entry)
+            self.entries.append(usage)
+            for ledger in self._ledgers:
+                ledger.entries.append((lm, usage))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallUsage:
+        """``ParallelExecutor`` deep-copies the tracker for each item: copy the user's, share ours."""
+        if self.inner is None:
+            return self
+        copied = CallUsage(self._ledgers, copy.deepcopy(self.inner, memo))
+        copied.entries = self.entries
+        return copied
+
+
+class LmUsage:
+    """The usage of one LM call, in place from when it begins until ``close``.
+
+    Args:
+        lm: The LM that is called.
+        ledgers: Where the call is counted besides.
+        request: The request around the call, which is told how it went, or None.
+    """
+
+    __slots__ = ("_before", "_began", "_knows_cache_hits", "_ledgers", "_model", "_request", "_tracker")
+
+    def __init__(self, lm: Any, ledgers: Sequence[Ledger], request: RequestWitness | None = None) -> None:
+        self._knows_cache_hits = reports_each_response(lm.__class__)
+        self._request = request
+        if request is not None:
+            self._model = getattr(lm, "model", None) or type(lm).__name__
+            self._began = time.perf_counter()
+        self._ledgers = ledgers
+        self._before = overrides()
+        for ledger in ledgers:
+            ledger.begin()
+        present = self._before.get("usage_tracker")
+        self._tracker = CallUsage(ledgers, present.inner if isinstance(present, CallUsage) else present)
+        override_usage_tracker(self._tracker)
+
+    def close(self, outputs: Any = None, exception: BaseException | None = None) -> None:
+        """Put DSPy's setting back, and tell who wants to know."""
+        restore_overrides(self._before)
+        for ledger in self._ledgers:
+            ledger.end()
+        if self._request is not None:
+            self._request.lm_call_ended(
+                LmCall(
+                    model=self._model,
+                    began=self._began,
+                    latency=time.perf_counter() - self._began,
+                    tokens=token_usage(self._tracker.entries),
+                    cache_hit=self._cache_hit(outputs),
+                    outcome=OK if exception is None else outcome_of(exception),
+                )
+            )
+
+    def attributes(self, outputs: Any) -> dict[str, Any]:
+        """The attributes of the span: tokens, and whether the answer came from DSPy's cache."""
+        found: dict[str, Any] = {}
+        if tokens := token_usage(self._tracker.entries):
+            found[SpanAttributeKey.CHAT_USAGE] = tokens
+        cache_hit = self._cache_hit(outputs)
+        if cache_hit is not None:
+            found["cache_hit"] = cache_hit
+        return found
+
+    def _cache_hit(self, outputs: Any) -> bool | None:
+        if not self._knows_cache_hits or outputs is None:
+            return None
+        return not self._tracker.was_reported
+
+
+class ModuleUsage:
+    """The usage of all LM calls below one outermost module call; MLflow shows it on that call's span.
+
+    It stands in DSPy's setting too, for usage that is reported outside of any LM call that DSPy tells us of.
+    Where the user has switched on DSPy's own tracking, DSPy finds no tracker of ours in its place.
+    """
+
+    __slots__ = ("_before", "ledger")
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self._before = overrides()
+        if self._before.get("usage_tracker") is None and not is_tracking_usage():
+            override_usage_tracker(CallUsage([self.ledger]))
+
+    def close(self, outputs: Any = None, exception: BaseException | None = None) -> None:  # noqa: ARG002 - the interface of its kind
+        """Put DSPy's setting back."""
+        restore_overrides(self._before)
+
+    def attributes(self, outputs: Any) -> dict[str, Any]:
+        """The sum, unless a call is still under way: then MLflow adds up the LM spans themselves."""
+        if not self.ledger.is_settled:
+            return {}
+        tokens = token_usage(usage for _, usage in self.ledger.entries) or token_usage(_tracked_by_dspy(outputs))
+        return {SpanAttributeKey.CHAT_USAGE: tokens} if tokens else {}
+
+
+class HandsOff:
+    """Takes our tracker away for a module call below which the user has switched on DSPy's own tracking."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self) -> None:
+        self._before = overrides()
+        override_usage_tracker(None)
+
+    def close(self, outputs: Any = None, exception: BaseException | None = None) -> None:  # noqa: ARG002 - the interface of its kind
+        """Put DSPy's setting back."""
+        restore_overrides(self._before)
+
+    def attributes(self, outputs: Any) -> dict[str, Any]:  # noqa: ARG002 - the interface of its kind
+        """None: the LM calls below have their own."""
+        return {}
+
+
+def module_usage(ledger: Ledger | None) -> tuple[ModuleUsage | HandsOff | None, Ledger]:
+    """What a module call needs, given the ledger of the module calls around it.
+
+    Returns:
+        What counts until its end, if anything, and the ledger for the calls below.
+    """
+    if ledger is None:
+        usage = ModuleUsage()
+        return usage, usage.ledger
+    if is_tracking_usage():
+        present = overrides().get("usage_tracker")
+        if isinstance(present, CallUsage) and present.inner is None:
+            return HandsOff(), ledger
+    return None, ledger
+
+
+@functools.lru_cache(maxsize=256)
+def reports_each_response(lm_class: Any) -> bool:
+    """Whether DSPy's own code finalises the calls of this class, which reports all responses but cached ones.
+
+    A class that brings a ``__call__`` or ``acall`` with callbacks of its own may report nothing.
+    """
+    return all(
+        getattr(lm_class, name, None) is getattr(dspy.BaseLM, name)
+        or not hasattr(getattr(lm_class, name), "__wrapped__")
+        for name in ("__call__", "acall")
+    )
+
+
+def _tracked_by_dspy(outputs: Any) -> Iterable[Usage]:
+    get_lm_usage = getattr(outputs, "get_lm_usage", None) if isinstance(outputs, dspy.Prediction) else None
+    return (get_lm_usage() or {}).values() if get_lm_usage is not None else ()

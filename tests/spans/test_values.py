@@ -1,0 +1,219 @@
+"""What the tracer stores of a call's inputs and outputs, end to end."""
+
+import base64
+import copy
+
+import dspy
+import mlflow.environment_variables
+import pytest
+
+from dspy_mlflow_async import TracingCallback, autolog
+from dspy_mlflow_async.testing import tree
+from echo import Chain, EchoLM, marker, predict_tree
+
+
+class Return(dspy.Module):
+    """Returns what it is given."""
+
+    def forward(self, **kwargs):
+        return kwargs
+
+
+def test_values_are_bounded_by_a_setting(traces):
+    """``max_value_bytes`` bounds inputs and outputs of each span, under whatever key."""
+    autolog(max_value_bytes=1000)
+    Return()(text="x" * 10**6, result="not media " * 10**5, data="y" * 10**6, many=["z" * 100] * 10_000)
+
+    (span,) = traces[0].data.spans
+    for value in (span.inputs, span.outputs):
+        assert len(str(value)) < 2000
+        assert "cut" in str(value)
+
+
+def test_a_prompt_is_whole_by_default(traces):
+    """A prompt is what people come to read: 100 KB are far below the default bound."""
+    long = "word " * 20_000
+    dspy.Predict("question -> answer")(question=long + "@a")
+
+    lm = next(span for span in traces[0].data.spans if span.name == "EchoLM.__call__")
+    assert long in lm.inputs["messages"][-1]["content"]
+
+
+def test_media_becomes_an_attachment(traces):
+    """A base64 picture is stored beside the trace, as MLflow's tracer does, and is not cut."""
+    picture = "data:image/png;base64," + base64.b64encode(b"\x89PNG" * 1000).decode()
+    Return()(picture=picture, note="kept")
+
+    (span,) = traces[0].data.spans
+    if not hasattr(mlflow.environment_variables, "MLFLOW_TRACE_EXTRACT_ATTACHMENTS"):  # mlflow < 3.12
+        assert picture == span.inputs["picture"]
+        return
+    assert span.inputs["picture"].startswith("mlflow-attachment://")
+    assert span.outputs["picture"].startswith("mlflow-attachment://")
+    assert "kept" == span.inputs["note"]
+
+
+def test_secrets_in_lm_arguments(traces):
+    """LM kwargs, of the LM and of one call, are masked; ``max_tokens`` stays."""
+    lm = EchoLM(api_key="sk-lm", extra_headers={"Authorization": "Bearer lm", "X-Team": "blue"})
+    dspy.configure(lm=lm)
+    dspy.Predict("question -> answer")(question="@a", config={"api_key": "sk-call", "max_tokens": 7})
+
+    text = str([span.to_dict() for span in traces[0].data.spans if span.name == "EchoLM.__call__"])
+    span = next(span for span in traces[0].data.spans if span.name == "EchoLM.__call__")
+    assert "sk-" not in text
+    assert "Bearer" not in text
+    assert {"Authorization": "[masked]", "X-Team": "blue"} == span.get_attribute("extra_headers")
+    assert ("[masked]", 7) == (span.inputs["api_key"], span.inputs["max_tokens"])
+
+
+def test_secrets_nowhere_in_the_trace(traces):
+    """A key given in one call's config does not appear in the spans around the LM either, nor in previews."""
+    dspy.Predict("question -> answer")(question="@a", config={"api_key": "sk-call-secret", "max_tokens": 7})
+
+    everything = str([span.to_dict() for span in traces[0].data.spans]) + str(traces[0].info.to_dict())
+    assert "sk-call-secret" not in everything
+
+
+def test_secrets_in_tool_arguments(traces):
+    """Tool arguments are masked by key, in depth."""
+
+    def fetch(url: str, headers: dict, password: str, max_tokens: int) -> str:
+        """Fetches."""
+        return "done"
+
+    dspy.Tool(fetch)(
+        url="http://x",
+        headers={"Cookie": "session", "Accept": "*"},
+        password="hunter2",  # noqa: S106
+        max_tokens=3,
+    )
+
+    (span,) = traces[0].data.spans
+    assert {
+        "url": "http://x",
+        "headers": {"Cookie": "[masked]", "Accept": "*"},
+        "password": "[masked]",
+        "max_tokens": 3,
+    } == span.inputs
+
+
+def test_the_redact_hook_sees_everything_that_is_stored(traces):
+    """Inputs, outputs, attributes, error texts: no value passes it by."""
+
+    def redact(value):
+        return value.replace("@secret", "***") if isinstance(value, str) else value
+
+    def fail(each):
+        if each == "@secret/fails":
+            raise ValueError("cannot do @secret/fails")
+
+    autolog(redact=redact)
+    dspy.configure(lm=EchoLM(during=fail, model="echo/@secret"))
+    program = Chain()
+    program.first.signature = program.first.signature.with_instructions("Never tell @secret.")
+    program(question="@secret/ok")
+    with pytest.raises(ValueError, match="@secret"):
+        program(question="@secret/fails")
+    dspy.Tool(lambda text: text, name="tool", desc="knows @secret")(text="@secret")
+
+    assert 3 == len(traces)
+    for trace in traces:
+        everything = str([span.to_dict() for span in trace.data.spans]) + str(trace.info.to_dict())
+        assert "@secret" not in everything
+
+
+def test_a_redact_hook_that_raises(traces):
+    """It stores a mask and changes nothing for the program."""
+
+    def redact(value):
+        raise LookupError("a fault of the hook")
+
+    autolog(redact=redact)
+    assert "@a" == dspy.Predict("question -> answer")(question="@a").answer
+
+    assert predict_tree() == tree(traces[0])
+    root = next(span for span in traces[0].data.spans if span.parent_id is None)
+    assert ("[masked]", "[masked]") == (root.inputs, root.outputs)
+
+
+def test_a_redact_hook_that_calls_dspy(traces):
+    """A hook that calls an LM itself does not end in itself."""
+    calls = []
+
+    def redact(value):
+        if value == "@a" and len(calls) < 3:
+            calls.append(value)
+            dspy.settings.lm("a question of the hook's")
+        return value
+
+    autolog(redact=redact)
+    assert "@a" == Return()(question="@a")["question"]
+
+    assert calls
+    assert "Return.forward" in [tree(trace)[0] for trace in traces]
+
+
+def test_nothing_is_mutated(traces):
+    """Inputs and outputs are the caller's own objects, as they were."""
+    value = {"api_key": "sk", "list": [1, {"a": (1, 2)}], "circle": []}
+    value["circle"].append(value["list"])
+    before = copy.deepcopy(value)
+
+    returned = Return()(value=value)
+
+    assert value is returned["value"]
+    assert before == value
+
+
+def test_a_value_that_changes_later(traces):
+    """What is stored is what was passed, not what became of it."""
+
+    class Change(dspy.Module):
+        def forward(self, items):
+            items.append("later")
+            return items
+
+    items = ["first"]
+    returned = Change()(items=items)
+    returned.append("much later")
+
+    (span,) = traces[0].data.spans
+    assert ({"items": ["first"]}, ["first", "later"]) == (span.inputs, span.outputs)
+
+
+class Hostile:
+    """Raises whatever one does with it."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __str__(self):
+        raise RuntimeError("text")
+
+    __repr__ = __eq__ = __bool__ = __len__ = __iter__ = __hash__ = __str__
+
+
+def test_hostile_inputs_and_outputs(traces):
+    """A call whose values raise when looked at is recorded, and returns them."""
+    hostile = Hostile()
+    circle = []
+    circle.append(circle)
+
+    returned = Return()(hostile=hostile, circle=circle, nan=float("nan"), huge=10**5000, surrogate="\ud800", ok=1)
+
+    assert hostile is returned["hostile"]
+    (span,) = traces[0].data.spans
+    assert "Hostile without text" in span.inputs["hostile"]
+    assert 1 == span.inputs["ok"]
+    assert span.inputs["circle"] == ["[circular]"]
+
+
+def test_callbacks_keyword(captured):
+    """The same settings on the public callback."""
+    with dspy.context(callbacks=[TracingCallback(redact=lambda value: "x" if value == "@a" else value)]):
+        Return()(question="@a", kept="@b")
+
+    (span,) = captured[0].data.spans
+    assert {"question": "x", "kept": "@b"} == span.inputs
+    assert "@b" == marker(span)
