@@ -1,0 +1,134 @@
+"""What MLflow logs of programs, LMs and data sets, as values instead of calls on the active run."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.serialize import MASK, Plain, dump, is_secret
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+MAX_LM_PARAMS_BYTES = 64 * 1024
+
+
+def program_state(program: Any) -> bytes | None:
+    """A program as ``Module.save`` writes it to JSON, or None where it cannot be saved."""
+    if not isinstance(program, dspy.Module):
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "program.json"
+            program.save(path)
+            return path.read_bytes()
+    except Exception as error:  # noqa: BLE001 - a program need not be JSON
+        logger.warning("Could not save the state of %s: %s", type(program).__name__, error)
+        return None
+
+
+def program_params(program: Any) -> dict[str, Any]:
+    """A program's instructions, fields and demos as flat params."""
+    if not isinstance(program, dspy.Module):
+        return {}
+    try:
+        return seam.program_params(program)
+    except Exception as error:  # noqa: BLE001 - dump_state runs the user's code
+        logger.warning("Could not read the params of %s: %s", type(program).__name__, error)
+        return {}
+
+
+def lm_params() -> dict[str, str]:
+    """The LM of ``dspy.settings`` as one JSON param. Source: ``mlflow.dspy.util.log_dspy_lm_state``."""
+    lm = dspy.settings.lm
+    if lm is None:
+        return {}
+    attributes = dict(seam.sanitize_params(getattr(lm, "kwargs", None) or {}))
+    for name in ("model", "model_type", "cache", "temperature", "max_tokens"):
+        value = getattr(lm, name, None)
+        if value is not None:
+            attributes[name] = value
+    if not attributes:
+        return {}
+    plain = Plain(MAX_LM_PARAMS_BYTES, secrets=True)(attributes)
+    return {"lm_params": json.dumps(plain, sort_keys=True)}
+
+
+def scalar_params(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an optimizer's arguments that a param can hold. Source: ``mlflow.dspy.autolog._patched_compile``."""
+    flat = {key: value for key, value in values.items() if key != "kwargs"}
+    flat.update(values.get("kwargs") or {})
+    scalars = {key: value for key, value in flat.items() if isinstance(value, (int, float, str, bool))}
+    return {key: MASK if is_secret(key) else value for key, value in scalars.items()}
+
+
+def dataset_columns(dataset: Iterable[Any]) -> dict[str, list[Any]]:
+    """A data set as columns; an example without a key has None there."""
+    return columns_of([fields_of(example) for example in dataset])
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns of equal length, in order of first appearance."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def fields_of(record: Any, *, prefix: str = "") -> dict[str, Any]:
+    """The fields of an example or prediction; anything else is one field."""
+    items = getattr(record, "items", None)
+    if callable(items):
+        try:
+            return {f"{prefix}{key}": value for key, value in items()}
+        except Exception:  # noqa: BLE001, S110 - somebody's own items()
+            pass
+    return {f"{prefix.rstrip('_') or 'value'}": record}
+
+
+def table_json(columns: Mapping[str, list[Any]], earlier: Mapping[str, Any] | None = None) -> bytes:
+    """A table in the form of ``mlflow.log_table``: ``{"columns": [...], "data": [[...], ...]}``."""
+    names = list(dict.fromkeys([*(earlier["columns"] if earlier else ()), *columns]))
+    rows: list[list[Any]] = []
+    if earlier:
+        place = {name: index for index, name in enumerate(earlier["columns"])}
+        rows += [[row[place[name]] if name in place else None for name in names] for row in earlier["data"]]
+    length = max((len(values) for values in columns.values()), default=0)
+    plain = Plain(1024**3)
+    rows += [[plain(columns[name][index]) if name in columns else None for name in names] for index in range(length)]
+    content = {"columns": names, "data": rows}
+    # pandas writes what is not a finite number as null, and reads nothing else.
+    return dump(_without_unusual_floats(content) if plain.has_unusual_floats else content).encode()
+
+
+def _without_unusual_floats(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_unusual_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_unusual_floats(item) for item in value]
+    return value
+
+
+def plot_of_series(series: Mapping[str, Iterable[tuple[int, float]]]) -> bytes:
+    """A PNG of score series, one line per metric key."""
+    from matplotlib.figure import Figure  # no pyplot: its state is global
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, points in sorted(series.items()):
+        ordered = sorted(points)
+        axes.plot([step for step, _ in ordered], [score for _, score in ordered], marker="o", label=key)
+    axes.set_xlabel("step")
+    axes.set_ylabel("score")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

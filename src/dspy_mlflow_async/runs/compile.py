@@ -1,0 +1,182 @@
+"""One compile: its run, its own step counters, its score series, and its LM calls by role."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.runs import active, artifacts, opening
+from dspy_mlflow_async.runs.asking import ask
+from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
+from dspy_mlflow_async.runs.usage import add_up
+from dspy_mlflow_async.seams import mlflow as mlflow_seam
+from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.usage import Ledger
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+TASK, METRIC, PROPOSAL, REFLECTION = "task", "metric", "proposal", "reflection"
+# Where DSPy's optimizers keep an LM that does not run the program, or, by default, the same that does.
+_ROLES_BY_ATTRIBUTE = {"prompt_model": PROPOSAL, "reflection_lm": REFLECTION}
+
+
+class Compile:
+    """What one outermost call of an optimizer's ``compile`` holds from its start to its end.
+
+    Evaluations inside it may run at once, in threads of its own or of the user's: ``lock`` guards the counters.
+
+    Args:
+        optimizer: The ``dspy.teleprompt.Teleprompter``.
+        inputs: The arguments of ``compile`` by name.
+    """
+
+    def __init__(self, optimizer: Any, inputs: dict[str, Any]) -> None:
+        self.run: RunHandle | None = None
+        self._optimizer = optimizer
+        self._inputs = inputs
+        self._block: active.Block | None = None
+        # MIPROv2 proposes with the LM that runs the program where it is given no other: then nobody can tell.
+        self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
+        self._lock = threading.Lock()
+        self._next_step: dict[str, int] = defaultdict(int)
+        self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._ledgers = {role: Ledger() for role in (TASK, METRIC, PROPOSAL, REFLECTION)}
+
+    @guarded
+    def open(self) -> None:
+        """Open the run, make it active, and log what is being compiled."""
+        try:
+            self.run = opening.open_run(
+                None,
+                child_name=type(self._optimizer).__name__,
+                tags={seam.MLFLOW_AUTOLOGGING: mlflow_seam.FLAVOR},
+            )
+        except Exception as error:  # noqa: BLE001 - the store may fail in any way; the compile goes on
+            logger.warning("The compile of %s has no run (%s).", type(self._optimizer).__name__, error)
+            return
+        self._block = active.Block(self.run.run)
+        self.run.params(artifacts.scalar_params(self._optimizer_params()) | artifacts.scalar_params(self._inputs))
+        self._show_in_ui(self.run)
+
+    def leave(self) -> None:
+        """Make active again, by value, what was before."""
+        if self._block is not None:
+            self._block.leave()
+
+    def begin_evaluation(self, key: str) -> tuple[RunHandle | None, int]:
+        """The run to put an evaluation under, and its step: 0, 1, 2… for each key."""
+        with self._lock:
+            step = self._next_step[key]
+            self._next_step[key] += 1
+        return self.run, step
+
+    def end_evaluation(self, parent: RunHandle | None, key: str, step: int, score: float) -> None:
+        """An evaluation has scored."""
+        with self._lock:
+            self._series[key].append((step, score))
+        if parent is None:
+            parent = active_run_handle()
+        if parent is not None:
+            parent.metrics({key: score}, step)
+
+    def ledger(self, lm: Any, *, in_example: bool, is_judging: bool) -> Ledger:
+        """Where an LM call that begins now is counted, by the role in which the optimizer calls it.
+
+        Args:
+            lm: The LM.
+            in_example: Whether an evaluation works on an example here.
+            is_judging: Whether its metric is at work.
+        """
+        if is_judging:
+            return self._ledgers[METRIC]
+        if not in_example and lm is not self._task_lm:
+            for attribute, role in _ROLES_BY_ATTRIBUTE.items():
+                if getattr(self._optimizer, attribute, None) is lm:
+                    return self._ledgers[role]
+        return self._ledgers[TASK]
+
+    @guarded
+    def close(self, program: Any, status: str) -> None:
+        """Log the best program, the data sets and the score series, and end the run."""
+        run = self.run
+        if run is None:
+            return
+        try:
+            # One by one: what cannot be logged does not take the rest along.
+            if status == FINISHED:
+                self._log(lambda: self._log_program(run, program))
+            self._log(lambda: run.params(artifacts.lm_params()))
+            self._log(lambda: run.tags(self._summary()))
+            for name in ("trainset", "valset"):
+                self._log(functools.partial(self._log_dataset, run, name))
+            self._log(lambda: self._log_plot(run))
+        finally:
+            opening.close(run, status)
+            if not run.is_complete:
+                logger.warning(
+                    "The run of the compile of %s could not be logged in full now; its scores: %s. What is in the "
+                    "spool is sent later, or by `dspy-mlflow-async replay`.",
+                    type(self._optimizer).__name__,
+                    {key: [score for _, score in sorted(points)] for key, points in self._series.items()},
+                )
+
+    @guarded
+    def _log(self, step: Callable[[], None]) -> None:
+        step()
+
+    def _log_program(self, run: RunHandle, program: Any) -> None:
+        state = artifacts.program_state(program)
+        if state is not None:
+            run.artifact("best_model.json", state)
+
+    def _log_dataset(self, run: RunHandle, name: str) -> None:
+        dataset = self._inputs.get(name)
+        if dataset is not None and len(dataset):
+            run.table(f"{name}.json", artifacts.dataset_columns(dataset))
+
+    def _log_plot(self, run: RunHandle) -> None:
+        if self._series:
+            run.artifact("scores.png", artifacts.plot_of_series(self._series))
+
+    def _summary(self) -> dict[str, Any]:
+        """The best score, and LM calls and tokens by role. Tags: the metrics of the run are its score series."""
+        summary: dict[str, Any] = {"dspy.optimizer": type(self._optimizer).__name__}
+        for key, points in self._series.items():
+            step, score = max(points, key=lambda point: (point[1], -point[0]))
+            summary |= {f"dspy.best_score.{key}": score, f"dspy.best_step.{key}": step}
+        for role, ledger in self._ledgers.items():
+            usage = add_up([ledger])
+            if usage.calls:
+                summary |= {
+                    f"dspy.lm_calls.{role}": usage.calls,
+                    f"dspy.input_tokens.{role}": usage.input_tokens,
+                    f"dspy.output_tokens.{role}": usage.output_tokens,
+                }
+        return summary
+
+    def _optimizer_params(self) -> dict[str, Any]:
+        try:
+            params = self._optimizer.get_params()
+        except Exception as error:  # noqa: BLE001 - get_params may be the user's
+            logger.warning("Could not read the params of %s: %s", type(self._optimizer).__name__, error)
+            return {}
+        return dict(params) if isinstance(params, dict) else {}
+
+    @guarded
+    def _show_in_ui(self, run: RunHandle) -> None:
+        with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
+            ask(lambda: seam.log_dummy_model(run.run_id, mlflow_seam.FLAVOR))
+
+
+def active_run_handle() -> RunHandle | None:
+    """The run that is active here, as somebody else's."""
+    run = active.innermost()
+    return None if run is None else RunHandle(run, is_own=False)

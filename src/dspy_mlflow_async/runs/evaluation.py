@@ -1,0 +1,219 @@
+"""One evaluation: its run, its examples in devset order, and what is logged when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import dspy
+
+from dspy_mlflow_async.context import frame as frames
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.runs import active, artifacts, opening
+from dspy_mlflow_async.runs.compile import Compile
+from dspy_mlflow_async.runs.example import Example
+from dspy_mlflow_async.runs.feedback import metric_name
+from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
+from dspy_mlflow_async.runs.results import Results, usage_of
+from dspy_mlflow_async.seams import dspy as dspy_seam
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+DEFAULT_METRIC_KEY = "eval"
+# In an evaluation's callback_metadata: it is logged as a run whatever the tracer was told, as evaluate_all wants.
+ALWAYS_LOGGED = "dspy_mlflow_async.always_logged"
+
+
+class Evaluation:
+    """What one call of ``dspy.Evaluate`` holds from its start to its end.
+
+    Args:
+        key: The metric key under which an optimizer follows the score.
+        metric: The metric.
+        devset: The examples.
+    """
+
+    def __init__(self, key: str, metric: Any, devset: Sequence[Any]) -> None:
+        self.key = key
+        self.metric = metric
+        self.devset_size = len(devset)
+        self.run: RunHandle | None = None
+        self.examples: list[Example] = []
+        self._parent: RunHandle | None = None
+        self._compile: Compile | None = None
+        self._step = 0
+        self.postponed: list[Callable[[], None]] | None = None
+        self._is_logged = False
+        self._failure: Exception | None = None
+        self._block: active.Block | None = None
+        self._ended: list[Example] = []
+
+    @classmethod
+    def of_call(cls, instance: Any, inputs: dict[str, Any]) -> Evaluation:
+        """The evaluation that ``instance``, a ``dspy.Evaluate``, begins with these arguments."""
+        metadata = inputs.get("callback_metadata") or {}
+        metric, devset = inputs.get("metric"), inputs.get("devset")
+        return cls(
+            metadata.get("metric_key") or DEFAULT_METRIC_KEY,
+            instance.metric if metric is None else metric,
+            (instance.devset if devset is None else devset) or (),
+        )
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    @guarded
+    def open(self, instance: Any, inputs: dict[str, Any], compile: Compile | None) -> None:  # noqa: A002 - DSPy's word
+        """Open the run that the contract gives this evaluation, make it active, and log what is being evaluated."""
+        self._is_logged = True
+        self._compile = compile
+        try:
+            self.run = self._run()
+        except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
+            self._failure = error
+            return
+        self._block = active.Block(self.run.run)
+        program = inputs.get("program")
+        state = artifacts.program_state(program)
+        if state is not None:
+            self.run.artifact("model.json", state)
+        self.run.params(artifacts.program_params(program) | artifacts.lm_params())
+        threads = inputs.get("num_threads") or instance.num_threads or dspy.settings.num_threads
+        self.run.tags(
+            {
+                "dspy.metric": metric_name(self.metric),
+                "dspy.devset_size": self.devset_size,
+                "dspy.num_threads": threads,
+            }
+        )
+
+    def _run(self) -> RunHandle:
+        if self._compile is None:
+            return opening.open_run(self.key)
+        self._parent, self._step = self._compile.begin_evaluation(self.key)
+        parent = self._parent.run if self._parent is not None else active.innermost()
+        return opening.create(f"{self.key}_{self._step}", parent=parent)
+
+    def leave(self) -> None:
+        """Make active again, by value, what was before."""
+        if self._block is not None:
+            self._block.leave()
+
+    def close(self, outputs: Any, status: str) -> None:
+        """Log the score and the table, end the run, and tell the compile around it.
+
+        An evaluation in an event loop sets ``postponed`` to a list, and calls what it finds there in a thread: a
+        store that takes its time would hold up everything else in the loop.
+        """
+        if self.postponed is None:
+            self._close(outputs, status)
+        else:
+            self.postponed.append(functools.partial(self._close, outputs, status))
+
+    @guarded
+    def _close(self, outputs: Any, status: str) -> None:
+        score = score_of(outputs)
+        try:
+            if self.run is not None and status == FINISHED:
+                self._log_results(self.run, outputs, score)
+        finally:
+            if self.run is not None:
+                opening.close(self.run, status)
+            if self._is_logged and self._compile is not None and score is not None:
+                self._compile.end_evaluation(self._parent, self.key, self._step, score)
+            self._report_gaps(score)
+
+    def _log_results(self, run: RunHandle, outputs: Any, score: float | None) -> None:
+        run.metrics({"eval": score})  # first: whatever the user's values do to the rest, the score is there
+        results = Results(outputs, self._ended)
+        run.metrics({"examples": self.devset_size} | results.statistics() | usage_of(self.examples))
+        run.table("result_table.json", results.table())
+
+    def _report_gaps(self, score: float | None) -> None:
+        if not self._is_logged:
+            return
+        if self.run is None:
+            logger.warning("The evaluation %r scored %s; it has no run (%s).", self.key, score, self._failure)
+        elif not self.run.is_complete:
+            logger.warning(
+                "The evaluation %r scored %s; its run could not be logged in full now. What is in the spool is sent "
+                "later, or by `dspy-mlflow-async replay`.",
+                self.key,
+                score,
+            )
+
+    # --- the examples -------------------------------------------------------------------------------------------
+
+    def watch(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The function that evaluates one example, with the example noted around it.
+
+        Args:
+            function: What DSPy gives its worker pool. Its program and its metric are exchanged for ones that tell
+                the example; where this DSPy hides them elsewhere, examples have traces and errors but no feedback.
+        """
+
+        def evaluate_example(item: Any) -> Any:
+            with self.example(item) as example:
+                return dspy_seam.with_program_and_metric(function, example.run_program, example.run_metric)(item)
+
+        return evaluate_example
+
+    @contextlib.contextmanager
+    def example(self, item: Any, index: int | None = None) -> Iterator[Example]:
+        """Around the work on one example, sync or async, in the thread or task that does it.
+
+        Args:
+            item: The example of the devset. A straggler that DSPy runs twice is noted twice.
+            index: Its place in the devset, where the caller knows it.
+
+        Yields:
+            What notes its prediction, its score and its end.
+        """
+        example = Example(index, item)
+        self.examples.append(example)
+        frames.enter(f"example-{id(example)}", example=example)
+        error: BaseException | None = None
+        try:
+            yield example
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            frames.leave(f"example-{id(example)}")
+            example.close(error)
+            self._ended.append(example)
+
+    def recall(self, index: int, trace_id: str | None, error: str | None, duration: float | None) -> Example:
+        """Note an example that an earlier, interrupted evaluation has finished: what ``Example`` says of it."""
+        example = Example(index)
+        example.trace_id, example.error, example.duration = trace_id, error, duration
+        self.examples.append(example)
+        self._ended.append(example)
+        return example
+
+
+def watch_items(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``function`` as DSPy's worker pool should run it here: watched, if it is what an evaluation runs."""
+    evaluation = begun_here()
+    return function if evaluation is None else evaluation.watch(function)
+
+
+def begun_here() -> Evaluation | None:
+    """The evaluation that has just begun in this context, or None where none has, or where we are inside its work."""
+    frame = frames.current()
+    if frame is None or not isinstance(frame.evaluation, Evaluation) or frame.example is not None:
+        return None
+    if frame.parent is not None and frame.parent.evaluation is frame.evaluation:
+        return None  # something inside the evaluation runs a pool of its own
+    return frame.evaluation
+
+
+def score_of(outputs: Any) -> float | None:
+    """The score of what ``Evaluate`` returned. Source: ``MlflowCallback.on_evaluate_end``."""
+    if isinstance(outputs, tuple):
+        outputs = outputs[0]
+    if isinstance(outputs, dspy.Prediction) or (isinstance(outputs, (int, float)) and not isinstance(outputs, bool)):
+        return float(outputs)
+    return None

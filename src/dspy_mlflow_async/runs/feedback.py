@@ -1,0 +1,58 @@
+"""Turns what a metric returned or raised into MLflow feedback on the trace of the prediction that it judged."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import dspy
+from mlflow.entities import AssessmentSource, AssessmentSourceType, Feedback
+
+from dspy_mlflow_async.spans.serialize import Plain
+
+MAX_FEEDBACK_BYTES = 64 * 1024
+
+
+def metric_name(metric: Any) -> str:
+    """A metric's name, whatever its shape: function, lambda, partial, bound method, callable object."""
+    while isinstance(metric, functools.partial):
+        metric = metric.func
+    name = getattr(metric, "__name__", None) or type(metric).__name__
+    return "metric" if name == "<lambda>" else str(name)
+
+
+def feedback_of(metric: Any, *, score: Any = None, error: Exception | None = None) -> Feedback:
+    """The feedback of one metric call.
+
+    Args:
+        metric: The metric.
+        score: What it returned: a number, a boolean, a text, a ``dspy.Prediction`` with ``score`` and ``feedback``.
+        error: What it raised, in place of a score.
+
+    Source: ``mlflow.dspy.autolog._patch_metric``.
+    """
+    is_judge = isinstance(metric, dspy.Module)
+    source = AssessmentSource(
+        source_type=AssessmentSourceType.LLM_JUDGE if is_judge else AssessmentSourceType.CODE,
+        source_id=metric_name(metric),
+    )
+    if error is not None:
+        return Feedback(name=metric_name(metric), error=error, source=source)
+    rationale = None
+    if isinstance(score, dspy.Prediction):
+        score, rationale = getattr(score, "score", None), getattr(score, "feedback", None)
+    return Feedback(
+        name=metric_name(metric),
+        value=_storable(score),
+        rationale=None if rationale is None else str(_storable(rationale)),
+        source=source,
+    )
+
+
+def _storable(value: Any) -> Any:
+    if value is None:
+        return "None"  # MLflow takes no feedback without a value
+    item = getattr(value, "item", None)  # a NumPy scalar
+    if callable(item) and not isinstance(value, (str, bytes, dict, list, tuple)):
+        value = item()
+    return Plain(MAX_FEEDBACK_BYTES)(value)

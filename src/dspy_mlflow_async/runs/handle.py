@@ -1,0 +1,119 @@
+"""A run by its id, never by the fluent stack."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.runs.artifacts import table_json
+from dspy_mlflow_async.runs.asking import ask
+from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans import outcome as outcomes
+
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+_STATUS_BY_OUTCOME = {outcomes.CANCELLED: KILLED, outcomes.ABANDONED: KILLED, outcomes.ERROR: FAILED}
+MAX_PARAM_LENGTH = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+
+
+def run_status(exception: BaseException | None) -> str:
+    """The status of a run whose work ended with ``exception``, or without one."""
+    return FINISHED if exception is None else _STATUS_BY_OUTCOME[outcomes.outcome_of(exception)]
+
+
+class RunHandle:
+    """A run that metrics, params, tags and artifacts are logged into by id.
+
+    Args:
+        run: MLflow's run.
+        is_own: Whether it was created for this and ends with it; otherwise it is somebody else's.
+    """
+
+    def __init__(self, run: Any, *, is_own: bool) -> None:
+        self.run = run
+        self.is_own = is_own
+        self.is_complete = True
+        self._process_id = os.getpid()
+        self._tables: list[dict[str, str]] = []
+        self._writer = export.run_writer(None)
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run."""
+        return str(self.run.info.run_id)
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of its experiment."""
+        return str(self.run.info.experiment_id)
+
+    def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Log metrics at ``step``; those that are None are left out."""
+        now = int(time.time() * 1000)
+        self._note(
+            self._writer.log(
+                self.run_id,
+                metrics=[Metric(key, float(value), now, step) for key, value in values.items() if value is not None],
+            )
+        )
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log params. In somebody else's run, those that it has already keep their value: MLflow refuses a second."""
+        known = {} if self.is_own else self._stored_params()
+        fresh = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items() if key not in known]
+        for start in range(0, len(fresh), 100):  # the store takes 100 at once
+            self._note(self._writer.log(self.run_id, params=fresh[start : start + 100]))
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags; those that are None are left out."""
+        tags = [RunTag(key, str(value)) for key, value in values.items() if value is not None]
+        self._note(self._writer.log(self.run_id, tags=tags))
+
+    def artifact(self, path: str, content: bytes) -> None:
+        """Store ``content`` as the artifact ``path``."""
+        self._note(self._writer.artifact(self.run_id, path, content))
+
+    def table(self, path: str, columns: Mapping[str, list[Any]]) -> None:
+        """Store a table as ``mlflow.log_table`` does, below the rows that a run of somebody else's has already."""
+        earlier = None
+        if not self.is_own and not getattr(self.run, "replaces_tables", False):
+            try:
+                self._tables, earlier = ask(lambda: _stored_tables(self.run_id, path))
+            except Exception:  # noqa: BLE001 - the store is away: rather a second table than one overwritten
+                stem, dot, ending = path.rpartition(".")
+                path = f"{stem}_{int(time.time() * 1000)}{dot}{ending}"
+        self.artifact(path, table_json(columns, earlier))
+        entry = {"path": path, "type": "table"}
+        if entry not in self._tables:
+            self._tables.append(entry)
+            self.tags({seam.MLFLOW_LOGGED_ARTIFACTS: json.dumps(self._tables)})  # mlflow.load_table looks there
+
+    def end(self, status: str) -> None:
+        """End the run, if it is ours, and was not inherited by a forked process: there it is the parent's."""
+        if self.is_own and self._process_id == os.getpid():
+            self._note(self._writer.end(self.run_id, status, int(time.time() * 1000)))
+            seam.remember_last_run(self.run_id)
+
+    def _note(self, is_stored: bool) -> None:
+        self.is_complete = self.is_complete and is_stored
+
+    def _stored_params(self) -> Mapping[str, str]:
+        try:
+            return ask(lambda: dict(seam.fluent.get_run(self.run_id).data.params))
+        except Exception:  # noqa: BLE001 - the store is away
+            return {}
+
+
+def _stored_tables(run_id: str, path: str) -> tuple[list[dict[str, str]], Mapping[str, Any] | None]:
+    """The tables that a run has, and the content of the one at ``path``."""
+    import mlflow
+
+    tables = json.loads(seam.fluent.get_run(run_id).data.tags.get(seam.MLFLOW_LOGGED_ARTIFACTS, "[]"))
+    if {"path": path, "type": "table"} not in tables:
+        return tables, None
+    return tables, json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{path}"))

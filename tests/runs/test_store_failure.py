@@ -1,0 +1,286 @@
+"""A store that is away, dies or hangs while evaluations run, and the core part against a real server over HTTP."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import dspy
+import mlflow
+import pytest
+from mlflow.tracking import fluent
+from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flush, in_threads, markers
+
+import dspy_mlflow_async
+from dspy_mlflow_async.runs import asking
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
+BOUND = 45.0  # seconds that a store may cost an evaluation here: its own bounds are 5 s and 10 s, the machine is shared
+
+
+class Server:
+    """A real ``mlflow server`` on a free port of loopback."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process = None
+
+    def start(self):
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port),
+            "--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}",
+            "--artifacts-destination", str(self._folder / "artifacts"),
+        ]  # fmt: skip
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):  # noqa: S310 - on loopback
+                    return
+            except OSError:  # noqa: PERF203 - a poll
+                assert time.monotonic() < deadline, "mlflow server does not start"
+                assert self._process.poll() is None, "mlflow server has ended"
+                time.sleep(0.1)
+
+    def kill(self):
+        """All its processes, at once."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(TIMEOUT)
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@contextlib.contextmanager
+def store_at(uri, monkeypatch, tmp_path, experiment_id=None):
+    """Make ``uri`` MLflow's store, with our tracer on."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(tmp_path / "spool"))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.tracing.reset()
+    if experiment_id is None:
+        experiment_id = mlflow.create_experiment(f"e{time.time_ns()}")
+    monkeypatch.setattr(fluent, "_active_experiment_id", experiment_id)
+    dspy_mlflow_async.autolog(log_evals=True, log_compiles=True, silent=True)
+    try:
+        yield Store(experiment_id)
+    finally:
+        dspy_mlflow_async.autolog(disable=True)
+        asking._away.forget(uri)
+        mlflow.set_tracking_uri(before)
+        mlflow.tracing.reset()
+
+
+@pytest.fixture
+def http(server, monkeypatch, tmp_path):
+    """The real server, with our tracer on."""
+    with store_at(server.uri, monkeypatch, tmp_path) as store:
+        yield store
+
+
+# --- the core part over HTTP --------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_over_http(http):
+    """Score, table, artifacts, traces and feedback, through the server."""
+    evaluate("a", 1, 2, num_threads=2)
+
+    run = http.run("eval")
+    assert [("eval", "FINISHED", [])] == http.tree()
+    assert 50.0 == run.data.metrics["eval"]
+    assert ["model.json", "result_table.json"] == http.artifacts(run)
+    assert markers("a", 2) == [row["pred_answer"] for row in http.table(run)]
+    assert {"eval": markers("a", 2)} == http.traces_by_run()
+    assert [["exact"], ["exact"]] == [[each.name for each in trace.info.assessments] for trace in http.traces()]
+
+
+def test_evaluations_and_a_compile_at_once_over_http(http):
+    """In threads, each its own run."""
+    in_threads(
+        lambda: evaluate("a", metric_key="a"),
+        lambda: evaluate("b", 2, 2, metric_key="b"),
+        lambda: Candidates([("c", 1), ("d", 2)]).compile(Program(), trainset=devset("t", 1, 1)),
+    )
+
+    tree = http.tree()
+    assert [("a", "FINISHED", []), ("b", "FINISHED", [])] == [node for node in tree if node[0] in {"a", "b"}]
+    ((_, status, children),) = [node for node in tree if node[0] not in {"a", "b"}]
+    assert ("FINISHED", [("eval_0", "FINISHED", []), ("eval_1", "FINISHED", [])]) == (status, children)
+    assert {"a": markers("a", 2), "b": markers("b", 2)} == http.traces_by_run()
+
+
+def test_active_runs_over_http(http):
+    """``with mlflow.start_run()`` and ``run()`` with fluent calls in DSPy's workers."""
+    with mlflow.start_run(run_name="mine"):
+        dspy.Parallel(num_threads=2, disable_progress_bar=True)(
+            [(lambda question: mlflow.log_metric(question[1:], 1), example) for example in devset("a", 0, 2)]
+        )
+        with dspy_mlflow_async.run("inner"):
+            mlflow.log_param("x", 1)
+
+    assert [("mine", "FINISHED", [("inner", "FINISHED", [])])] == http.tree()
+    assert {"a-0": 1.0, "a-1": 1.0} == http.run("mine").data.metrics
+
+
+# --- away ---------------------------------------------------------------------------------------------------------
+
+
+def said(caplog):
+    """What our logger has said of evaluations."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "dspy_mlflow_async" and "scored" in record.getMessage()
+    ]
+
+
+def result_of(job):
+    """What an evaluation gives, and how many seconds it takes."""
+    begun = time.monotonic()
+    result = job()
+    return result.score, [(dict(e), dict(p), s) for e, p, s in result.results], time.monotonic() - begun
+
+
+def test_a_server_that_is_down_at_the_start(server, monkeypatch, tmp_path, caplog):
+    """Nothing listens: the result is the one without tracing, soon, and one line tells the score."""
+    *untraced, _ = result_of(lambda: evaluate("a", 1, 4, num_threads=2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with store_at(f"http://127.0.0.1:{port}", monkeypatch, tmp_path, "0"), caplog.at_level(logging.WARNING):
+        *traced, seconds = result_of(lambda: evaluate("a", 1, 4, num_threads=2))
+        *again, seconds_again = result_of(lambda: evaluate("a", 1, 4, num_threads=2, metric_key="again"))
+
+    assert untraced == traced == again
+    assert seconds < BOUND
+    assert seconds_again < 5
+    first, second = said(caplog)
+    assert re.search(r"'eval' scored 25\.0", first)
+    assert re.search(r"'again' scored 25\.0", second)
+
+
+def test_a_server_that_hangs(monkeypatch, tmp_path, caplog):
+    """It takes the connection and says nothing: bounded, and a compile with three evaluations waits once."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(128)
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with store_at(uri, monkeypatch, tmp_path, "0"), caplog.at_level(logging.WARNING):
+            begun = time.monotonic()
+            Candidates([("a", 1), ("b", 2), ("c", 3)]).compile(Program(), trainset=devset("t", 1, 1))
+            seconds = time.monotonic() - begun
+
+    assert seconds < BOUND
+    assert [25.0, 50.0, 75.0] == [float(re.search(r"scored ([\d.]+)", line)[1]) for line in said(caplog)]
+
+
+def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
+    """Killed while the program runs: same result, soon, one line with the score; restarted, everything arrives."""
+    server = Server(tmp_path)
+    server.start()
+    try:
+        with store_at(server.uri, monkeypatch, tmp_path) as store, caplog.at_level(logging.WARNING):
+
+            def during(question):
+                if question == "@a-1":
+                    server.kill()
+
+            *traced, seconds = result_of(lambda: evaluate("a", 2, 4, program=Program(during)))
+            assert seconds < BOUND
+            assert 50.0 == traced[0]
+            (line,) = said(caplog)
+            assert "scored 50.0" in line
+
+            server.start()
+            deadline = time.monotonic() + TIMEOUT
+            while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
+                pass
+            run = store.run("eval")
+            assert ("FINISHED", 50.0) == (run.info.status, run.data.metrics["eval"])
+            assert ["model.json", "result_table.json"] == store.artifacts(run)
+            assert {"eval": markers("a", 4)} == store.traces_by_run()
+            assert [1] * 4 == [len(trace.info.assessments) for trace in store.traces()]
+    finally:
+        server.kill()
+
+
+def test_a_run_created_too_late_is_no_stray(store, monkeypatch, caplog):
+    """The store answers after the bound: the evaluation has gone on without a run, and the late one is KILLED."""
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    monkeypatch.setattr(asking, "TIMEOUT", 0.05)
+    may_create = threading.Event()
+    create = asking.seam.create_run
+
+    def slow(*arguments):
+        may_create.wait(TIMEOUT)
+        return create(*arguments)
+
+    monkeypatch.setattr(asking.seam, "create_run", slow)
+    try:
+        result = evaluate("a")
+        may_create.set()
+        deadline = time.monotonic() + TIMEOUT
+        while [("eval", "KILLED", [])] != store.tree() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        asking._away.forget(mlflow.get_tracking_uri())
+
+    assert 50.0 == result.score
+    assert [("eval", "KILLED", [])] == store.tree()
+    (line,) = said(caplog)
+    assert "scored 50.0" in line
+
+
+def test_a_store_that_refuses_is_asked_again(store, monkeypatch, caplog):
+    """An error that is no absence: said with the score, and the next evaluation has its run at once."""
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    create = asking.seam.create_run
+
+    def refuse(*arguments):
+        monkeypatch.setattr(asking.seam, "create_run", create)
+        raise mlflow.MlflowException("not today")
+
+    monkeypatch.setattr(asking.seam, "create_run", refuse)
+    evaluate("a")
+    evaluate("b", metric_key="second")
+
+    assert [("second", "FINISHED", [])] == store.tree()
+    (line,) = said(caplog)
+    assert "scored 50.0" in line
+    assert "not today" in line
+
+
+def test_one_store_away_says_nothing_of_another(store, monkeypatch, tmp_path):
+    """After a server that was down, evaluations in a store that is there have their runs."""
+    with store_at("http://127.0.0.1:9", monkeypatch, tmp_path, "0"):
+        evaluate("a")
+    monkeypatch.setattr(fluent, "_active_experiment_id", store.experiment_id)
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    evaluate("b")
+    flush()
+
+    assert [("eval", "FINISHED", [])] == store.tree()
