@@ -1,0 +1,387 @@
+"""Puts whole traces together: a trace is handed on when its root and every child have ended, or a bound is over."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dspy_mlflow_async.export.entry import Entry, Said
+from dspy_mlflow_async.export.entry import named as name_it
+from dspy_mlflow_async.export.items import FollowUp, Item, SpansItem, TraceItem
+from dspy_mlflow_async.export.sampling import is_kept
+from dspy_mlflow_async.seams import mlflow_export as seam
+
+if TYPE_CHECKING:
+    from mlflow.entities import Assessment
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from dspy_mlflow_async.export.books import Books
+    from dspy_mlflow_async.export.options import ExportOptions
+    from dspy_mlflow_async.export.spool import Reference
+
+# Traces whose late spans and late feedback still find their place. MLflow's own cache is as large.
+_RECENT = 1_000
+# A trace whose root nobody ended is stored as it is and forgotten, after as long as MLflow's cache keeps it.
+_ABANDONED_AFTER = 3600.0
+
+
+class Outlet(Protocol):
+    """Where traces go from here."""
+
+    def emit(self, uri: str, item: Item, is_sync: bool) -> None:
+        """Take what is to be written, at once if ``is_sync``."""
+
+    def safeguard(self, uri: str, item: Item) -> Reference | None:
+        """Keep a copy of what is not ready to be written."""
+
+    def discard_copy(self, uri: str, reference: Reference) -> None:
+        """Forget such a copy."""
+
+
+class Collector:
+    """The traces in flight; what is complete goes to the outlet."""
+
+    def __init__(self, options: ExportOptions, books: Books, outlet: Outlet) -> None:
+        self.options = options
+        self._books = books
+        self._outlet = outlet
+        self._emit = outlet.emit
+        self._lock = threading.Lock()  # holds, and the step from in flight to handed on
+        self.entries: dict[int, Entry] = {}
+        self._by_trace_id: dict[str, Entry] = {}
+        self._holds: dict[str, int] = {}
+        self._said: dict[str, Said] = {}
+        self._recent: OrderedDict[int, Entry] = OrderedDict()
+        self._recent_by_trace_id: dict[str, Entry] = {}
+
+    # --- spans, in the caller's thread ---
+
+    def trace_started(self, otel_id: int, trace: Any, uri: str) -> Entry:
+        """A root span began."""
+        entry = Entry(otel_id, trace, uri, seam.workspace_of(trace))
+        self.entries[otel_id] = entry
+        self._by_trace_id[entry.trace_id] = entry
+        self._books.start()
+        return entry
+
+    def may_be_evicted(self, entry: Entry) -> bool:
+        """Whether MLflow's cache of open traces (1,000, an hour) may have forgotten this one: it asks slowly."""
+        return len(self.entries) > _RECENT // 2 or time.monotonic() - entry.began > _ABANDONED_AFTER / 2
+
+    def before_child(self, otel_id: int) -> None:
+        """A child is about to begin: make sure that MLflow knows its trace, evicted or handed on as it may be."""
+        entry = self.entries.get(otel_id)
+        if entry is None:
+            old = self._recent.get(otel_id)
+            if old is None or seam.trace_id_of(otel_id) is not None:
+                return
+            entry = self._reopen(old)
+        elif seam.peek_trace(entry.trace_id) is not None:
+            return
+        seam.adopt_trace(otel_id, entry.trace_id, entry.trace)
+
+    def _reopen(self, old: Entry) -> Entry:
+        with self._lock:
+            if known := self.entries.get(old.otel_id):
+                return known
+            entry = Entry(old.otel_id, seam.InMemoryTrace(copy.copy(old.trace.info)), old.uri, old.workspace)
+            entry.is_late = True
+            entry.is_sync = old.is_sync
+            entry.inherited = old.inherited
+            entry.ended_at = entry.began
+            entry.keeps, entry.is_discarded = None, old.is_discarded
+            self.entries[old.otel_id] = entry
+            self._by_trace_id[entry.trace_id] = entry
+            return entry
+
+    def child_started(self, otel_id: int, span_id: int) -> None:
+        """A child began; of interest only once its root has ended."""
+        entry = self.entries.get(otel_id)
+        if entry is not None and entry.ended_at is not None:
+            with entry.lock:
+                entry.open_ids.add(seam.encode_span_id(span_id))
+
+    def child_ended(self, span: ReadableSpan, uri: str) -> None:
+        """A child ended. Before its root has ended there is nothing to do."""
+        entry = self.entries.get(span.context.trace_id)
+        if entry is None:
+            self._stray_ended(span, uri)
+        elif entry.inherited is not None:
+            if seam.encode_span_id(span.context.span_id) not in entry.inherited:
+                self._emit_span(span, entry.trace, entry.uri, entry.workspace)
+        elif entry.ended_at is not None:
+            with entry.lock:
+                entry.open_ids.discard(seam.encode_span_id(span.context.span_id))
+                is_complete = not entry.open_ids
+            if is_complete:
+                self.complete(entry)
+
+    def root_ended(self, entry: Entry, *, is_sync: bool) -> None:
+        """The root ended: hand the trace on, or wait for the children that are still open."""
+        self._books.end()
+        entry.is_sync = is_sync
+        with entry.lock:
+            # From here on a child that ends looks at `open_ids`; one that ended before is seen as ended below.
+            entry.ended_at = time.monotonic()
+            entry.open_ids = {span.span_id for span in list(entry.trace.span_dict.values()) if span.end_time_ns is None}
+            is_complete = not entry.open_ids
+        if is_complete:
+            self.complete(entry)
+        if self.options.durable and not entry.is_handed_on:
+            self._make_safe_copy(entry)
+
+    def _make_safe_copy(self, entry: Entry) -> None:
+        """What has ended must survive whatever happens while it waits for its children or its feedback."""
+        reference = self._outlet.safeguard(entry.uri, self._item(entry, entry.trace))
+        with self._lock:
+            is_needless = entry.is_handed_on
+            entry.safe_copy = reference
+        if is_needless and reference is not None:  # handed on meanwhile
+            self._outlet.discard_copy(entry.uri, reference)
+
+    def _item(self, entry: Entry, trace: Any) -> TraceItem:
+        spans = [span for span in list(trace.span_dict.values()) if span.end_time_ns is not None]
+        return TraceItem(
+            key=entry.trace_id,
+            size=2000 + seam.weigh(spans),
+            counted=0 if entry.is_late else 1,
+            supersedes=entry.safe_copy,
+            info=trace.info,
+            spans=spans,
+            experiment_id=seam.experiment_of(trace),
+            stage="late" if entry.is_late else "whole",
+            prompts=trace.prompts,
+            workspace=entry.workspace,
+        )
+
+    def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
+        """A span without a trace in flight: of a remote trace, or one that outlived the bound of its trace."""
+        otel_id = span.context.trace_id
+        old = self._recent.get(otel_id)
+        trace_id = seam.trace_id_of(otel_id)
+        trace = seam.peek_trace(trace_id) if trace_id else None
+        if old is not None:
+            if not old.is_discarded:
+                self._emit_late(old, span)
+        elif trace is not None:
+            self._emit_span(span, trace, uri, seam.workspace_of(trace))
+
+    def _emit_late(self, entry: Entry, span: ReadableSpan) -> None:
+        spans = [seam.finished_span(span)]
+        self._emit(
+            entry.uri,
+            TraceItem(
+                key=entry.trace_id,
+                size=seam.weigh(spans),
+                info=copy.copy(entry.trace.info),
+                spans=spans,
+                experiment_id=seam.experiment_of(entry.trace),
+                stage="late",
+                workspace=entry.workspace,
+            ),
+            entry.is_sync,
+        )
+
+    def _emit_span(self, span: ReadableSpan, trace: Any, uri: str, workspace: str | None) -> None:
+        live = trace.span_dict.pop(seam.encode_span_id(span.context.span_id), None)
+        spans = [live or seam.finished_span(span)]
+        item = SpansItem(
+            key=trace.info.trace_id,
+            size=seam.weigh(spans),
+            spans=spans,
+            workspace=workspace,
+            experiment_id=seam.experiment_of(trace) or seam.get_experiment_id_for_trace(span),
+        )
+        self._emit(uri, item, seam.is_evaluating() or not seam.wants_async())
+
+    # --- handing on ---
+
+    def complete(self, entry: Entry, *, force: bool = False) -> None:
+        """Hand a trace on, unless somebody holds it. Doing so twice does nothing."""
+        with self._lock:
+            if entry.is_handed_on or (self._holds.get(entry.trace_id) and not force):
+                return
+            entry.is_handed_on = True
+            self.entries.pop(entry.otel_id, None)
+            self._by_trace_id.pop(entry.trace_id, None)
+            said = self._said.pop(entry.trace_id, None)
+            trace = entry.trace
+            # The spans go with the item; what stays behind must not keep them alive.
+            entry.trace = seam.InMemoryTrace(
+                replace(
+                    trace.info, request_preview=None, response_preview=None, trace_metadata={}, tags={}, assessments=[]
+                )
+            )
+            self._remember(entry)
+        seam.pop_trace(entry.otel_id, entry.trace_id)
+        if entry.inherited is not None:
+            return
+        if self._discards(entry, trace):
+            if entry.safe_copy is not None:
+                self._outlet.discard_copy(entry.uri, entry.safe_copy)
+            return
+        if said is not None:
+            trace.info.assessments = [*trace.info.assessments, *said.assessments]
+            trace.info.trace_metadata.update(said.metadata)
+            trace.info.tags.update(said.tags)
+        item = self._item(entry, trace)
+        if not entry.is_late and seam.displays():
+            seam.display(trace.to_mlflow_trace())
+        self._emit(entry.uri, item, entry.is_sync)
+
+    def _discards(self, entry: Entry, trace: Any) -> bool:
+        """Decide on a whole trace, once; later spans of one that was discarded go the same way."""
+        if entry.is_late or entry.is_discarded or entry.keeps is None:
+            is_discarded = entry.is_discarded
+        else:
+            is_discarded = not is_kept(entry.keeps, trace)
+        if is_discarded and not entry.is_late:
+            self._books.move("waiting", "sampled")
+        entry.is_discarded = is_discarded
+        entry.keeps = None
+        return is_discarded
+
+    def _remember(self, entry: Entry) -> None:
+        self._recent[entry.otel_id] = entry
+        self._recent.move_to_end(entry.otel_id)
+        self._recent_by_trace_id[entry.trace_id] = entry
+        while len(self._recent) > _RECENT:
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_by_trace_id.pop(oldest.trace_id, None)
+
+    def tick(self) -> None:
+        """Look after what is overdue; about once a second, in the background."""
+        now = time.monotonic()
+        for entry in list(self.entries.values()):
+            if entry.ended_at is not None:
+                if now - entry.ended_at >= self.options.children_timeout:
+                    self.complete(entry, force=True)
+            elif entry.inherited is None and now - entry.shown_at >= self.options.visible_after:
+                self._show(entry, now)
+
+    def _show(self, entry: Entry, now: float) -> None:
+        """Store what has ended of a trace that is still open."""
+        entry.shown_at = now
+        if entry.keeps is not None and now - entry.began <= _ABANDONED_AFTER:
+            return  # it may yet be left out
+        if now - entry.began > _ABANDONED_AFTER and seam.peek_trace(entry.trace_id) is None:
+            self._books.end()
+            self.complete(entry, force=True)
+            return
+        spans = [span for span in list(entry.trace.span_dict.values()) if span.end_time_ns is not None]
+        fresh = [span for span in spans if span.span_id not in (entry.shown or ())]
+        if entry.shown is not None and not fresh:
+            return
+        entry.shown = {span.span_id for span in spans}
+        info = entry.trace.info
+        info = replace(info, trace_metadata=dict(info.trace_metadata), tags=dict(info.tags), assessments=[])
+        item = TraceItem(
+            key=entry.trace_id,
+            size=2000 + seam.weigh(fresh),
+            info=info,
+            spans=fresh,
+            stage="partial",
+            experiment_id=seam.experiment_of(entry.trace),
+            workspace=entry.workspace,
+        )
+        self._emit(entry.uri, item, False)
+
+    def hand_on_everything(self) -> None:
+        """Hand on every trace whose root has ended, with or without its children, held or not."""
+        for entry in list(self.entries.values()):
+            if entry.ended_at is not None:
+                self.complete(entry, force=True)
+
+    # --- holds ---
+
+    def hold(self, trace_id: str) -> None:
+        """Do not hand on this trace before it is released as often as it is held."""
+        with self._lock:
+            self._holds[trace_id] = self._holds.get(trace_id, 0) + 1
+
+    def release(
+        self,
+        trace_id: str,
+        assessments: Sequence[Assessment],
+        metadata: Mapping[str, str],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Take back a hold, and say something about the trace."""
+        named = [name_it(assessment, trace_id) for assessment in assessments]
+        follow_up = None
+        uri, is_sync = None, False
+        with self._lock:
+            count = self._holds.get(trace_id, 0) - 1
+            if count > 0:
+                self._holds[trace_id] = count
+            else:
+                self._holds.pop(trace_id, None)
+            entry = self._by_trace_id.get(trace_id)
+            if entry is not None and not entry.is_late:
+                said = self._said.setdefault(trace_id, Said())
+                said.assessments += named
+                said.metadata.update(metadata)
+                said.tags.update(tags)
+            elif named or metadata or tags:
+                old = self._recent_by_trace_id.get(trace_id)
+                if old is not None and old.is_discarded:
+                    return
+                uri, is_sync = (old.uri, old.is_sync) if old else (None, False)
+                follow_up = FollowUp(
+                    key=trace_id,
+                    size=500 * (1 + len(named)),
+                    assessments=named,
+                    metadata=dict(metadata),
+                    tags=dict(tags),
+                    workspace=old.workspace if old else None,
+                )
+        if follow_up is not None:
+            self._emit(uri or seam.resolve_tracking_uri(), follow_up, is_sync)
+        elif entry is not None and count <= 0:
+            with entry.lock:
+                is_complete = entry.ended_at is not None and not entry.open_ids
+            if is_complete:
+                self.complete(entry)
+
+    def discard(self, trace_id: str) -> None:
+        """Leave out a trace that is not handed on yet."""
+        with self._lock:
+            entry = self._by_trace_id.get(trace_id)
+            if entry is not None and not entry.is_late:
+                entry.is_discarded = True
+
+    # --- the collector as a whole ---
+
+    def adopt(self, other: Collector) -> None:
+        """Take over everything another collector has in flight."""
+        with other._lock:
+            for name in ("entries", "_by_trace_id", "_holds", "_said", "_recent", "_recent_by_trace_id"):
+                getattr(self, name).update(getattr(other, name))
+
+    def forget_open(self) -> int:
+        """Hand open traces back to MLflow.
+
+        Returns:
+            How many there were.
+        """
+        forgotten = [entry for entry in list(self.entries.values()) if entry.ended_at is None]
+        for entry in forgotten:
+            self.entries.pop(entry.otel_id, None)
+            self._by_trace_id.pop(entry.trace_id, None)
+        return len(forgotten)
+
+    def after_fork(self) -> None:
+        """In a forked child: what is in flight is the parent's to store; only new spans are ours."""
+        self._lock = threading.Lock()
+        self._holds.clear()
+        self._said.clear()
+        self._recent.clear()
+        self._recent_by_trace_id.clear()
+        for entry in list(self.entries.values()):
+            entry.lock = threading.Lock()
+            entry.inherited = frozenset(entry.trace.span_dict)

@@ -1,0 +1,83 @@
+"""The queue's hand on the disk: saving items, loading them, burying what the store refuses."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from dspy_mlflow_async.export import codec
+
+if TYPE_CHECKING:
+    from dspy_mlflow_async.export.items import Item
+    from dspy_mlflow_async.export.spool import Reference, Spool
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+
+class Disk:
+    """Items in and out of one spool. A disk that does not work is an answer, never an error."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self._is_warned = False
+
+    def save(self, item: Item, *, durable: bool = False) -> bool:
+        """Write an item, unless it is there already.
+
+        Returns:
+            Whether it is in the spool now.
+        """
+        if item.reference is None:
+            try:
+                item.reference = self.spool.put(codec.encode(item), key=item.key, counted=item.counted, durable=durable)
+            except Exception as error:  # noqa: BLE001 - a full disk, or a value that cannot be said
+                if not self._is_warned:
+                    self._is_warned = True
+                    logger.warning(
+                        "dspy-mlflow-async: cannot write to the spool %s (%s: %s); what the memory cannot hold "
+                        "will be lost, see stats().dropped.",
+                        self.spool.folder,
+                        type(error).__name__,
+                        error,
+                    )
+                return False
+        return True
+
+    def load(self, reference: Reference) -> Item | None:
+        """The item at ``reference``; None, with a warning, if the disk has lost it."""
+        payload = self.spool.read(reference)
+        if payload is None:
+            logger.warning("dspy-mlflow-async: a record in %s is damaged, and lost", reference.segment)
+            return None
+        try:
+            item = codec.decode(payload)
+        except Exception as error:  # noqa: BLE001 - whatever the disk has made of it
+            logger.warning("dspy-mlflow-async: a record in %s is lost: %s", reference.segment, error)
+            return None
+        item.reference, item.counted = reference, reference.counted
+        return item
+
+    def bury(self, item: Item, reason: str) -> bool:
+        """Keep what the store refuses among the dead letters.
+
+        Returns:
+            Whether the disk took it.
+        """
+        try:
+            self.spool.bury(codec.encode(item), reason)
+        except Exception:  # noqa: BLE001 - a full disk: nothing is left to try
+            logger.warning("dspy-mlflow-async: the store refuses %s and the disk too; lost: %s", item.key, reason)
+            return False
+        logger.warning(
+            "dspy-mlflow-async: the store refuses %s; kept in %s: %s",
+            item.key,
+            self.spool.folder / "dead.letters",
+            reason,
+        )
+        return True
+
+    def forget(self, item: Item, *, stored: bool) -> None:
+        """An item is done with: whatever the spool has of it may go."""
+        references = [reference for reference in (item.reference, item.supersedes) if reference is not None]
+        if references:
+            self.spool.done(references, stored=stored)

@@ -1,0 +1,63 @@
+"""The child process that drains a spool; started by `process.Child`."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from pathlib import Path
+
+from dspy_mlflow_async.export import spool
+from dspy_mlflow_async.export.books import Books
+from dspy_mlflow_async.export.options import ExportOptions
+from dspy_mlflow_async.export.queue import StoreQueue
+from dspy_mlflow_async.export.tail import Tail
+from dspy_mlflow_async.seams import mlflow_export as seam
+
+# How often it looks for what is new when nobody tells it.
+_LOOK = 0.25
+# How long it goes on after its parent, if the store does not take what is left.
+_OUTLIVE = 60.0
+
+
+def main(path: str, uri: str) -> None:
+    """Drain the spool in a folder until the parent is gone and nothing is left, or a bound has passed."""
+    folder = Path(path)
+    parent = int(os.environ.get("DSPY_MLFLOW_ASYNC_PARENT") or os.getppid())
+    seam.bound_http()
+    lock = spool.Lock(folder / "drain.lock")
+    while not lock.acquire():  # another child drains for all
+        if not _wait(parent, 1.0):
+            return
+    tail = Tail(folder, counts=True, follows_living=True)
+    queue = StoreQueue(ExportOptions(), Books(), uri, spool.Spool(folder, uri, tail=tail))
+    gone_since: float | None = None
+    while True:
+        has_parent = _wait(parent, 0.0)
+        queue.feed(queue.spool.adopt())
+        queue.work()
+        if not has_parent:
+            gone_since = gone_since or time.monotonic()
+            if queue.is_empty() or time.monotonic() - gone_since > _OUTLIVE:
+                break
+        rest = queue._rest()
+        pause = _LOOK if rest is None else max(0.05, min(rest, 1.0))
+        if has_parent:
+            _wait(parent, pause)
+        else:
+            threading.Event().wait(pause)
+    tail.close()
+    lock.release()
+
+
+def _wait(parent: int, seconds: float) -> bool:
+    """Wait for news from the parent, at most so long.
+
+    Returns:
+        Whether the parent lives.
+    """
+    if os.getppid() != parent:
+        return False
+    readable, _, _ = select.select([0], [], [], seconds)
+    return not readable or bool(os.read(0, 65536))

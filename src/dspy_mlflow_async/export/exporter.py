@@ -1,0 +1,161 @@
+"""MLflow's span processor and exporter, with whole traces instead of single spans."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.trace.export import SpanExportResult
+
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_live as live_seam
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import ReadableSpan, Span
+
+    from dspy_mlflow_async.export.pipeline import Pipeline
+
+# All that exist, so that a forked child can renew their locks.
+processors: weakref.WeakSet[WholeTraceProcessor] = weakref.WeakSet()
+
+
+class Queue:
+    """What MLflow's flush functions and exit handlers look for as ``exporter._async_queue``."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def flush(self, terminate: bool = False) -> None:  # noqa: ARG002 - our threads end with the process
+        """Wait until every trace that has ended is stored, or is safe on disk because the store is away."""
+        self._pipeline.current().flush(None)
+
+    def activate(self) -> None:
+        """MLflow's queue starts threads here; ours start when there is something to do."""
+
+    def is_active(self) -> bool:
+        """MLflow's exit handler flushes an active queue; ours has its own."""
+        return True
+
+
+class WholeTraceExporter(seam.MlflowV3SpanExporter):
+    """Hands ended spans to the collector; without a pipeline it is MLflow's exporter, writing in the caller."""
+
+    def __init__(self, tracking_uri: str | None, pipeline: Pipeline) -> None:
+        super().__init__(tracking_uri)
+        self.pipeline = pipeline
+        self.uri: str = self._client.tracking_uri
+        self._async_queue: Any = Queue(pipeline)
+
+    def _should_enable_async_logging(self) -> bool:
+        return False  # keeps MLflow's queue from being made; whether *we* write at once is asked per trace
+
+    # MLflow's says None, against OpenTelemetry
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Take ended spans, roots and children in any order."""
+        if self.pipeline.is_closed:
+            super().export(spans)
+            return SpanExportResult.SUCCESS
+        for span in spans:
+            self.take(span, None)
+        return SpanExportResult.SUCCESS
+
+    def take(self, span: ReadableSpan, processor: WholeTraceProcessor | None) -> None:
+        """Take one ended span.
+
+        Args:
+            span: As OpenTelemetry hands it over, with its end time.
+            processor: Where the span comes from; None where somebody calls the exporter directly.
+        """
+        collector = self.pipeline.collector
+        if span.parent is not None:
+            collector.child_ended(span, self.uri)
+            return
+        otel_id = span.context.trace_id
+        entry = collector.entries.get(otel_id)
+        if entry is None:  # begun before we were installed, or exported twice
+            trace_id = seam.trace_id_of(otel_id)
+            trace = seam.peek_trace(trace_id) if trace_id else None
+            if trace is None:
+                return
+            entry = collector.trace_started(otel_id, trace, self.uri)
+        if entry.inherited is not None:
+            collector.complete(entry, force=True)
+        elif entry.ended_at is None:
+            if processor is not None:
+                seam.finish_root(processor, entry.trace, span)
+            collector.root_ended(entry, is_sync=seam.is_evaluating() or not seam.wants_async())
+
+    def shutdown(self) -> None:
+        """A provider is put away; its traces stay in flight, for others may still end in them."""
+
+
+class WholeTraceProcessor(seam.MlflowV3SpanProcessor):
+    """MLflow's processor, less its work for each span: totals are computed when the trace is written."""
+
+    span_exporter: WholeTraceExporter
+
+    def __init__(self, exporter: WholeTraceExporter, *, export_metrics: bool) -> None:
+        super().__init__(span_exporter=exporter, export_metrics=export_metrics)
+        self._pipeline = exporter.pipeline
+        processors.add(self)
+
+    def _start_trace(self, root_span: Span) -> Any:
+        info = super()._start_trace(root_span)
+        if info is not None and not self._pipeline.is_closed:
+            self._follow(root_span.context.trace_id, info.trace_id)
+        return info
+
+    @guarded
+    def _follow(self, otel_id: int, trace_id: str) -> None:
+        trace = seam.peek_trace(trace_id)
+        if trace is not None:
+            self._pipeline.collector.trace_started(otel_id, trace, self.span_exporter.uri)
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """A span began."""
+        if self._pipeline.is_closed:
+            super().on_start(span, parent_context)
+        elif span.parent is None:
+            self._root_started(span)
+        else:
+            self._child_started(span, parent_context)
+
+    def _root_started(self, span: Span) -> None:
+        info = self._start_trace(span)
+        trace = None if info is None else seam.peek_trace(info.trace_id)
+        if trace is not None:
+            live_seam.register(span, info.trace_id, trace)
+
+    def _child_started(self, span: Span, parent_context: Context | None) -> None:
+        collector, otel_id = self._pipeline.collector, span.context.trace_id
+        entry = collector.entries.get(otel_id)
+        if entry is None or collector.may_be_evicted(entry):
+            self._before_child(span)
+            entry = collector.entries.get(otel_id)
+        if entry is None:  # a trace that was begun before us, or in another process
+            super().on_start(span, parent_context)
+            return
+        live_seam.register(span, entry.trace_id, entry.trace)
+        if entry.ended_at is not None:
+            collector.child_started(otel_id, span.context.span_id)
+
+    @guarded
+    def _before_child(self, span: Span) -> None:
+        self._pipeline.collector.before_child(span.context.trace_id)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """A span ended."""
+        if self._pipeline.is_closed:
+            super().on_end(span)
+            return
+        if self._export_metrics:
+            self.record_metrics_for_span(span)
+        self._take(span)
+
+    @guarded
+    def _take(self, span: ReadableSpan) -> None:
+        if span.context.trace_flags.sampled:
+            self.span_exporter.take(span, self)

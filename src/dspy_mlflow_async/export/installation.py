@@ -1,0 +1,254 @@
+"""Puts the pipeline into MLflow and takes it out again; the functions that everybody calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspy_mlflow_async.export import exit as process_exit
+from dspy_mlflow_async.export import gate
+from dspy_mlflow_async.export.books import Books, ExportStats
+from dspy_mlflow_async.export.exporter import WholeTraceExporter, WholeTraceProcessor, processors
+from dspy_mlflow_async.export.options import ExportOptions
+from dspy_mlflow_async.export.pipeline import Pipeline
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow_export as seam
+
+if TYPE_CHECKING:
+    from mlflow.entities import Assessment
+
+_lock = threading.RLock()
+_pipeline: Pipeline | None = None
+_installed: list[Callable[[], None]] | None = None  # the undos, first to last
+_closing: list[threading.Thread] = []
+_books = Books()  # one for the process, whatever is installed
+
+
+def pipeline() -> Pipeline:
+    """The pipeline of this process; made with the default options if nobody has installed one."""
+    global _pipeline  # noqa: PLW0603 - one per process, like MLflow's provider
+    with _lock:
+        if _pipeline is None:
+            _pipeline = Pipeline(ExportOptions(), _books)
+        return _pipeline
+
+
+def install(options: ExportOptions, housekeeping: Callable[[], None] | None = None) -> Callable[[], None]:
+    """Let every trace of MLflow go through this pipeline, those that are open now included.
+
+    A second call replaces the options of the first.
+
+    Args:
+        options: How traces travel.
+        housekeeping: Called by a background thread about once a second, and before each flush.
+
+    Returns:
+        The undo: MLflow's own exporter takes the next spans, and what is on its way goes on in the background.
+        Undoing twice does nothing, nor does undoing what has been replaced.
+    """
+    global _pipeline, _installed  # noqa: PLW0603
+    with _lock:
+        old = _pipeline
+        mine = _pipeline = Pipeline(options, _books, housekeeping)
+        if _installed is None:
+            _installed = [
+                seam.patch_processor_factory(_make_processor),
+                seam.bound_http(),
+                process_exit.on_sigterm(_leave, options.exit_timeout + 5),
+            ]
+        if old is not None:
+            _close(old, successor=mine)
+        for processor, _ in seam.replace_processors(_ours_for):
+            _take_over(processor)
+        mine.start()
+
+    def undo() -> None:
+        global _pipeline, _installed  # noqa: PLW0603
+        with _lock:
+            if _pipeline is not mine or _installed is None:
+                return
+            unpatch_factory, unbound_http, unhandle_sigterm = _installed
+            _installed = _pipeline = None
+            unpatch_factory()
+            unhandle_sigterm()
+            seam.replace_processors(_theirs_for)
+            thread = _close(mine)
+
+            def finish() -> None:
+                thread.join()
+                with _lock:
+                    if _installed is None:
+                        unbound_http()
+
+            threading.Thread(target=finish, name="dspy-mlflow-async-undo", daemon=True).start()
+
+    return undo
+
+
+def _close(old: Pipeline, successor: Pipeline | None = None) -> threading.Thread:
+    thread = old.close(successor)
+    _closing[:] = [t for t in _closing if t.is_alive()] + [thread]
+    return thread
+
+
+def _make_processor(tracking_uri: str, original: Callable[[str], Any]) -> Any:
+    """What MLflow's provider gets: our processor, but for Databricks MLflow's own."""
+    current = _pipeline
+    if current is None or seam.is_databricks_uri(seam.resolve_tracking_uri(tracking_uri)):
+        return original(tracking_uri)
+    return _new_processor(tracking_uri, current)
+
+
+def _new_processor(tracking_uri: str | None, current: Pipeline) -> WholeTraceProcessor:
+    return WholeTraceProcessor(WholeTraceExporter(tracking_uri, current), export_metrics=seam.exports_metrics())
+
+
+def _ours_for(processor: Any) -> Any | None:
+    current = pipeline()
+    if isinstance(processor, WholeTraceProcessor) or seam.is_replaceable(processor):
+        return _new_processor(processor.span_exporter._client.tracking_uri, current)
+    return None
+
+
+def _theirs_for(processor: Any) -> Any | None:
+    if isinstance(processor, WholeTraceProcessor):
+        return seam.original_processor(processor.span_exporter.uri)
+    return None
+
+
+@guarded
+def _take_over(processor: Any) -> None:
+    """Stop a processor of MLflow's, and care for the roots it has put off."""
+    if isinstance(processor, WholeTraceProcessor):
+        return
+    current = pipeline()
+    exporter = WholeTraceExporter(processor.span_exporter._client.tracking_uri, current)
+    for root in seam.retire(processor):
+        exporter.take(root, None)
+
+
+def flush(timeout: float | None = None) -> bool:
+    """Write every trace that has ended and wait until it is stored.
+
+    Args:
+        timeout: Seconds to wait; None waits until the store has taken everything or proves to be away.
+
+    Returns:
+        True when nothing waits, in memory or on disk.
+    """
+    with _lock:
+        current = _pipeline
+    return True if current is None else current.flush(timeout)
+
+
+def secure(timeout: float) -> bool:
+    """Store what has ended, and bring to the disk what is not stored in time. For a process that is about to end.
+
+    Args:
+        timeout: Seconds to wait for the store.
+
+    Returns:
+        True when everything is stored. Else the writing has stopped: what comes later is kept on disk at the end.
+    """
+    if flush(timeout):
+        return True
+    with _lock:
+        current = _pipeline
+    if current is not None:
+        process_exit.save(current)
+    return False
+
+
+def stats() -> ExportStats:
+    """Where the traces of this process are."""
+    return _books.stats()
+
+
+@guarded
+def hold(trace_id: str) -> None:
+    """Do not write a trace before it is released: something is still to be said about it.
+
+    Args:
+        trace_id: MLflow's id, ``tr-...``. Held twice, it must be released twice.
+    """
+    pipeline().current().collector.hold(trace_id)
+
+
+@guarded
+def release(
+    trace_id: str,
+    *,
+    assessments: Sequence[Assessment] = (),
+    metadata: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Let a held trace be written, together with what is said about it here.
+
+    If it is written already, this follows it, in order and with the same care.
+
+    Args:
+        trace_id: MLflow's id, ``tr-...``.
+        assessments: Feedback and expectations; they get an id of their own where they have none.
+        metadata: Trace metadata to add.
+        tags: Trace tags to add.
+    """
+    pipeline().current().collector.release(trace_id, assessments, metadata or {}, tags or {})
+
+
+@guarded
+def discard(trace_id: str) -> None:
+    """Do not write a trace that is not written yet. It counts as ``sampled``.
+
+    Args:
+        trace_id: MLflow's id, ``tr-...``.
+    """
+    pipeline().current().collector.discard(trace_id)
+
+
+def count_sampled() -> None:
+    """Count a trace that was left out before its first span."""
+    _books.leave_out()
+
+
+def _leave() -> None:
+    with _lock:
+        current, closing = _pipeline, list(_closing)
+    options = current.options if current is not None else ExportOptions()
+    process_exit.leave(current, closing, options.exit_timeout)
+
+
+process_exit.at_exit(_leave)
+
+
+def _before_fork() -> None:
+    gate.writes.close()
+    _lock.acquire()
+    seam.manager_lock().acquire()
+
+
+def _after_fork_in_parent() -> None:
+    seam.manager_lock().release()
+    _lock.release()
+    gate.writes.open()
+
+
+def _after_fork_in_child() -> None:
+    seam.manager_lock().release()
+    _lock.release()
+    gate.writes.reset()
+    _closing.clear()
+    for processor in list(processors):
+        seam.reset_processor_locks(processor)
+    current = _pipeline
+    if current is not None:
+        for uri in current.queues:
+            seam.abandon_connections(uri)
+        current.after_fork()
+        if _installed is not None:
+            current.start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

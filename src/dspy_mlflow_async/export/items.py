@@ -1,0 +1,86 @@
+"""What waits in a queue: one operation on a store, with what it takes to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mlflow.entities import Assessment, TraceInfo
+
+    from dspy_mlflow_async.export.spool import Reference
+
+
+@dataclass(slots=True, kw_only=True)
+class Item:
+    """One operation. Those with the same ``key`` (a trace id, a run id) are written in the order they came.
+
+    Attributes:
+        key: The trace or the run it belongs to.
+        size: About how many bytes it holds.
+        counted: How many traces of the books it carries: one or none.
+        reference: Where it lies in the spool, if it does.
+        supersedes: An earlier copy in the spool that this makes needless.
+    """
+
+    key: str
+    size: int = 1000
+    counted: int = 0
+    reference: Reference | None = None
+    supersedes: Reference | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class TraceItem(Item):
+    """A trace, or what of it is new.
+
+    Attributes:
+        info: What ``start_trace`` is given; of a late item, what has been added to it.
+        spans: Live spans from the caller, or immutable ones once ``prepared``.
+        stage: "whole", "partial" (still open, so that it can be watched) or "late" (spans after the fact).
+        experiment_id: Where the spans go.
+        prepared: Whether spans are immutable and clean, and the metadata complete.
+    """
+
+    info: TraceInfo
+    spans: Sequence[Any]
+    experiment_id: str | None
+    stage: Literal["whole", "partial", "late"] = "whole"
+    prompts: Sequence[Any] = ()
+    workspace: str | None = None
+    prepared: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class SpansItem(Item):
+    """Spans of a trace that another process owns (distributed tracing, a forked child)."""
+
+    spans: Sequence[Any]
+    experiment_id: str | None
+    workspace: str | None = None
+    prepared: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class FollowUp(Item):
+    """What was said about a trace after it was written."""
+
+    assessments: Sequence[Assessment] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    workspace: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RunItem(Item):
+    """One operation on a run: a batch of values, an artifact, or its end."""
+
+    metrics: Sequence[Any] = ()
+    params: Sequence[Any] = ()
+    tags: Sequence[Any] = ()
+    path: str | None = None
+    content: bytes = b""
+    status: str | None = None
+    end_time_ms: int | None = None
+    workspace: str | None = None

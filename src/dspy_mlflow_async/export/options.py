@@ -1,0 +1,40 @@
+"""The settings of the export pipeline, and where its spool lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_state_dir
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How traces travel to the store.
+
+    Attributes:
+        durable: Write each finished trace to the spool before anything else, and sync it to the disk.
+        mode: "thread" writes to the store from a thread, "process" from a child process.
+        visible_after: Seconds after which an open trace is stored with what has ended so far.
+        children_timeout: Seconds that a finished root waits for its children, and a held trace for its release.
+        max_waiting_bytes: Bytes of waiting traces kept in memory; the rest goes to the spool.
+        exit_timeout: Seconds that the end of the process waits for the store.
+        spool_dir: Folder of the spools; by default ``DSPY_MLFLOW_ASYNC_SPOOL``, else the user's state directory.
+    """
+
+    durable: bool = False
+    mode: Literal["thread", "process"] = "thread"
+    visible_after: float = 10.0
+    children_timeout: float = 30.0
+    max_waiting_bytes: int = 64 * 2**20
+    exit_timeout: float = 10.0
+    spool_dir: Path | None = None
+
+
+def spool_root(folder: Path | None = None) -> Path:
+    """The folder that holds one spool per tracking URI; the environment variable wins over ``folder``."""
+    if named := os.environ.get("DSPY_MLFLOW_ASYNC_SPOOL"):
+        return Path(named)
+    return folder or Path(user_state_dir("dspy-mlflow-async")) / "spool"

@@ -1,0 +1,179 @@
+"""The pipeline as a whole: collector, one queue per store, one thread that looks after what is overdue."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from dspy_mlflow_async.export.books import Books
+from dspy_mlflow_async.export.collector import Collector
+from dspy_mlflow_async.export.items import Item
+from dspy_mlflow_async.export.options import ExportOptions, spool_root
+from dspy_mlflow_async.export.process import ProcessQueue
+from dspy_mlflow_async.export.queue import StoreQueue
+from dspy_mlflow_async.export.spool import Reference, Spool, folder_of
+from dspy_mlflow_async.export.tail import Tail
+from dspy_mlflow_async.guard import guarded
+
+
+class Pipeline:
+    """From ended spans to stored traces. Threads start when there is something to do."""
+
+    def __init__(
+        self,
+        options: ExportOptions,
+        books: Books | None = None,
+        housekeeping: Callable[[], None] | None = None,
+    ) -> None:
+        self.options = options
+        self.books = books or Books()
+        self.collector = Collector(options, self.books, self)
+        self.queues: dict[str, StoreQueue] = {}
+        self.is_closed = False
+        self._successor: Pipeline | None = None
+        self._housekeeping = guarded(housekeeping) if housekeeping else None
+        self._lock = threading.Lock()
+        self._ticker: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def current(self) -> Pipeline:
+        """This pipeline, or the one that has replaced it."""
+        pipeline = self
+        while pipeline._successor is not None:
+            pipeline = pipeline._successor
+        return pipeline
+
+    def queue(self, uri: str) -> StoreQueue:
+        """The queue of a (resolved) tracking URI."""
+        queue = self.queues.get(uri)
+        if queue is None:
+            with self._lock:
+                queue = self.queues.get(uri)
+                if queue is None:
+                    queue = self.queues[uri] = self._make_queue(uri)
+        return queue
+
+    def _make_queue(self, uri: str) -> StoreQueue:
+        folder = folder_of(spool_root(self.options.spool_dir), uri)
+        if self.options.mode == "process":
+            return ProcessQueue(self.options, self.books, uri, Spool(folder, uri, is_shared=True))
+        tail = Tail(folder, counts=False, follows_living=False)
+        return StoreQueue(self.options, self.books, uri, Spool(folder, uri, tail=tail))
+
+    def emit(self, uri: str, item: Item, is_sync: bool) -> None:
+        """Bring an item on its way; with ``is_sync``, to the store before returning."""
+        queue = self.queue(uri)
+        if is_sync:
+            queue.write_now(item)
+        else:
+            queue.put(item)
+
+    def safeguard(self, uri: str, item: Item) -> Reference | None:
+        """Keep a copy of an item on disk until the item itself comes."""
+        return self.queue(uri).safeguard(item)
+
+    def discard_copy(self, uri: str, reference: Reference) -> None:
+        """Forget a copy that nothing supersedes any more."""
+        self.queue(uri).spool.done([reference])
+
+    # --- what is overdue ---
+
+    def start(self) -> None:
+        """Look after open traces from now on."""
+        with self._lock:
+            if self._ticker is None and not self.is_closed:
+                ticker = threading.Thread(target=self._tick, name="dspy-mlflow-async-ticker", daemon=True)
+                ticker.start()
+                self._ticker = ticker
+
+    def _tick(self) -> None:
+        shortest = min(self.options.visible_after, self.options.children_timeout)
+        interval = max(0.05, min(1.0, shortest / 4))
+        next_housekeeping = time.monotonic() + 1.0
+        while not self._stop.wait(interval):
+            if time.monotonic() >= next_housekeeping:
+                next_housekeeping = time.monotonic() + 1.0
+                self.keep_house()
+            self.look_after()
+
+    @guarded
+    def look_after(self) -> None:
+        """Whatever is overdue."""
+        self.collector.tick()
+
+    def keep_house(self) -> None:
+        """The caller's own chores, which may end spans."""
+        if self._housekeeping is not None:
+            self._housekeeping()
+
+    # --- the end ---
+
+    def flush(self, timeout: float | None) -> bool:
+        """Write everything that has ended, held or not, and wait for it.
+
+        Returns:
+            Whether nothing waits.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.keep_house()
+        self.collector.hand_on_everything()
+        results = [queue.flush(deadline) for queue in list(self.queues.values())]
+        return all(results)
+
+    def save_everything(self) -> dict[str, int]:
+        """Bring what is left to the disk, and stop. For the end of the process.
+
+        Returns:
+            How many operations were left, by spool folder.
+        """
+        self.stop_ticking()
+        self.collector.hand_on_everything()
+        left = {}
+        for queue in list(self.queues.values()):
+            if count := queue.save_everything():
+                left[str(queue.spool.folder)] = count
+        return left
+
+    def stop_ticking(self) -> None:
+        """End the thread of this object; the queues' threads end by themselves."""
+        self._stop.set()
+
+    def close(self, successor: Pipeline | None = None) -> threading.Thread:
+        """Stop taking spans; what is on its way goes on in the background.
+
+        Args:
+            successor: Takes over what is in flight.
+
+        Returns:
+            The thread that brings the rest to the store, or to the disk, and then stops all others.
+        """
+        if successor is not None:
+            successor.collector.adopt(self.collector)
+            self._successor = successor
+            self.collector.entries = {}
+        else:
+            self.books.forget(self.collector.forget_open())
+            self.collector.hand_on_everything()
+        self.is_closed = True
+        self.stop_ticking()
+
+        def finish() -> None:
+            for queue in list(self.queues.values()):
+                queue.flush(time.monotonic() + self.options.exit_timeout)
+                queue.save_everything()
+
+        thread = threading.Thread(target=finish, name="dspy-mlflow-async-close", daemon=True)
+        thread.start()
+        return thread
+
+    def after_fork(self) -> None:
+        """In a forked child: no threads, nothing waiting, and the parent's traces are the parent's."""
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._ticker = None
+        self.books.reset()
+        self.collector.after_fork()
+        for queue in self.queues.values():
+            queue.spool.after_fork()
+        self.queues = {}

@@ -1,0 +1,121 @@
+"""Makes an item fit for the store, in the writer's thread: immutable clean spans, totals, previews, sizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from mlflow.entities import Param, RunTag, Trace, TraceData
+from mlflow.tracing.constant import TraceMetadataKey
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import Status
+
+from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
+from dspy_mlflow_async.seams import mlflow_export as seam
+
+
+def prepare(item: Item) -> None:
+    """Complete an item in place. Doing so twice does nothing."""
+    if isinstance(item, FollowUp):
+        item.assessments = [_clean_assessment(assessment) for assessment in item.assessments]
+        item.metadata, item.tags = _clean_mapping(item.metadata), _clean_mapping(item.tags)
+    elif isinstance(item, RunItem):
+        item.params = [Param(clean(param.key), clean(param.value)) for param in item.params]
+        item.tags = [RunTag(clean(tag.key), clean(tag.value)) for tag in item.tags]
+    elif isinstance(item, (TraceItem, SpansItem)) and not item.prepared:
+        _prepare_spans(item)
+
+
+def _prepare_spans(item: TraceItem | SpansItem) -> None:
+    item.spans = [_clean_span(span) for span in item.spans]
+    if isinstance(item, TraceItem):
+        info = item.info
+        _clean_info(info)
+        if item.stage == "whole":
+            total(info, item.spans)
+            if item.spans:
+                seam.complete_metadata(Trace(info, TraceData(list(item.spans))))
+                _clean_info(info)  # the previews are new
+    item.prepared = True
+
+
+def total(info: Any, spans: Any) -> None:
+    """Write the usage and cost of these spans into the trace."""
+    if usage := seam.aggregate_usage_from_spans(spans):
+        info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
+    if seam.computes_cost() and (cost := seam.aggregate_cost_from_spans(spans)):
+        info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
+
+
+def clean(text: str) -> str:
+    """Text that any database takes: no lone surrogates, which UTF-8 cannot say, and no NUL, which PostgreSQL cannot."""
+    if text.isascii():
+        return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
+
+
+def _is_clean(text: Any) -> bool:
+    return not isinstance(text, str) or clean(text) is text
+
+
+def _clean_mapping(mapping: Any) -> dict[str, Any]:
+    return {
+        (clean(key) if isinstance(key, str) else key): (clean(value) if isinstance(value, str) else value)
+        for key, value in mapping.items()
+    }
+
+
+def _clean_span(span: Any) -> Any:
+    """The immutable form of a span, and a repaired copy of it where it holds what no database takes."""
+    span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
+    otel = span._span
+    if (
+        all(map(_is_clean, (otel.attributes or {}).values()))
+        and _is_clean(otel.name)
+        and _is_clean(otel.status.description)
+        and all(_is_clean(v) for event in otel.events for v in (event.name, *(event.attributes or {}).values()))
+    ):
+        return span
+    status = otel.status
+    repaired = ReadableSpan(
+        name=clean(otel.name),
+        context=otel.context,
+        parent=otel.parent,
+        resource=otel.resource,
+        attributes=_clean_mapping(otel.attributes or {}),
+        events=[Event(clean(e.name), _clean_mapping(e.attributes or {}), e.timestamp) for e in otel.events],
+        links=otel.links,
+        kind=otel.kind,
+        start_time=otel.start_time,
+        end_time=otel.end_time,
+        status=Status(status.status_code, clean(status.description)) if status.description else status,
+    )
+    return seam.restore_span(repaired, span._attachments, getattr(span, "_links", None))
+
+
+def _clean_info(info: Any) -> None:
+    info.trace_metadata = _clean_mapping(info.trace_metadata)
+    info.tags = _clean_mapping(info.tags)
+    for name in ("request_preview", "response_preview", "client_request_id"):
+        value = getattr(info, name)
+        if isinstance(value, str):
+            setattr(info, name, clean(value))
+    info.assessments = [_clean_assessment(assessment) for assessment in info.assessments]
+
+
+def _clean_assessment(assessment: Any) -> Any:
+    value = getattr(assessment.feedback, "value", None)
+    if all(map(_is_clean, (assessment.rationale, assessment.name, value))):
+        return assessment
+    assessment = copy.deepcopy(assessment)
+    if assessment.rationale:
+        assessment.rationale = clean(assessment.rationale)
+    assessment.name = clean(assessment.name)
+    if isinstance(value, str):
+        assessment.feedback.value = clean(value)
+    return assessment

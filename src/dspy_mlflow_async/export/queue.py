@@ -1,0 +1,407 @@
+"""The queue of one store: bounded in memory, emptied by one thread, overflowing to the spool."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from dspy_mlflow_async.export.backlog import Backlog
+from dspy_mlflow_async.export.disk import Disk
+from dspy_mlflow_async.export.items import Item, TraceItem
+from dspy_mlflow_async.export.retry import Backoff, Verdict
+from dspy_mlflow_async.export.writer import Writer
+
+if TYPE_CHECKING:
+    from dspy_mlflow_async.export.books import Books, Place
+    from dspy_mlflow_async.export.options import ExportOptions
+    from dspy_mlflow_async.export.spool import Reference, Spool
+    from dspy_mlflow_async.export.writer import Outcome
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+# A batch is one SQL transaction: others who write to the same database wait for as long as it takes.
+_BATCH_ITEMS = 32
+_BATCH_BYTES = 8 * 2**20
+# How long the first of a batch waits for others, in seconds, and how long the writer rests after a batch at the most:
+# it rests as long as the batch took, so that the program that is being watched gets the interpreter at least half of
+# the time. Neither holds once somebody flushes, or half of the memory is full.
+_LINGER = 0.5
+_LONGEST_REST = 0.5
+# Writes in a row that fail before the store counts as away.
+_ATTEMPTS_IN_MEMORY = 3
+_ADOPT_EVERY = 60.0
+# A caller who waits for one operation waits no longer than this for an answer.
+_URGENT_SECONDS = 10.0
+
+
+class StoreQueue:
+    """Takes items from any thread and brings them to the store, or to the disk, in the order of their keys."""
+
+    keeps_partial = False  # whether a view of an open trace is worth a place in the spool
+
+    def __init__(self, options: ExportOptions, books: Books, uri: str, spool: Spool) -> None:
+        self.options = options
+        self.uri = uri
+        self.spool = spool
+        self._disk = Disk(spool)
+        self._books = books
+        self._writer = Writer(uri)
+        self._urgent_writer = Writer(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
+        self._lock = threading.Lock()  # the containers below; never held during I/O
+        self._waiting: deque[Item] = deque()
+        self._waiting_bytes = 0
+        self._in_flight: list[Item] = []
+        self.backlog = Backlog()
+        self._adopt_at = 0.0  # monotonic
+        self._backoff = Backoff()
+        self._failures = 0  # writes in a row that found the store away
+        self._away_until = 0.0  # monotonic
+        self._away_seen = 0  # how often the store was found away; a flush that sees one more gives up
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._stop = threading.Event()
+        self._progress = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    # --- the caller's side ---
+
+    def put(self, item: Item) -> None:
+        """Take an item. The caller waits for the disk only when the memory is full, or with ``durable``."""
+        is_partial = self._is_partial(item)
+        if not is_partial:
+            self._secure(item)
+        with self._lock:
+            must_spool = self.backlog.has(item.key) or (
+                self._waiting_bytes + item.size > self.options.max_waiting_bytes
+            )
+            if not must_spool:
+                self._waiting.append(item)
+                self._waiting_bytes += item.size
+                if 2 * self._waiting_bytes > self.options.max_waiting_bytes:
+                    self._hurry.set()
+        if must_spool and not is_partial and not self._to_spool(item):
+            self._drop(item)
+        if not self._wake.is_set():
+            self._wake.set()
+            self._start()
+
+    def write_now(self, item: Item) -> bool:
+        """Write in the caller's thread; what does not work now is queued.
+
+        Returns:
+            Whether it is stored.
+        """
+        if not self.has_queued(item.key):
+            outcome = self._urgent_writer.write([item])[0]
+            if outcome.verdict in (Verdict.STORED, Verdict.REFUSED):
+                self._settle(outcome, "waiting")
+                return outcome.verdict is Verdict.STORED
+        self.put(item)
+        return False
+
+    def _secure(self, item: Item) -> None:
+        if self.options.durable:
+            self._disk.save(item, durable=True)
+        if item.supersedes is not None and (item.reference is not None or not self.options.durable):
+            self.spool.done([item.supersedes])
+            item.supersedes = None
+
+    def safeguard(self, item: Item) -> Reference | None:
+        """Keep a copy on disk of what is not ready to be written yet.
+
+        Returns:
+            Where it lies, for the item that will supersede it; None if it could not be written.
+        """
+        return item.reference if self._disk.save(item, durable=True) else None
+
+    def has_queued(self, key: str) -> bool:
+        """Whether something of this trace or run still waits; then what comes next must wait behind it."""
+        with self._lock:
+            return bool(
+                self.backlog.has(key)
+                or any(item.key == key for item in self._waiting)
+                or any(item.key == key for item in self._in_flight)
+            )
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._run, name="dspy-mlflow-async-writer", daemon=True)
+                with contextlib.suppress(RuntimeError):  # the interpreter shuts down; `flush` writes in its thread
+                    thread.start()
+                    self._thread = thread
+
+    # --- the writer's thread ---
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(self._rest())
+            if not self._hurry.is_set():
+                self._hurry.wait(_LINGER)
+            self._wake.clear()
+            try:
+                self.work()
+            except Exception:
+                logger.exception("dspy-mlflow-async: the export queue failed; it goes on")
+                self._stop.wait(1.0)
+
+    def _rest(self) -> float | None:
+        """Seconds until something is due that nobody will wake us for."""
+        due = self.backlog.due(self._away_until)
+        if due is None and self._waiting:
+            due = self._away_until
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def work(self) -> None:
+        """Bring to the store what can be brought there now."""
+        while not self._stop.is_set():
+            if time.monotonic() < self._away_until:
+                self._spool_waiting()
+                break
+            began = time.monotonic()
+            did_something = self._write_waiting()
+            did_something = self._write_backlog() or did_something
+            self._tell()
+            if not did_something:
+                break
+            if not self._hurry.is_set():
+                self._hurry.wait(min(time.monotonic() - began, _LONGEST_REST))
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._progress:
+            if self.is_empty():
+                self._hurry.clear()
+            self._progress.notify_all()
+
+    def _take(self) -> list[Item]:
+        batch: list[Item] = []
+        size = 0
+        with self._lock:
+            while self._waiting and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
+                item = self._waiting.popleft()
+                batch.append(item)
+                size += item.size
+            self._in_flight = batch
+        return batch
+
+    def _write_waiting(self) -> bool:
+        batch = self._take()
+        if not batch:
+            return False
+        outcomes = self._writer.write(batch)
+        if self._in_flight is not batch:  # the process ends, and `save_everything` did not wait for us
+            for outcome in outcomes:
+                if outcome.verdict is Verdict.STORED:
+                    self._settle(outcome, "spooled")
+            return False
+        again = [outcome.item for outcome in outcomes if outcome.verdict is Verdict.AWAY]
+        for outcome in outcomes:
+            if outcome.verdict is Verdict.SUSPECT:
+                self._suspect(outcome)
+            elif outcome.verdict is not Verdict.AWAY:
+                self._settle(outcome, "waiting")
+        with self._lock:
+            self._waiting_bytes -= sum(item.size for item in batch) - sum(item.size for item in again)
+            self._waiting.extendleft(reversed(again))
+            self._in_flight = []
+        if again:
+            self._found_away(outcomes)
+        else:
+            self._found_there(outcomes)
+        return True
+
+    def _found_there(self, outcomes: list[Outcome]) -> None:
+        self._failures = 0
+        self._away_until = 0.0
+        self._backoff.reset()
+        if any(outcome.verdict is Verdict.STORED for outcome in outcomes):
+            self.backlog.succeeded()
+            self._adopt()
+
+    def _found_away(self, outcomes: list[Outcome]) -> None:
+        """The store is away: try again soon, and after some attempts bring what waits to safety."""
+        self._failures += 1
+        pause = self._backoff.pause()
+        if self._failures < _ATTEMPTS_IN_MEMORY and not len(self.backlog):
+            self._stop.wait(pause)
+            return
+        if self._failures == _ATTEMPTS_IN_MEMORY:
+            error = next((o.error for o in outcomes if o.error is not None), None)
+            logger.warning(
+                "dspy-mlflow-async: the MLflow store cannot be reached (%s: %s); traces are kept in %s and sent "
+                "when it is back.",
+                type(error).__name__,
+                error,
+                self.spool.folder,
+            )
+        self._away_until = time.monotonic() + pause
+        self._spool_waiting()
+        self._failed()
+
+    # --- the spool ---
+
+    def _to_spool(self, item: Item) -> bool:
+        if not self._disk.save(item):
+            return False
+        reference = item.reference
+        assert reference is not None  # noqa: S101 - for the type checker
+        self.backlog.add([reference])
+        self._books.move("waiting", "spooled", item.counted)
+        return True
+
+    def _spool_waiting(self) -> None:
+        """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                item = self._waiting.popleft()
+                self._in_flight = [item]
+            is_safe = self._is_partial(item) or self._to_spool(item)
+            with self._lock:
+                self._in_flight = []
+                if is_safe:
+                    self._waiting_bytes -= item.size
+                else:
+                    self._waiting.appendleft(item)
+                    return
+
+    def _write_backlog(self) -> bool:
+        batch, is_suspect = self.backlog.take(_BATCH_ITEMS, _BATCH_BYTES)
+        if not batch:
+            return False
+        items = [item for reference in batch if (item := self._load(reference)) is not None]
+        outcomes = self._writer.write(items) if items else []
+        again: list[Reference] = []
+        for outcome in outcomes:
+            reference = outcome.item.reference
+            assert reference is not None  # noqa: S101 - `_load` sets it
+            if outcome.verdict is Verdict.AWAY:
+                again.append(reference)
+            elif outcome.verdict is Verdict.SUSPECT and not self.backlog.is_guilty(reference.key):
+                self.backlog.postpone(reference, was_suspect=is_suspect)
+                self._failed()
+            else:
+                self._settle(outcome, "spooled")
+                self.backlog.finish([reference])
+                if is_suspect and outcome.verdict is Verdict.STORED:
+                    self.backlog.recovered()
+        self.backlog.put_back(again, was_suspect=is_suspect)
+        if again:
+            self._found_away(outcomes)
+            return False
+        self._found_there(outcomes)
+        return True
+
+    def _failed(self) -> None:
+        """Let those who flush know that trying does not help now."""
+        with self._progress:
+            self._away_seen += 1
+
+    def _load(self, reference: Reference) -> Item | None:
+        item = self._disk.load(reference)
+        if item is None:
+            self._books.move("spooled", "dropped", reference.counted)
+            self.backlog.finish([reference])
+            self.spool.done([reference], stored=False)
+        return item
+
+    # --- what becomes of an item ---
+
+    def _settle(self, outcome: Outcome, place: Place) -> None:
+        item = outcome.item
+        if outcome.verdict is Verdict.STORED:
+            self._books.move(place, "stored", item.counted)
+            self._disk.forget(item, stored=True)
+            return
+        if self._is_partial(item):
+            return
+        reason = f"{type(outcome.error).__name__}: {outcome.error}"
+        self._books.move(place, "dead" if self._disk.bury(item, reason) else "dropped", item.counted)
+        self._disk.forget(item, stored=False)
+
+    def _suspect(self, outcome: Outcome) -> None:
+        """Put aside a record that failed for no clear reason, so that it holds up nobody."""
+        item = outcome.item
+        if self._is_partial(item):
+            return
+        self.backlog.suspect(item.key)
+        if not self._to_spool(item):
+            self._drop(item)
+
+    def _is_partial(self, item: Item) -> bool:
+        """Whether an item may be forgotten, since the whole of it will follow."""
+        return isinstance(item, TraceItem) and item.stage == "partial" and not self.keeps_partial
+
+    def feed(self, references: list[Reference]) -> None:
+        """Send records that somebody else has spooled."""
+        self.backlog.add(references)
+
+    def _adopt(self) -> None:
+        """Now and then, while the store takes what it is given: what ended processes have left behind."""
+        if time.monotonic() >= self._adopt_at:
+            self._adopt_at = time.monotonic() + _ADOPT_EVERY
+            self.feed(self.spool.adopt())
+
+    def _drop(self, item: Item) -> None:
+        self._books.move("waiting", "dropped", item.counted)
+
+    # --- the end ---
+
+    def is_empty(self) -> bool:
+        """Whether nothing of this process waits, in memory or on disk."""
+        with self._lock:
+            return not (self._waiting or self._in_flight or len(self.backlog))
+
+    def flush(self, deadline: float | None) -> bool:
+        """Wait until nothing waits, or the store proves to be away, or the deadline (monotonic) is over.
+
+        Returns:
+            Whether nothing waits.
+        """
+        with self._progress:
+            seen = self._away_seen
+        self._hurry.set()
+        self._away_until = 0.0
+        self.backlog.hurry()
+        self._wake.set()
+        if not self.is_empty():
+            self._start()
+        if self._thread is None or not self._thread.is_alive():
+            self.work()
+        with self._progress:
+            while not self.is_empty() and (self._away_seen == seen or self._waiting or self._in_flight):
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._progress.wait(0.5 if left is None else min(0.5, left))
+        return self.is_empty()
+
+    def stop(self) -> None:
+        """End the thread after what it is doing, and leave what waits on disk."""
+        self._stop.set()
+        self._wake.set()
+        self._hurry.set()
+
+    def save_everything(self) -> int:
+        """Bring all that waits, in flight or not, to the disk. For the end of the process.
+
+        Returns:
+            How many operations lie in the spool.
+        """
+        self.stop()
+        with self._lock:
+            left = [*self._in_flight, *self._waiting]
+            self._waiting.clear()
+            self._in_flight = []
+        for item in left:
+            if not self._is_partial(item) and not self._to_spool(item):
+                self._drop(item)
+        with contextlib.suppress(OSError):
+            self.spool.close()
+        return len(self.backlog)

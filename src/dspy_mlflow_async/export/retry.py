@@ -1,0 +1,68 @@
+"""When to try again, and what is not worth it."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Sequence
+
+from mlflow.exceptions import MlflowException
+
+
+class Verdict(enum.Enum):
+    """What became of one operation on the store."""
+
+    STORED = "stored"
+    AWAY = "away"  # the store cannot be reached, is overloaded, or does not know us: try everything later
+    SUSPECT = "suspect"  # failed without a clear reason: try later, and blame the record if others succeed
+    REFUSED = "refused"  # never going to work
+
+
+# Credentials can be renewed, and a proxy may say 404 for a while, but then without MLflow's error code.
+_AWAY_STATUSES = frozenset({401, 403, 407, 408, 425, 429, 502, 503, 504})
+_SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any failure, a busy database too
+
+
+def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
+    """What to do about an error of the store.
+
+    Args:
+        error: What was raised.
+        statuses: The HTTP statuses seen on the way, if there were any.
+    """
+    status = statuses[-1] if statuses else None
+    if isinstance(error, MlflowException):
+        has_code = not statuses or error.error_code != "INTERNAL_ERROR"
+        if status is None or (has_code and status not in _AWAY_STATUSES):
+            status = error.get_http_status_code()
+        if status in _AWAY_STATUSES:
+            return Verdict.AWAY
+        if not statuses and status == 500 and "API request to" in error.message:  # noqa: PLR2004 - HTTP
+            return Verdict.AWAY  # no answer at all: refused, reset, timed out
+        if 400 <= status < 500 and status not in _SUSPECT_STATUSES and has_code:  # noqa: PLR2004 - HTTP
+            return Verdict.REFUSED
+        if status == 413:  # noqa: PLR2004 - HTTP: too large
+            return Verdict.REFUSED
+        return Verdict.SUSPECT
+    if isinstance(error, OSError):  # also what `requests` raises
+        return Verdict.AWAY
+    return Verdict.SUSPECT
+
+
+class Backoff:
+    """Growing pauses with full jitter, so that many processes do not come back at once."""
+
+    def __init__(self, first: float = 0.25, longest: float = 30.0) -> None:
+        self._first = first
+        self._longest = longest
+        self._ceiling = first
+
+    def reset(self) -> None:
+        """Something worked."""
+        self._ceiling = self._first
+
+    def pause(self) -> float:
+        """Seconds to wait before the next attempt."""
+        ceiling = self._ceiling
+        self._ceiling = min(self._longest, ceiling * 2)
+        return ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - no secret

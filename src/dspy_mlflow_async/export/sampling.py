@@ -1,0 +1,26 @@
+"""Decides on whole traces: who sets ``KEEPS`` is asked about each trace that began in that context, at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow_export as seam
+
+# Given the ended root span, as OpenTelemetry has it, says whether the trace is stored.
+Keeps = Callable[[Any], bool]
+
+KEEPS: ContextVar[Keeps | None] = ContextVar("dspy_mlflow_async_keeps", default=None)
+
+
+def is_kept(keeps: Keeps, trace: Any) -> bool:
+    """Whether ``keeps`` wants this trace. One whose root has not ended is stored, as is one that it fails on."""
+    root = seam.ended_root(trace)
+    return root is None or _ask(keeps, root) is not False
+
+
+@guarded
+def _ask(keeps: Keeps, root: Any) -> bool:
+    return keeps(root)

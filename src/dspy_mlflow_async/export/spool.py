@@ -1,0 +1,322 @@
+"""What is on disk: one folder per tracking URI, segments of checksummed lines, and a list of what is done with.
+
+The format is described in ``docs/export.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from dspy_mlflow_async.export import codec
+
+if TYPE_CHECKING:
+    from dspy_mlflow_async.export.tail import Tail
+
+_LINE = re.compile(rb"([0-9a-f]{8}) (\d{1,15}) ")
+_DONE = re.compile(rb"(\d{1,15} [sd]) ([0-9a-f]{8})\n")
+# A segment that has grown this large is closed; it disappears when all of its records are done with.
+_SEGMENT_BYTES = 16 * 2**20
+# One of this size goes away as soon as nothing in it is needed, even if more could be written to it.
+_SEGMENT_BYTES_IF_EMPTY = 2**20
+_URI_FILE = "tracking-uri"
+# The name of a segment that a draining child may read while its process still writes it.
+SHARED = "-shared.seg"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Where a record lies."""
+
+    segment: Path
+    offset: int
+    length: int
+    key: str = ""
+    counted: int = 0
+
+
+def folder_of(root: Path, uri: str) -> Path:
+    """The spool of a tracking URI. The name is a hash, since a URI may hold a password."""
+    return root / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def frame(payload: bytes) -> bytes:
+    """One line: checksum, length, payload."""
+    return b"%08x %d %s\n" % (zlib.crc32(payload), len(payload), payload)
+
+
+def scan(data: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """The records of a segment.
+
+    Yields:
+        Offset and payload; the payload is None for a damaged stretch (flipped bits, a torn end).
+    """
+    position = 0
+    while position < len(data):
+        match = _LINE.match(data, position)
+        if match:
+            start, end = match.end(), match.end() + int(match[2])
+            payload = data[start:end]
+            if end <= len(data) and zlib.crc32(payload) == int(match[1], 16):
+                yield position, payload
+                position = end + 1  # whatever the byte for the line's end has become
+                continue
+        yield position, None
+        newline = data.find(b"\n", position)
+        if newline < 0:
+            return
+        position = newline + 1
+
+
+def done_offsets(segment: Path) -> dict[int, bool]:
+    """The offsets in a segment that are done with, and whether their record is stored (else it is dead).
+
+    A line that is damaged counts as not written: then a record is sent twice, which the store does not mind.
+    """
+    try:
+        data = segment.with_suffix(".done").read_bytes()
+    except OSError:
+        return {}
+    done = {}
+    for match in _DONE.finditer(data):
+        if zlib.crc32(match[1]) == int(match[2], 16):
+            offset, flag = match[1].split()
+            done[int(offset)] = flag == b"s"
+    return done
+
+
+def mark_done(segment: Path, offsets: list[int], *, stored: bool = True) -> None:
+    """Note that records are done with: stored, or moved to the dead letters. Appending is atomic.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    notes = [b"%d %s" % (offset, b"s" if stored else b"d") for offset in offsets]
+    handle = os.open(segment.with_suffix(".done"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(handle, b"".join(b"%s %08x\n" % (note, zlib.crc32(note)) for note in notes))
+    finally:
+        os.close(handle)
+    if not segment.exists():  # removed meanwhile
+        remove(segment)
+
+
+class Lock:
+    """A file lock that belongs to this open file, not to the process; it ends with the process, however that ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: IO[Any] | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock, unless somebody has it."""
+        handle = self._path.open("ab")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            return False
+        self._handle = handle
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+class Spool:
+    """The spool of one tracking URI, as one process writes it. Safe for threads."""
+
+    def __init__(self, folder: Path, uri: str, *, is_shared: bool = False, tail: Tail | None = None) -> None:
+        self.folder = folder
+        self.uri = uri
+        self.tail = tail  # segments of others whose records we bring to the store
+        self._suffix = SHARED if is_shared else ".seg"
+        self._append = threading.Lock()
+        self._sync = threading.Lock()
+        self._segment: Path | None = None
+        self._handle = -1
+        self._written = self._synced = 0
+        self._live: dict[Path, int] = {}  # our segments, and how many of their records are not done with
+
+    def put(self, payload: bytes, *, key: str, counted: int, durable: bool = False) -> Reference:
+        """Append a record.
+
+        Args:
+            payload: The record, encoded.
+            key: What it belongs to; kept with the reference.
+            counted: How many traces it carries; kept with the reference.
+            durable: Return only when it would survive a power cut. Callers that wait at the same time share
+                one sync.
+
+        Raises:
+            OSError: If the disk is full, or the folder cannot be written.
+        """
+        line = frame(payload)
+        with self._append:
+            if self._handle < 0 or self._written >= _SEGMENT_BYTES:
+                self._open_segment()
+            segment, handle, offset = self._segment, self._handle, self._written
+            assert segment is not None  # noqa: S101 - for the type checker
+            self._write(handle, line, offset)
+            self._written = end = offset + len(line)
+            self._live[segment] = self._live.get(segment, 0) + 1
+        if durable:
+            self._sync_to(segment, handle, end)
+        return Reference(segment, offset, len(line), key, counted)
+
+    def _write(self, handle: int, line: bytes, offset: int) -> None:
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(handle, memoryview(line)[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, offset)  # half a record would be a damaged one
+            raise
+
+    def _sync_to(self, segment: Path, handle: int, end: int) -> None:
+        with self._sync:
+            if segment != self._segment or self._synced >= end:
+                return  # synced by another caller, or when the segment was closed
+            reached = self._written
+            os.fdatasync(handle)
+            self._synced = reached
+
+    def _open_segment(self) -> None:
+        self.close()
+        make_folder(self.folder, self.uri)
+        name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(3)}{self._suffix}"
+        segment = self.folder / name
+        handle = os.open(segment, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX)  # says that its writer lives
+        self._segment, self._handle, self._written, self._synced = segment, handle, 0, 0
+
+    def close(self) -> None:
+        """Sync and give up the current segment, so that others may drain it."""
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            with contextlib.suppress(OSError):
+                os.fdatasync(handle)
+            os.close(handle)
+            segment, self._segment = self._segment, None
+            if segment is not None and not self._live.get(segment):
+                remove(segment)
+                self._live.pop(segment, None)
+
+    def read(self, reference: Reference) -> bytes | None:
+        """The payload of a record; None if the disk has lost it."""
+        try:
+            with reference.segment.open("rb") as file:
+                file.seek(reference.offset)
+                data = file.read(reference.length)
+        except OSError:
+            return None
+        return next((payload for offset, payload in scan(data) if offset == 0), None)
+
+    def done(self, references: list[Reference], *, stored: bool = True, noted: bool = False) -> None:
+        """Records are done with; a segment of ours that has no others goes away.
+
+        Args:
+            references: The records.
+            stored: Whether they are in the store (else among the dead letters).
+            noted: Whether somebody else has marked them already.
+        """
+        by_segment: dict[Path, list[int]] = {}
+        for reference in references:
+            by_segment.setdefault(reference.segment, []).append(reference.offset)
+        for segment, offsets in by_segment.items():
+            if self.tail is not None and segment in self.tail:
+                self.tail.done(segment, offsets, stored=stored)
+                continue
+            with self._append:
+                left = self._live.get(segment, 0) - len(offsets)
+                self._live[segment] = left
+                if left <= 0 and segment == self._segment and self._written >= _SEGMENT_BYTES_IF_EMPTY:
+                    os.close(self._handle)
+                    self._handle, self._segment = -1, None
+                is_over = left <= 0 and segment != self._segment
+                if is_over:
+                    self._live.pop(segment, None)
+            if is_over:
+                remove(segment)
+            elif not noted:
+                with contextlib.suppress(OSError):  # then it is sent twice, which the store does not mind
+                    mark_done(segment, offsets, stored=stored)
+
+    def adopt(self) -> list[Reference]:
+        """Records of others that are now ours to send."""
+        return [] if self.tail is None else self.tail.poll(self.is_mine)
+
+    def is_mine(self, segment: Path) -> bool:
+        """Whether this object has written the segment, and it is still needed."""
+        return segment == self._segment or segment in self._live
+
+    def bury(self, payload: bytes, reason: str) -> None:
+        """Write a record to the dead letters, with the reason.
+
+        Raises:
+            OSError: If the disk is full, or the folder cannot be written.
+        """
+        make_folder(self.folder, self.uri)
+        letter = codec.dumps({"reason": reason, "time": time.time(), "record": payload.decode()})
+        handle = os.open(self.folder / "dead.letters", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(handle, frame(letter))
+        finally:
+            os.close(handle)
+
+    def after_fork(self) -> None:
+        """In a forked child: the parent's segment is the parent's."""
+        self._append, self._sync = threading.Lock(), threading.Lock()
+        if self._handle >= 0:
+            os.close(self._handle)  # flock belongs to the open file, which the parent still has
+        self._segment, self._handle, self._written, self._live = None, -1, 0, {}
+
+
+def make_folder(folder: Path, uri: str) -> None:
+    """Make a spool's folder, readable by its owner alone, and note which store it is for."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    note = folder / _URI_FILE
+    if not note.exists():
+        folder.chmod(0o700)
+        temporary = folder / f".{_URI_FILE}-{os.getpid()}-{secrets.token_hex(3)}"
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(uri)
+        temporary.replace(note)
+
+
+def uri_of(folder: Path) -> str | None:
+    """The tracking URI that a spool belongs to."""
+    try:
+        return (folder / _URI_FILE).read_text()
+    except OSError:
+        return None
+
+
+def remove(segment: Path) -> None:
+    """Delete a segment whose records are all done with."""
+    for path in (segment, segment.with_suffix(".done")):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments of a spool, oldest first."""
+    try:
+        return sorted(folder.glob("*.seg"))
+    except OSError:
+        return []

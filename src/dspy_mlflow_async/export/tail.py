@@ -1,0 +1,132 @@
+"""Follows segments that other processes wrote: those of the dead, and, for a draining child, of its living parent."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspy_mlflow_async.export import spool
+
+_HEAD = re.compile(rb'"key":\s?"([^"]*)",\s?"counted":\s?(\d)')
+# Read no more at once than this beyond the last whole record.
+_CHUNK = 8 * 2**20
+
+
+@dataclass(slots=True)
+class _Followed:
+    lock: spool.Lock | None  # ours if its writer is gone
+    position: int = 0
+    done: dict[int, bool] = field(default_factory=dict)
+    left: int = 0
+    damaged: int = 0
+
+
+class Tail:
+    """What others have left in a spool, record by record.
+
+    Args:
+        folder: The spool.
+        counts: Whether the records count as traces of this process.
+        follows_living: Whether to follow segments that a living process shares with us, too.
+    """
+
+    def __init__(self, folder: Path, *, counts: bool, follows_living: bool) -> None:
+        self._folder = folder
+        self._counts = counts
+        self._follows_living = follows_living
+        self._followed: dict[Path, _Followed] = {}
+        self.damaged = 0
+
+    def __contains__(self, segment: Path) -> bool:
+        return segment in self._followed
+
+    def poll(self, is_mine: Callable[[Path], bool]) -> list[spool.Reference]:
+        """Records that have come since the last time, oldest first.
+
+        Args:
+            is_mine: Whether a segment is one that this process writes itself, and not to be followed.
+        """
+        found: list[spool.Reference] = []
+        for segment in spool.segments(self._folder):
+            if not is_mine(segment):
+                found += self._poll_one(segment)
+        for segment in list(self._followed):
+            self._let_go(segment)
+        return found
+
+    def _poll_one(self, segment: Path) -> list[spool.Reference]:
+        followed = self._followed.get(segment)
+        if followed is None or followed.lock is None:
+            lock: spool.Lock | None = spool.Lock(segment)
+            try:
+                if lock is not None and not lock.acquire():
+                    lock = None
+            except OSError:
+                return []
+            if lock is None and not (self._follows_living and segment.name.endswith(spool.SHARED)):
+                return []
+            if followed is None:
+                followed = self._followed[segment] = _Followed(lock, done=spool.done_offsets(segment))
+            followed.lock = lock
+        return self._read(segment, followed)
+
+    def _read(self, segment: Path, followed: _Followed) -> list[spool.Reference]:
+        try:
+            with segment.open("rb") as file:
+                file.seek(followed.position)
+                data = file.read()
+        except OSError:
+            return []
+        found = []
+        base = followed.position
+        for offset, payload in spool.scan(data):
+            if payload is None:
+                if b"\n" not in data[offset:]:
+                    if followed.lock is not None:  # nobody will complete it
+                        followed.damaged += 1
+                        followed.position = base + len(data)
+                    break
+                followed.damaged += 1
+                followed.position = base + data.index(b"\n", offset) + 1
+                continue
+            length = len(spool.frame(payload)) if len(payload) < _CHUNK else len(payload) + 32
+            followed.position = min(base + offset + length, base + len(data))
+            if base + offset in followed.done:
+                continue
+            followed.left += 1
+            head = _HEAD.search(payload[:300])
+            key, counted = (head[1].decode(), int(head[2])) if head else ("", 0)
+            found.append(spool.Reference(segment, base + offset, length, key, counted if self._counts else 0))
+        return found
+
+    def done(self, segment: Path, offsets: list[int], *, stored: bool) -> None:
+        """Records are done with."""
+        followed = self._followed[segment]
+        with contextlib.suppress(OSError):  # then they are sent twice, which the store does not mind
+            spool.mark_done(segment, offsets, stored=stored)
+        followed.left -= len(offsets)
+        self._let_go(segment)
+
+    def _let_go(self, segment: Path) -> None:
+        """Delete a segment of the dead in which nothing is left; keep what nobody could read."""
+        followed = self._followed[segment]
+        if not segment.exists():
+            del self._followed[segment]
+        elif followed.lock is not None and not followed.left and followed.position >= segment.stat().st_size:
+            if followed.damaged:
+                self.damaged += followed.damaged
+                with contextlib.suppress(OSError):
+                    segment.rename(segment.with_suffix(".damaged"))
+            spool.remove(segment)
+            followed.lock.release()
+            del self._followed[segment]
+
+    def close(self) -> None:
+        """Give back all locks."""
+        for followed in self._followed.values():
+            if followed.lock is not None:
+                followed.lock.release()
+        self._followed.clear()

@@ -1,0 +1,337 @@
+"""Writes operations to one MLflow store: for a trace `start_trace` first, then the spans of the whole batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow.entities import Trace, TraceData
+
+from dspy_mlflow_async.export import gate, prepare
+from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
+from dspy_mlflow_async.export.retry import Verdict, judge
+from dspy_mlflow_async.seams import mlflow_export as seam
+
+# Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
+_REQUEST_SECONDS = 30.0
+_ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, and does not like to get it twice
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one item."""
+
+    item: Item
+    verdict: Verdict
+    error: Exception | None = None
+
+
+class Writer:
+    """Writes to the store of one tracking URI. Not to be shared between threads at the same time."""
+
+    def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS) -> None:
+        self.uri = uri
+        self._request_seconds = request_seconds
+        self._client: seam.TracingClient | None = None
+        self._takes_batches: bool | None = None
+        self._takes_spans = True
+        # Only connections to a database must not be copied in the middle of something.
+        self._gate = contextlib.nullcontext() if uri.startswith(("http:", "https:")) else gate.writes
+
+    @property
+    def client(self) -> seam.TracingClient:
+        """MLflow's client, made when it is first needed, in the thread that may wait for it."""
+        if self._client is None:
+            self._client = seam.TracingClient(self.uri)  # creates the tables of a new SQL store
+        return self._client
+
+    def write(self, items: Sequence[Item]) -> list[Outcome]:
+        """Write items in order.
+
+        Once the store is found to be away nothing further is tried.
+
+        Returns:
+            An outcome for each item.
+        """
+        outcomes: list[Outcome] = []
+        with self._gate, seam.suppressed_instrumentation(), seam.limited_http(self._request_seconds) as statuses:
+            for group in _grouped(items):
+                # What follows an operation that must be tried again would be refused, or come too early.
+                failed = {o.item.key: o for o in outcomes if o.verdict in (Verdict.AWAY, Verdict.SUSPECT)}
+                if any(outcome.verdict is Verdict.AWAY for outcome in failed.values()):
+                    away = next(o for o in failed.values() if o.verdict is Verdict.AWAY)
+                    outcomes += [Outcome(item, Verdict.AWAY, away.error) for item in group]
+                    continue
+                outcomes += [
+                    Outcome(item, Verdict.SUSPECT, failed[item.key].error) for item in group if item.key in failed
+                ]
+                if todo := [item for item in group if item.key not in failed]:
+                    is_trace = isinstance(todo[0], (TraceItem, SpansItem))
+                    outcomes += (
+                        self._write_traces(todo, statuses)
+                        if is_trace
+                        else self._one_by_one(todo, self._write_other, statuses)
+                    )
+        return outcomes
+
+    # --- traces ---
+
+    def _write_traces(self, items: Sequence[Item], statuses: list[int]) -> list[Outcome]:
+        good: list[Any] = []
+        bad: list[Outcome] = []
+        for item in items:
+            try:
+                prepare.prepare(item)
+                good.append(item)
+            except Exception as error:  # noqa: BLE001, PERF203 - one trace must not keep the others from the store
+                bad.append(Outcome(item, Verdict.SUSPECT, error))
+        if not good:
+            return bad
+        statuses.clear()
+        try:
+            if self._takes_batches is None:
+                self._takes_batches = seam.supports_span_batches(self.client)
+        except Exception as error:  # noqa: BLE001 - the store decides what it raises; `judge` says what it means
+            return bad + [Outcome(item, judge(error, statuses), error) for item in good]
+        if self._takes_batches and self._takes_spans and self._all_at_once(good):
+            return bad + [Outcome(item, Verdict.STORED) for item in good]
+        if not self._takes_batches:
+            return bad + self._one_by_one(good, self._write_spans_first, statuses)
+        return bad + self._starts_then_spans(good, statuses)
+
+    def _all_at_once(self, items: Sequence[Any]) -> bool:
+        """The whole batch in one SQL transaction.
+
+        Returns:
+            False where that is not possible, or did not work; then nothing is written.
+        """
+        if any(item.workspace or _is_late(item) for item in items):
+            return False
+        returned = []
+        try:
+            with seam.one_transaction(self.client) as store:
+                if store is None:
+                    return False
+                returned = [(item, store.start_trace(item.info)) for item in items if isinstance(item, TraceItem)]
+                for experiment_id, spans in _by_experiment(items):
+                    store.log_spans(experiment_id, spans)
+        except Exception:  # noqa: BLE001 - what is wrong will show when written one by one
+            return False
+        for item, info in returned:
+            self._finish(item, info)
+        return True
+
+    def _starts_then_spans(self, items: Sequence[Any], statuses: list[int]) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        infos: dict[int, Any] = {}
+        for index, item in enumerate(items):
+            if isinstance(item, TraceItem) and item.stage != "late":
+                statuses.clear()
+                try:
+                    with seam.workspace_scope(item.workspace):
+                        infos[index] = self.client.start_trace(item.info)
+                except Exception as error:  # noqa: BLE001 - judged
+                    outcomes[index] = Outcome(item, judge(error, statuses), error)
+                    if outcomes[index].verdict is Verdict.AWAY:
+                        for late in range(index, len(items)):
+                            outcomes[late] = Outcome(items[late], Verdict.AWAY, error)
+                        break
+        groups: dict[tuple[str | None, str | None], list[int]] = {}
+        for index, item in enumerate(items):
+            if index not in outcomes:
+                groups.setdefault((item.experiment_id, item.workspace), []).append(index)
+        for indexes in groups.values():
+            for index, outcome in zip(
+                indexes,
+                self._log_group([items[i] for i in indexes], [infos.get(i) for i in indexes], statuses),
+                strict=True,
+            ):
+                outcomes[index] = outcome  # noqa: PERF403 - several groups fill it
+        return [outcomes[index] for index in range(len(items))]
+
+    def _log_group(self, items: Sequence[Any], infos: Sequence[Any], statuses: list[int]) -> list[Outcome]:
+        statuses.clear()
+        try:
+            with seam.workspace_scope(items[0].workspace):
+                self._log_spans(items[0].experiment_id, [span for item in items for span in item.spans])
+        except Exception as error:  # noqa: BLE001 - judged
+            verdict = judge(error, statuses)
+            if len(items) == 1 or verdict is Verdict.AWAY:
+                return [Outcome(item, verdict, error) for item in items]
+            return [  # one of them is to blame
+                outcome
+                for item, info in zip(items, infos, strict=True)
+                for outcome in self._log_group([item], [info], statuses)
+            ]
+        return [self._completed(item, info, statuses) for item, info in zip(items, infos, strict=True)]
+
+    def _completed(self, item: Any, info: Any, statuses: list[int]) -> Outcome:
+        statuses.clear()
+        try:
+            with seam.workspace_scope(item.workspace):
+                if _is_late(item):
+                    self._correct_totals(item)
+                elif isinstance(item, TraceItem):
+                    if not self._takes_spans and item.stage == "whole":
+                        seam.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
+                    self._finish(item, info)
+        except Exception as error:  # noqa: BLE001 - judged
+            return Outcome(item, judge(error, statuses), error)
+        return Outcome(item, Verdict.STORED)
+
+    def _write_spans_first(self, item: Any) -> None:
+        """For stores that add the tokens of spans to what is there: the trace must have the last word."""
+        self._log_spans(item.experiment_id, item.spans)
+        if _is_late(item):
+            self._correct_totals(item)
+        elif isinstance(item, TraceItem):
+            info = self._start_with_all_assessments(item.info)
+            if not self._takes_spans and item.stage == "whole":
+                seam.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
+            self._finish(item, info)
+
+    def _start_with_all_assessments(self, info: Any) -> Any:
+        """Start a trace that may be there already: MLflow 3.11 then fails unless it is given the stored assessments."""
+        try:
+            return self.client.start_trace(info)
+        except Exception:
+            given = {assessment.assessment_id for assessment in info.assessments}
+            stored = [a for a in self._stored_info(info.trace_id).assessments if a.assessment_id not in given]
+            if not stored:
+                raise
+            info.assessments = [*info.assessments, *stored]
+            return self.client.start_trace(info)
+
+    def _log_spans(self, experiment_id: str | None, spans: Sequence[Any]) -> None:
+        if not (self._takes_spans and spans):
+            return
+        try:
+            self.client.log_spans(experiment_id or "0", list(spans))
+        except Exception as error:
+            if not seam.is_unsupported(error):
+                raise
+            self._takes_spans = False
+
+    def _finish(self, item: TraceItem, info: Any) -> None:
+        """What MLflow does after storing; failures here do not undo that, and MLflow logs them no differently."""
+        if item.stage != "whole":
+            return
+        attachments: dict[str, Any] = {}
+        for span in item.spans:
+            attachments.update(span._attachments)
+        with contextlib.suppress(Exception):
+            if attachments:
+                seam.upload_attachments(self.client, info, attachments)
+        with contextlib.suppress(Exception):
+            if item.prompts:
+                seam.link_prompts(self.client, item.key, item.prompts)
+
+    def _correct_totals(self, item: TraceItem) -> None:
+        """After late spans: the totals of the trace from all of its spans."""
+        info = self._stored_info(item.key)
+        if self._takes_spans:
+            trace = self._stored_trace(item.key)
+        else:
+            trace = self.client.get_trace(item.key)
+            known = {span.span_id for span in item.spans}
+            spans = [span for span in trace.data.spans if span.span_id not in known]
+            trace = Trace(info, TraceData([*spans, *item.spans]))
+            seam.upload_spans_as_artifact(self.client, info, trace.data)
+        prepare.total(info, trace.data.spans)
+        seam.complete_metadata(Trace(info, trace.data))
+        info.trace_metadata.update(item.info.trace_metadata)
+        info.tags.update(item.info.tags)
+        self._restart(info)
+
+    # --- what is said about a trace later, and runs ---
+
+    def _one_by_one(self, items: Iterable[Any], write: Any, statuses: list[int]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for item in items:
+            if outcomes and outcomes[-1].verdict is Verdict.AWAY:
+                outcomes.append(Outcome(item, Verdict.AWAY, outcomes[-1].error))
+                continue
+            statuses.clear()
+            try:
+                with seam.workspace_scope(item.workspace):
+                    write(item)
+                outcomes.append(Outcome(item, Verdict.STORED))
+            except Exception as error:  # noqa: BLE001 - judged
+                outcomes.append(Outcome(item, judge(error, statuses), error))
+        return outcomes
+
+    def _write_other(self, item: Item) -> None:
+        prepare.prepare(item)
+        if isinstance(item, FollowUp):
+            self._write_follow_up(item)
+        elif isinstance(item, RunItem):
+            from dspy_mlflow_async.export.runs import write_run_item
+
+            write_run_item(self.uri, item)
+
+    def _write_follow_up(self, item: FollowUp) -> None:
+        if item.metadata:  # only `start_trace` can set it; it leaves alone what it is not given
+            info = self._stored_info(item.key)
+            info.trace_metadata.update(item.metadata)
+            self._restart(info)
+        for assessment in item.assessments:
+            try:
+                self.client.store.create_assessment(assessment)
+            except Exception:  # noqa: PERF203 - one that is there already does not matter
+                if not self._has_assessment(item.key, assessment.assessment_id):
+                    raise
+        for key, value in item.tags.items():
+            self.client.store.set_trace_tag(item.key, key, value)
+
+    def _has_assessment(self, trace_id: str, assessment_id: str | None) -> bool:
+        try:
+            return self.client.store.get_assessment(trace_id, assessment_id) is not None
+        except Exception:  # noqa: BLE001 - then the first error is the one to report
+            return False
+
+    def _stored_info(self, trace_id: str) -> Any:
+        # `client.get_trace_info` would look into the trace manager first.
+        return copy.copy(self.client.store.get_trace_info(trace_id))
+
+    def _stored_trace(self, trace_id: str) -> Trace:
+        store = self.client.store
+        with contextlib.suppress(NotImplementedError):
+            trace: Trace = store.get_trace(trace_id, allow_partial=True)
+            return trace
+        traces: list[Trace] = store.batch_get_traces([trace_id])
+        return traces[0]
+
+    def _restart(self, info: Any) -> None:
+        info.tags = {key: value for key, value in info.tags.items() if key != _ARTIFACT_LOCATION}
+        if self._takes_batches:
+            info.assessments = []  # kept by the store; older ones would drop what they are not given
+        self.client.start_trace(info)
+
+
+def _is_late(item: Any) -> bool:
+    return isinstance(item, TraceItem) and item.stage == "late"
+
+
+def _grouped(items: Sequence[Item]) -> Iterable[list[Item]]:
+    """Consecutive items of one sort; a late or repeated trace begins a new group, so that order is kept."""
+    group: list[Item] = []
+    keys: set[str] = set()
+    for item in items:
+        is_trace = isinstance(item, (TraceItem, SpansItem))
+        if group and (is_trace != isinstance(group[0], (TraceItem, SpansItem)) or item.key in keys or _is_late(item)):
+            yield group
+            group, keys = [], set()
+        group.append(item)
+        keys.add(item.key)
+    if group:
+        yield group
+
+
+def _by_experiment(items: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(item.experiment_id or "0", []).extend(item.spans)
+    return groups.items()

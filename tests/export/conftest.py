@@ -1,0 +1,74 @@
+"""The pipeline, installed for one test, and stores to write to."""
+
+import time
+
+import mlflow
+import pytest
+from mlflow.entities.trace_location import MlflowExperimentLocation
+from stores import Installed, Proxy, Server, wait_until
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.export import installation as installing
+
+
+@pytest.fixture(autouse=True)
+def spool_dir(tmp_path, monkeypatch):
+    """Every test has a spool of its own."""
+    folder = tmp_path / "spool"
+    monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(folder))
+    return folder
+
+
+def settle():
+    """Wait for pipelines of earlier tests, which count in the same books."""
+    wait_until(lambda: not any(thread.is_alive() for thread in installing._closing), 30)
+
+
+@pytest.fixture
+def make(store_uri, request):
+    """Install the pipeline with the given options, for a new experiment of the given store."""
+    undos = []
+
+    def make(uri=None, **options):
+        uri = uri or store_uri
+        mlflow.set_tracking_uri(uri)
+        experiment_id = mlflow.create_experiment(f"{request.node.name}-{time.time_ns()}")
+        mlflow.tracing.set_destination(MlflowExperimentLocation(experiment_id))
+        settle()
+        installing._books.reset()
+        undo = export.install(export.ExportOptions(**options))
+        undos.append(undo)
+        return Installed(uri, experiment_id, undo)
+
+    before = mlflow.get_tracking_uri()
+    yield make
+    for undo in reversed(undos):
+        undo()
+    mlflow.tracing.reset()
+    mlflow.set_tracking_uri(before)
+    settle()
+
+
+@pytest.fixture
+def sqlite(make):
+    """The default pipeline, writing to a sqlite file."""
+    return make()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, _empty_store):
+    """One server for the module; tests that kill it start it again."""
+    folder = tmp_path_factory.mktemp("server")
+    database = folder / "server.db"
+    database.write_bytes(_empty_store.read_bytes())
+    server = Server(folder, database)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server):
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()

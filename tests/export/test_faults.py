@@ -1,0 +1,254 @@
+"""Whatever happens to the store, everything is there afterwards, once."""
+
+import errno
+import threading
+import time
+
+import mlflow
+import pytest
+from mlflow.entities import Feedback, Metric, Param, RunTag
+from stores import call, read, wait_until
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.export import backlog
+from dspy_mlflow_async.export import queue as queueing
+from dspy_mlflow_async.export import spool as spools
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    """Come back soon: what is tested is that we do."""
+    pause = queueing.Backoff.pause
+    monkeypatch.setattr(queueing.Backoff, "pause", lambda self: min(0.2, pause(self)))
+
+
+def arrived(installed, ids):
+    """Exactly these traces are in the store, each whole."""
+    traces = installed.read()
+    return set(ids) == set(traces) and {4} == {len(trace.data.spans) for trace in traces.values()}
+
+
+def test_a_server_that_is_killed_and_comes_back(make, server):
+    """Traces and run results of an outage are kept on disk and sent in the background when it is over."""
+    installed = make(uri=server.uri)
+    ids = [call() for _ in range(5)]
+    assert export.flush(100)
+    run_id = mlflow.tracking.MlflowClient(server.uri).create_run(installed.experiment_id).info.run_id
+    writer = export.run_writer(server.uri)
+    assert writer.log(run_id, metrics=[Metric("score", 1.0, 1, 0)])
+    server.kill()
+    try:
+        ids += [call() for _ in range(20)]
+        assert not writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)], params=[Param("p", "v")])
+        assert not writer.artifact(run_id, "folder/table.json", b"{}")
+        assert not writer.end(run_id, "FINISHED", 1234)
+        assert not export.flush(30)
+        stats = export.stats()
+        assert (5, 0, 20) == (stats.stored, stats.waiting, stats.spooled)
+        mode = installed.queue.spool.folder.stat().st_mode & 0o777
+        assert 0o700 == mode
+        assert {0o600} == {f.stat().st_mode & 0o777 for f in installed.queue.spool.folder.iterdir()}
+    finally:
+        server.start()
+
+    wait_until(lambda: export.stats().stored == 25, 60)
+    assert export.flush(100)
+    assert arrived(installed, ids)
+    client = mlflow.tracking.MlflowClient(server.uri)
+    run = client.get_run(run_id)
+    assert [1.0, 2.0] == [metric.value for metric in client.get_metric_history(run_id, "score")]
+    assert ({"p": "v"}, "FINISHED", 1234) == (run.data.params, run.info.status, run.info.end_time)
+    assert ["folder/table.json"] == [file.path for file in client.list_artifacts(run_id, "folder")]
+    assert [] == spools.segments(installed.queue.spool.folder) or export.stats().spooled == 0
+
+
+@pytest.mark.parametrize("fault", [500, 429, 401, 503, "hang up"])
+def test_a_server_that_fails(make, proxy, fault):
+    """Errors that may go away are retried until they have; a lost answer does not double anything."""
+    installed = make(uri=proxy.uri)
+    ids = [call()]
+    assert export.flush(100)
+    run_id = mlflow.tracking.MlflowClient(proxy.uri).create_run(installed.experiment_id).info.run_id
+    writer = export.run_writer(proxy.uri)
+    proxy.fault = fault
+    ids += [call() for _ in range(8)]
+    held = call()
+    ids.append(held)
+    export.release(held, assessments=[Feedback(name="score", value=1.0)])
+    assert not writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)])
+    assert proxy.seen.wait(20)
+    assert not export.flush(20)
+    proxy.fault = None
+
+    wait_until(lambda: export.flush(5), 60)
+    assert arrived(installed, ids)
+    assert 1 == len(installed.read()[held].info.assessments)
+    assert 1 == len(mlflow.tracking.MlflowClient(proxy.uri).get_metric_history(run_id, "score"))
+    assert export.ExportStats(started=10, ended=10, stored=10) == export.stats()
+
+
+def test_a_refusal_goes_to_the_dead_letters(sqlite):
+    """A deleted experiment takes no traces: they are kept with the reason, and not tried for ever."""
+    client = mlflow.tracking.MlflowClient(sqlite.uri)
+    client.delete_experiment(sqlite.experiment_id)
+    call()
+
+    assert export.flush(100)
+    assert 1 == export.stats().dead
+    letters = (sqlite.queue.spool.folder / "dead.letters").read_bytes()
+    ((_, letter),) = spools.scan(letters)
+    assert b"must be in the 'active' state" in letter
+    (info,) = export.spools()
+    assert (1, 0) == (info.dead, info.records)
+
+
+def test_one_bad_record_does_not_hold_up_the_others(sqlite, monkeypatch):
+    """A record that fails again and again while others are stored goes to the dead letters."""
+    monkeypatch.setattr(backlog, "_SUSPICIONS", 3)
+    writer = sqlite.queue._writer
+    log_spans = type(writer)._log_spans
+
+    def fail_for_bad(self, experiment_id, spans):
+        if any(span.name == "bad" for span in spans):
+            raise ValueError("bad")
+        log_spans(self, experiment_id, spans)
+
+    monkeypatch.setattr(type(writer), "_log_spans", fail_for_bad)
+    monkeypatch.setattr(type(writer), "_all_at_once", lambda self, items: False)
+    call("bad")
+    for _ in range(20):
+        call()
+        export.flush(5)
+        if export.stats().dead:
+            break
+
+    stats = export.stats()
+    assert (1, 0, 0) == (stats.dead, stats.spooled, stats.waiting)
+    assert stats.started - 1 == stats.stored
+
+
+def test_memory_is_bounded(make):
+    """What the memory may not hold goes to the disk in the caller's thread, and arrives too."""
+    installed = make(max_waiting_bytes=20_000)
+    installed.stop_writing()
+    ids = [call(text="x" * 3000) for _ in range(20)]
+    stats = export.stats()
+
+    assert stats.waiting < 8
+    assert 20 == stats.waiting + stats.spooled
+    assert installed.queue._waiting_bytes <= 20_000
+    del installed.queue._start
+    assert export.flush(100)
+    assert arrived(installed, ids)
+
+
+def test_feedback_follows_its_trace_to_the_disk(make):
+    """A follow-up of a spooled trace waits behind it."""
+    installed = make(max_waiting_bytes=0)
+    installed.stop_writing()
+    trace_id = call()
+    installed.queue.options = export.ExportOptions()
+    export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
+
+    assert 0 == len(installed.queue._waiting)
+    assert [trace_id] * 2 == [reference.key for reference in installed.queue.backlog.waiting()]
+    del installed.queue._start
+    assert export.flush(100)
+    assert 1 == len(installed.read()[trace_id].info.assessments)
+
+
+def test_a_full_disk_is_counted(make, monkeypatch, caplog):
+    """What neither memory nor disk can hold is dropped, with one warning."""
+    installed = make(max_waiting_bytes=20_000)
+    installed.stop_writing()
+
+    def full(self, handle, line, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spools.Spool, "_write", full)
+    for _ in range(20):
+        call(text="x" * 3000)
+    stats = export.stats()
+
+    assert stats.dropped > 10
+    assert 20 == stats.dropped + stats.waiting
+    assert 1 == sum("cannot write to the spool" in record.message for record in caplog.records)
+    del installed.queue._start
+    assert export.flush(100)
+    assert 20 == export.stats().dropped + export.stats().stored
+
+
+def test_a_slow_store_does_not_slow_the_program(make, monkeypatch):
+    """Handing over takes as long with 2,000 waiting traces as with none."""
+    installed = make()
+    installed.stop_writing()
+
+    def cost():
+        begun = time.thread_time()
+        for _ in range(100):
+            call()
+        return time.thread_time() - begun
+
+    cost()
+    first = min(cost() for _ in range(3))
+    for _ in range(1500):
+        call()
+    last = min(cost() for _ in range(3))
+
+    assert last < first * 1.5
+    del installed.queue._start
+
+
+def test_a_clock_that_goes_backwards(make, monkeypatch):
+    """Waiting is by the monotonic clock."""
+    installed = make(children_timeout=0.3)
+    now = time.time
+    with mlflow.start_span("root") as root:
+        mlflow.start_span_no_context("open", parent_span=root)
+        monkeypatch.setattr(time, "time", lambda: now() - 86_400)
+
+    wait_until(lambda: root.trace_id in read(installed.uri, installed.experiment_id))
+
+
+def test_run_operations_keep_their_order(sqlite):
+    """Once something of a run waits, all later operations of that run wait behind it; other runs do not."""
+    client = mlflow.tracking.MlflowClient(sqlite.uri)
+    one, two = (client.create_run(sqlite.experiment_id).info.run_id for _ in range(2))
+    writer = export.run_writer(None)
+    urgent = sqlite.queue._urgent_writer
+    assert writer.log(one, metrics=[Metric("m", 1, 1, 0)], params=[Param(f"p{n}", "1") for n in range(150)])
+    sqlite.stop_writing()
+    urgent.write, write = lambda items: [queueing_outcome(item) for item in items], urgent.write
+    assert not writer.log(one, metrics=[Metric("m", float("nan"), 2, 1)])
+    urgent.write = write
+    assert not writer.log(one, metrics=[Metric("m", 3, 3, 2)])
+    assert not writer.end(one, "FAILED", 99)
+    assert writer.log(two, tags=[RunTag("t", "1")])
+    assert "RUNNING" == client.get_run(one).info.status
+
+    del sqlite.queue._start
+    assert export.flush(100)
+    assert 3 == len(client.get_metric_history(one, "m"))
+    assert ("FAILED", 150) == (client.get_run(one).info.status, len(client.get_run(one).data.params))
+
+
+def queueing_outcome(item):
+    from dspy_mlflow_async.export.retry import Verdict
+    from dspy_mlflow_async.export.writer import Outcome
+
+    return Outcome(item, Verdict.AWAY, OSError("away"))
+
+
+def test_two_threads_flush_at_once(sqlite):
+    """Both return when everything is stored."""
+    for _ in range(50):
+        call()
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(export.flush(30))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+
+    assert [True, True] == results
+    assert 50 == export.stats().stored
