@@ -1,0 +1,71 @@
+"""MLflow tracing for DSPy programs that run concurrently."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspy_mlflow_async.app.scope import request
+    from dspy_mlflow_async.app.wrap import wrap
+    from dspy_mlflow_async.callback import TracingCallback
+    from dspy_mlflow_async.composition import autolog
+    from dspy_mlflow_async.evaluate.case import Case
+    from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
+    from dspy_mlflow_async.evaluate.together import aevaluate_all, evaluate_all
+    from dspy_mlflow_async.health import flush, stats
+    from dspy_mlflow_async.propagation import ThreadPoolExecutor, propagate
+    from dspy_mlflow_async.runs.scope import run
+    from dspy_mlflow_async.spans.tracer import suppress
+
+__all__ = [
+    "AsyncEvaluate",
+    "Case",
+    "ThreadPoolExecutor",
+    "TracingCallback",
+    "aevaluate_all",
+    "autolog",
+    "evaluate_all",
+    "flush",
+    "propagate",
+    "request",
+    "run",
+    "stats",
+    "suppress",
+    "wrap",
+]
+
+# Imported when somebody asks: MLflow's DSPy flavor, which the callback is built on, takes longer than all of ours.
+_HOMES = {
+    "AsyncEvaluate": "evaluate.evaluator",
+    "Case": "evaluate.case",
+    "ThreadPoolExecutor": "propagation",
+    "TracingCallback": "callback",
+    "aevaluate_all": "evaluate.together",
+    "autolog": "composition",
+    "evaluate_all": "evaluate.together",
+    "flush": "health",
+    "propagate": "propagation",
+    "request": "app.scope",
+    "run": "runs.scope",
+    "stats": "health",
+    "suppress": "spans.tracer",
+    "wrap": "app.wrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, each from its home, and ``__version__``, read from the installed metadata."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("dspy-mlflow-async")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, those not imported yet included."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,240 @@
+"""DSPy's events, one line each into the rooms below. It keeps nothing, so any number of copies work alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from dspy_mlflow_async.context import frame as frames
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.runs.compile import Compile
+from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED, Evaluation
+from dspy_mlflow_async.runs.handle import run_status
+from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.settings import Redact, Settings
+from dspy_mlflow_async.spans import describe, tracer
+from dspy_mlflow_async.spans.describe import Description
+from dspy_mlflow_async.spans.scopes import Region, SpanScope
+from dspy_mlflow_async.spans.usage import Ledger, LmUsage, module_usage
+from dspy_mlflow_async.spans.witness import RequestWitness
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class TracingCallback(seam.MlflowCallback):
+    """Records DSPy's calls as MLflow spans; for ``dspy.context(callbacks=[...])`` and one object's ``callbacks=[...]``.
+
+    ``autolog()`` installs one for the whole process. It is a subclass of ``mlflow.dspy.callback.MlflowCallback``,
+    by which MLflow's ``autolog`` and model serving find their tracer, and shares none of its state.
+
+    Args:
+        log_traces: Record calls as spans.
+        log_traces_from_compile: Also those that an optimizer's ``compile`` makes.
+        log_traces_from_eval: Also those that ``dspy.Evaluate`` makes.
+        log_compiles: Log each ``compile`` as a run.
+        log_evals: Log each evaluation as a run.
+        max_value_bytes: Size in bytes beyond which the inputs or outputs of a span are cut, with a mark.
+        redact: Sees each value before it is stored, and returns what to store in its place.
+        dependencies_schema: As ``MlflowCallback``'s, for a served model.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a ``max_value_bytes`` below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_traces: bool = True,
+        log_traces_from_compile: bool = False,
+        log_traces_from_eval: bool = True,
+        log_compiles: bool = False,
+        log_evals: bool = False,
+        max_value_bytes: int = 1024 * 1024,
+        redact: Redact | None = None,
+        dependencies_schema: dict[str, Any] | None = None,
+    ) -> None:
+        self._dependencies_schema = dependencies_schema
+        self._own_settings = Settings(
+            log_traces=log_traces,
+            log_traces_from_compile=log_traces_from_compile,
+            log_traces_from_eval=log_traces_from_eval,
+            log_compiles=log_compiles,
+            log_evals=log_evals,
+            max_value_bytes=max_value_bytes,
+            redact=redact,
+        )
+
+    @property
+    def settings(self) -> Settings | None:
+        """The settings in force now, or None while this tracer is off."""
+        return self._own_settings
+
+    # --- names of MlflowCallback's that others read; the state behind them lives in the context -----------------
+
+    _call_id_to_span = _NOTHING
+    _call_id_to_module = _NOTHING
+    _call_id_to_metric_key = _NOTHING
+    _evaluation_counter = _NOTHING
+
+    @property
+    def optimizer_stack_level(self) -> int:
+        """How many compiles this context is inside of."""
+        return sum(1 for frame in frames.ancestors() if isinstance(frame.scope, CompileRegion))
+
+    @optimizer_stack_level.setter
+    def optimizer_stack_level(self, value: int) -> None:
+        """``mlflow.dspy.autolog``'s patches count here. We know without."""
+
+    def reset(self) -> None:
+        """Nothing is kept, so nothing is reset."""
+
+    # --- modules, LMs, adapters, tools, interpreters --------------------------------------------------------------
+
+    @guarded
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        scope = self._start(call_id, describe.describe_module, instance, inputs)
+        if scope is not None:
+            scope.show_outputs = functools.partial(describe.describe_outputs, instance)
+            scope.usage, scope.ledger = module_usage(scope.ledger)
+
+    @guarded
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        ledgers, request = _ledgers(instance), _request()
+        scope = self._start(call_id, describe.describe_lm, instance, inputs)
+        if scope is not None:
+            scope.usage = LmUsage(instance, ledgers if scope.ledger is None else [*ledgers, scope.ledger], request)
+        elif (ledgers or request is not None) and not tracer.is_open(call_id):
+            tracer.count_only(call_id, LmUsage(instance, ledgers, request))
+
+    @guarded
+    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._start(call_id, describe.describe_adapter, instance, inputs, "format")
+
+    @guarded
+    def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._start(call_id, describe.describe_adapter, instance, inputs, "parse")
+
+    @guarded
+    def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if instance.name != describe.FINISH_TOOL:
+            self._start(call_id, describe.describe_tool, instance, inputs)
+
+    @guarded
+    def on_interpreter_execute_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._start(call_id, describe.describe_interpreter, instance, inputs, "execute")
+
+    @guarded
+    def on_interpreter_tool_call_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._start(call_id, describe.describe_interpreter, instance, inputs, "tool_call")
+
+    @guarded
+    def on_interpreter_startup_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._start(call_id, describe.describe_interpreter, instance, inputs, "startup")
+
+    @guarded
+    def on_interpreter_shutdown_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._start(call_id, describe.describe_interpreter, instance, inputs, "shutdown")
+
+    @guarded
+    def _end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        tracer.end(call_id, outputs, exception)
+
+    on_module_end = _end
+    on_lm_end = _end
+    on_adapter_format_end = _end
+    on_adapter_parse_end = _end
+    on_tool_end = _end
+    on_interpreter_execute_end = _end
+    on_interpreter_tool_call_end = _end
+    on_interpreter_startup_end = _end
+    on_interpreter_shutdown_end = _end
+
+    # --- evaluations and compiles ---------------------------------------------------------------------------------
+
+    @guarded
+    def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        settings = self.settings
+        if settings is None or _has_begun(call_id):
+            return
+        evaluation = Evaluation.of_call(instance, inputs)
+        region = Region(isolated=True, suppressed=not settings.log_traces_from_eval)
+        frame = frames.enter(call_id, region, evaluation=evaluation)
+        metadata = inputs.get("callback_metadata") or {}
+        if (settings.log_evals or metadata.get(ALWAYS_LOGGED)) and not metadata.get("disable_logging"):
+            evaluation.open(instance, inputs, frame.compile)
+
+    @guarded
+    def on_evaluate_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        frame = frames.leave(call_id)
+        if frame is not None:
+            frame.evaluation.leave()
+            frame.scope.leave()
+            frame.evaluation.close(outputs, run_status(exception))
+
+    @guarded
+    def on_compile_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        settings = self.settings
+        if settings is None or _has_begun(call_id):
+            return
+        outer = frames.current()
+        is_outermost = outer is None or outer.compile is None  # random search calls bootstrap: one compile
+        region = CompileRegion(isolated=False, suppressed=not settings.log_traces_from_compile)
+        frame = frames.enter(call_id, region, compile=Compile(instance, inputs) if is_outermost else None)
+        if is_outermost and settings.log_compiles:
+            frame.compile.open()
+
+    @guarded
+    def on_compile_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        frame = frames.leave(call_id)
+        if frame is None:
+            return
+        is_outermost = frame.parent is None or frame.parent.compile is not frame.compile
+        if is_outermost:
+            frame.compile.leave()
+        frame.scope.leave()
+        if is_outermost:
+            frame.compile.close(outputs, run_status(exception))
+
+    def _start(self, call_id: str, description: Callable[..., Description], *call: Any) -> SpanScope | None:
+        settings = self.settings
+        if settings is None or not settings.log_traces:
+            tracer.enter_untraced(call_id)
+            return None
+        if not tracer.is_recording():
+            return None
+        seam.add_dependencies_schema(self._dependencies_schema)
+        return tracer.start(call_id, description(*call), settings)
+
+
+class CompileRegion(Region):
+    """A region that an optimizer's ``compile`` has begun."""
+
+    __slots__ = ()
+
+
+def _request() -> RequestWitness | None:
+    """The request around a call that begins here."""
+    frame = frames.current()
+    return None if frame is None else frame.request
+
+
+def _has_begun(call_id: str) -> bool:
+    """Whether another callback of ours has been told of this call: one is enough."""
+    frame = frames.current()
+    return frame is not None and frame.call_id == call_id
+
+
+def _ledgers(lm: Any) -> list[Ledger]:
+    """Where an LM call that begins here is counted, besides on its span."""
+    frame = frames.current()
+    if frame is None:
+        return []
+    example, compile_ = frame.example, frame.compile
+    ledgers = [] if example is None else [example.ledger()]
+    if compile_ is not None and compile_.run is not None:
+        is_judging = example is not None and example.is_judging
+        ledgers.append(compile_.ledger(lm, in_example=example is not None, is_judging=is_judging))
+    return ledgers

@@ -1,0 +1,267 @@
+"""The composition root: puts the tracer into DSPy and MLflow, and takes it out without a trace."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Literal
+
+from dspy_mlflow_async import export as export_room
+from dspy_mlflow_async import propagation
+from dspy_mlflow_async.callback import TracingCallback
+from dspy_mlflow_async.context.threads import Undo, patch_all_threads, patch_attribute, patch_worker_pool
+from dspy_mlflow_async.runs import active
+from dspy_mlflow_async.runs.evaluation import watch_items
+from dspy_mlflow_async.seams import dspy as dspy_seam
+from dspy_mlflow_async.seams import mlflow as mlflow_seam
+from dspy_mlflow_async.seams import mlflow_scope as scope_seam
+from dspy_mlflow_async.settings import Redact, Settings
+from dspy_mlflow_async.spans.tracer import end_abandoned
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+
+class _Installation:
+    """What ``autolog`` has put in place in this process. ``lock`` guards all of it; nothing hot reads it locked."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.settings: Settings | None = None
+        self.was_disabled = False
+        self.export_options: export_room.ExportOptions | None = None
+        self.undos: dict[str, Undo] = {}
+
+
+_installation = _Installation()
+
+
+class AutologCallback(TracingCallback):
+    """The callback that ``autolog`` installs: it follows the settings of the last ``autolog`` call.
+
+    A copy that was pickled into a model, and is loaded where ``autolog`` was never called, goes by the settings it
+    was pickled with.
+    """
+
+    def __init__(self, settings: Settings, dependencies_schema: dict[str, Any] | None = None) -> None:
+        self._dependencies_schema = dependencies_schema
+        self._own_settings = settings
+
+    @property
+    def settings(self) -> Settings | None:
+        """The settings of the last ``autolog`` call, or None after ``autolog(disable=True)``."""
+        current = _installation.settings
+        if current is not None:
+            return current
+        return None if _installation.was_disabled else self._own_settings
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings in force, for a process where ``autolog`` is not called."""
+        return AutologCallback, (self.settings or self._own_settings, self._dependencies_schema)
+
+
+def autolog(
+    log_traces: bool = True,
+    log_traces_from_compile: bool = False,
+    log_traces_from_eval: bool = True,
+    log_compiles: bool = False,
+    log_evals: bool = False,
+    disable: bool = False,
+    silent: bool = False,
+    *,
+    context_runs: bool = True,
+    propagate_threads: bool = False,
+    max_value_bytes: int = 1024 * 1024,
+    redact: Redact | None = None,
+    export: Literal["thread", "process"] = "thread",
+    durable: bool = False,
+    visible_after: float = 10.0,
+    children_timeout: float = 30.0,
+    max_waiting_bytes: int = 64 * 1024 * 1024,
+    exit_timeout: float = 10.0,
+) -> None:
+    """Trace DSPy with MLflow, right under concurrency: a drop-in for ``mlflow.dspy.autolog``.
+
+    May be called again, at any time, from any thread and task; the last call's settings count.
+
+    Args:
+        log_traces: Record calls as spans.
+        log_traces_from_compile: Also those that an optimizer's ``compile`` makes.
+        log_traces_from_eval: Also those that ``dspy.Evaluate`` makes.
+        log_compiles: Log each ``compile`` as a run.
+        log_evals: Log each evaluation as a run.
+        disable: Take the tracer out again. Calls that have begun still end their spans.
+        silent: Say nothing on the log about what is replaced.
+        context_runs: Let MLflow's active run follow the context inside ``with mlflow.start_run()``, so that tasks and
+            DSPy's worker threads have the one they came from. False leaves MLflow's thread-local one alone.
+        propagate_threads: Carry the tracing context into every ``threading.Thread`` and ``ThreadPoolExecutor`` of
+            the process; ``propagate`` and ``ThreadPoolExecutor`` of this package do it one by one.
+        max_value_bytes: Size in bytes beyond which the inputs or outputs of a span are cut, with a mark.
+        redact: Sees each value before it is stored, containers before what they contain, and returns what to store
+            in its place. Where it raises, a mask is stored.
+        export: Who writes to the store: a thread of this process, or a child process that reads the spool.
+        durable: Write each finished trace to the spool first, so that a killed process loses none.
+        visible_after: Seconds after which a trace that is still open is stored with what has ended so far.
+        children_timeout: Seconds that a finished root waits for its children.
+        max_waiting_bytes: Bytes of finished traces that wait in memory; what exceeds them goes to the spool.
+        exit_timeout: Seconds that the end of the process waits for the store; the rest goes to the spool.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a ``max_value_bytes`` below 1, an unknown ``export``, or a negative bound.
+
+    Source: ``mlflow.dspy.autolog`` for the first seven parameters.
+    """
+    switches = {
+        "disable": disable,
+        "silent": silent,
+        "context_runs": context_runs,
+        "propagate_threads": propagate_threads,
+        "durable": durable,
+    }
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+    settings = Settings(
+        log_traces=log_traces,
+        log_traces_from_compile=log_traces_from_compile,
+        log_traces_from_eval=log_traces_from_eval,
+        log_compiles=log_compiles,
+        log_evals=log_evals,
+        max_value_bytes=max_value_bytes,
+        redact=redact,
+    )
+    options = export_room.ExportOptions(
+        durable=durable,
+        mode=export,
+        visible_after=visible_after,
+        children_timeout=children_timeout,
+        max_waiting_bytes=max_waiting_bytes,
+        exit_timeout=exit_timeout,
+    )
+    with _installation.lock:
+        if disable:
+            _uninstall()
+        else:
+            _install_export(options)
+            _install(settings, context_runs=context_runs, propagate_threads=propagate_threads, silent=silent)
+
+
+# mlflow.autolog() and MLflow's registry of integrations look for this name on the function.
+autolog.integration_name = mlflow_seam.FLAVOR  # type: ignore[attr-defined]
+
+
+def is_installed() -> bool:
+    """Whether the tracer is on and DSPy still knows its callback."""
+    return _installation.settings is not None and any(
+        isinstance(callback, AutologCallback) for callback in dspy_seam.global_callbacks()
+    )
+
+
+def is_disabled() -> bool:
+    """Whether ``autolog(disable=True)`` was the last word."""
+    return _installation.settings is None and _installation.was_disabled
+
+
+def current_settings() -> Settings | None:
+    """The settings of the last ``autolog`` call, or None where there is none in force."""
+    return _installation.settings
+
+
+def ensure_sampler() -> None:
+    """Let the ratios of ``wrap`` and ``request`` count, until ``autolog(disable=True)``."""
+    if "sampler" in _installation.undos and scope_seam.has_sampler():
+        return
+    with _installation.lock:
+        _undo("sampler")
+        _ensure("sampler", lambda: scope_seam.patch_sampler(export_room.count_sampled))
+
+
+def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool, silent: bool) -> None:
+    _replace_mlflow(silent=silent)
+    _installation.settings = settings
+    _ensure("workers", lambda: patch_worker_pool(dspy_seam.ParallelExecutor, _prepare_items))
+    if context_runs:
+        active.ensure_installed()
+    else:
+        active.uninstall()
+    if propagate_threads:
+        _ensure("threads", lambda: patch_all_threads(propagation.capture))
+    else:
+        _undo("threads")
+    callbacks = dspy_seam.global_callbacks()
+    if not any(isinstance(callback, AutologCallback) for callback in callbacks):
+        dspy_seam.set_global_callbacks([*callbacks, AutologCallback(settings)])
+
+
+def _install_export(options: export_room.ExportOptions) -> None:
+    if _installation.export_options != options:
+        _installation.undos["export"] = export_room.install(options, housekeeping=end_abandoned)
+        _installation.export_options = options
+
+
+def _uninstall() -> None:
+    _installation.settings = None
+    _installation.was_disabled = True
+    _installation.export_options = None
+    for name in reversed(list(_installation.undos)):
+        _undo(name)
+    active.uninstall()
+    callbacks = dspy_seam.global_callbacks()
+    kept = [callback for callback in callbacks if not isinstance(callback, AutologCallback)]
+    if len(kept) != len(callbacks):
+        dspy_seam.set_global_callbacks(kept)
+
+
+def _prepare_items(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What DSPy's worker threads run in place of ``function``."""
+    return propagation.capture().bind(watch_items(function))
+
+
+def _ensure(name: str, patch: Callable[[], Undo]) -> None:
+    if name not in _installation.undos:
+        _installation.undos[name] = patch()
+
+
+def _undo(name: str) -> None:
+    undo = _installation.undos.pop(name, None)
+    if undo is not None:
+        undo()
+
+
+def _replace_mlflow(*, silent: bool) -> None:
+    """Never two tracers at once: take MLflow's own out, and let a later ``mlflow.dspy.autolog()`` come to us."""
+    callbacks = dspy_seam.global_callbacks()
+    foreign = [callback for callback in callbacks if type(callback) is mlflow_seam.MlflowCallback]
+    if foreign or mlflow_seam.is_own_autolog_on():
+        mlflow_seam.turn_own_autolog_off()
+        dspy_seam.set_global_callbacks([c for c in callbacks if c not in foreign])
+        if not silent:
+            logger.info("mlflow.dspy.autolog() was on; dspy-mlflow-async replaces it.")
+    _ensure("mlflow", _redirect_mlflow_autolog)
+
+
+def _redirect_mlflow_autolog() -> Undo:
+    import mlflow.dspy
+
+    module = mlflow_seam.own_autolog_module()
+    undos = [
+        # Whoever holds the original function would patch compile and Evaluate under us.
+        patch_attribute(module, "safe_patch", lambda *args, **kwargs: None),  # noqa: ARG005 - safe_patch's signature
+    ]
+    original = mlflow.dspy.autolog
+    if original is not autolog:
+
+        @functools.wraps(original)
+        def redirected(*args: Any, **kwargs: Any) -> None:
+            logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")
+            autolog(*args, **kwargs)
+
+        undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
+
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo

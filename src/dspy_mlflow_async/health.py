@@ -1,0 +1,50 @@
+"""How the tracer is doing: where the traces of this process are, and how to wait until they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dspy_mlflow_async import export, guard
+from dspy_mlflow_async.spans.tracer import end_abandoned
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(export.ExportStats):
+    """Where the traces of this process are.
+
+    ``started`` is always ``stored + waiting + spooled + dead + dropped + sampled + open``.
+
+    Attributes:
+        internal_errors: Errors of the tracer's own that it has swallowed.
+    """
+
+    internal_errors: int = 0
+
+
+def stats() -> Stats:
+    """Count the traces of this process by where they are now."""
+    counted = export.stats()
+    fields = {name: getattr(counted, name) for name in export.ExportStats.__dataclass_fields__}
+    return Stats(**fields, internal_errors=guard.internal_errors())
+
+
+def flush(timeout: float | None = None) -> bool:
+    """Write every trace that has ended, and wait until it is stored.
+
+    Args:
+        timeout: Seconds to wait; None waits until the store has taken everything or proves to be away.
+
+    Returns:
+        True when nothing waits, in memory or on disk.
+    """
+    end_abandoned()
+    return export.flush(timeout)
+
+
+def secure(timeout: float) -> bool:
+    """Store every trace that has ended, and bring to the disk what is not stored in time.
+
+    For a process that is about to end; see ``export.secure``.
+    """
+    end_abandoned()
+    return export.secure(timeout)

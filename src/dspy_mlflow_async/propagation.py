@@ -1,0 +1,51 @@
+"""Takes the tracing context into threads that DSPy did not start."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.context import frame as frames
+from dspy_mlflow_async.context.carrier import Carrier
+from dspy_mlflow_async.runs import active
+from dspy_mlflow_async.seams import mlflow as seam
+
+_Result = TypeVar("_Result")
+
+_VARIABLES = (frames.VARIABLE, active.VARIABLE, export.KEEPS, *seam.TRACING_VARIABLES)
+
+
+def capture() -> Carrier:
+    """The tracing context here: our frame, the active runs, MLflow's and OpenTelemetry's context.
+
+    Nothing of the user's own travels.
+    """
+    return Carrier(_VARIABLES)
+
+
+def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Bind ``function`` to the tracing context of here and now.
+
+    For threads that a program starts itself, which inherit nothing in Python::
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pool.submit(propagate(program), question="...")
+
+    Args:
+        function: Any callable; a coroutine function stays one.
+
+    Returns:
+        A function that may be called any number of times, at once and anywhere, each time under the span that is
+        current now, with its session, user, tags and metadata.
+    """
+    return capture().bind(function)
+
+
+class ThreadPoolExecutor(concurrent.futures.ThreadPoolExecutor):
+    """A ``concurrent.futures.ThreadPoolExecutor`` whose every item runs in the tracing context of its ``submit``."""
+
+    def submit(self, fn: Callable[..., _Result], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[_Result]:
+        """Schedule ``fn``, as the base class does."""
+        return super().submit(capture().run, fn, *args, **kwargs)
