@@ -1,0 +1,142 @@
+"""Calls programs and metrics: async ones in the event loop, sync ones in worker threads with the context carried."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import dspy
+
+# Sync metrics are short as a rule: this many threads are enough, however many examples are in flight.
+METRIC_THREADS = 64
+
+
+class Caller:
+    """Calls programs, metrics and other functions of the user's, whatever their kind.
+
+    Args:
+        function: A ``dspy.Module``, a coroutine function, or any other callable.
+        threads: How many threads may be in it at once, if it is sync.
+
+    Attributes:
+        function: The callable itself.
+    """
+
+    def __init__(self, function: Callable[..., Any], threads: int) -> None:
+        self.function = function
+        self._is_async = is_async(function)
+        self._call = function.acall if self._is_async and isinstance(function, dspy.Module) else function
+        self._limiter = anyio.CapacityLimiter(threads)
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What it returns.
+
+        A thread that is cancelled goes on until its end, unheeded: Python cannot stop it. So it is with
+        ``dspy.asyncify``.
+        """
+        if self._is_async:
+            return await self._call(*args, **kwargs)
+        call = functools.partial(self._call, *args, **kwargs)
+        result = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        return await result if inspect.isawaitable(result) else result
+
+
+def is_async(function: Any) -> bool:
+    """Whether ``function`` is to be awaited.
+
+    A module is if its ``aforward`` says the same as its ``forward``, which one that a subclass has given a
+    ``forward`` alone does not: then what it inherited as ``aforward`` would run another program.
+    """
+    if isinstance(function, dspy.Module):
+        return hasattr(function, "aforward") and _depth(function, "aforward") <= _depth(function, "forward")
+    while isinstance(function, functools.partial):
+        function = function.func
+    call = getattr(function, "__call__", None)  # noqa: B004 - its kind is asked, not whether there is one
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _depth(instance: Any, name: str) -> float:
+    """How far up in the classes of ``instance`` it finds ``name``; an attribute of its own is nearest."""
+    if name in vars(instance):
+        return -1
+    return next((depth for depth, cls in enumerate(type(instance).__mro__) if name in vars(cls)), float("inf"))
+
+
+def check_program(program: Any, name: str = "program") -> None:
+    """Refuse what cannot be evaluated.
+
+    Raises:
+        TypeError: For a class, for what cannot be called, and for a module without ``forward`` and ``aforward``.
+    """
+    if isinstance(program, type):
+        raise TypeError(f"{name} is the class {program.__name__}; pass an instance of it: {program.__name__}(...)")
+    if isinstance(program, dspy.Module):
+        if not (hasattr(type(program), "forward") or hasattr(program, "aforward")):
+            raise TypeError(f"{name} is a {type(program).__name__}, which has neither forward nor aforward")
+    elif not callable(program):
+        raise TypeError(f"{name} must be a dspy.Module or another callable, not {type(program).__name__}")
+
+
+def check_metric(metric: Any) -> None:
+    """Refuse what cannot judge.
+
+    Raises:
+        ValueError: For None.
+        TypeError: For what cannot be called.
+    """
+    if metric is None:
+        raise ValueError("there is no metric: pass metric=, a function of an example and a prediction")
+    if not callable(metric):
+        raise TypeError(f"metric must be a function of an example and a prediction, not {type(metric).__name__}")
+
+
+def check_devset(devset: Any) -> list[Any]:
+    """The devset as a list.
+
+    Raises:
+        ValueError: For an empty one. Source: ``dspy.Evaluate``, with its text.
+        TypeError: For what is no collection of examples.
+    """
+    if devset is None:
+        raise ValueError("there is no devset: pass devset=, a list of dspy.Example")
+    if isinstance(devset, (str, bytes, Mapping)):
+        raise TypeError(f"devset must be a list of dspy.Example, not {type(devset).__name__}")
+    if not isinstance(devset, list):
+        devset = list(devset)
+    if not devset:
+        raise ValueError("devset must contain at least one example, got an empty devset.")
+    return devset
+
+
+def check_limit(value: Any, name: str = "max_concurrency") -> int:
+    """A number of examples that may be in flight.
+
+    Raises:
+        TypeError: For what is no integer.
+        ValueError: Below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of examples in flight, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return value
+
+
+def check_positive(value: Any, name: str, unit: str) -> float | None:
+    """A positive number, or None.
+
+    Raises:
+        TypeError: For what is no number.
+        ValueError: For zero, less, or NaN.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of {unit}, not {value!r}")
+    if not value > 0:
+        raise ValueError(f"{name} must be more than 0 {unit}, not {value!r}")
+    return float(value)

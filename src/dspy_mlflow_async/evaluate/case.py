@@ -1,0 +1,85 @@
+"""One of several evaluations that run at once: a name, a program, and what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import dspy
+
+from dspy_mlflow_async.evaluate import calls
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One evaluation of ``evaluate_all``.
+
+    Attributes:
+        name: What the run, the progress and the comparison call it.
+        program: A module, or another callable that takes the examples' inputs by name. Cases may share one.
+        devset: Its examples; by default ``evaluate_all``'s.
+        metric: Its metric; by default ``evaluate_all``'s.
+        lm: Its LM, for ``dspy.context(lm=...)``; by default the one in force.
+        adapter: Its adapter, for ``dspy.context(adapter=...)``.
+        settings: Further settings of DSPy's for ``dspy.context``, by name.
+    """
+
+    name: str
+    program: Any
+    devset: Sequence[Any] | None = None
+    metric: Callable[..., Any] | None = None
+    lm: Any = None
+    adapter: Any = None
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def context(self) -> Any:
+        """``dspy.context`` with what is this case's own."""
+        own = {"lm": self.lm, "adapter": self.adapter}
+        return dspy.context(**self.settings, **{key: value for key, value in own.items() if value is not None})
+
+
+def cases_of(
+    programs: Mapping[str, Any] | Iterable[Case],
+    devset: Sequence[Any] | None,
+    metric: Callable[..., Any] | None,
+) -> list[Case]:
+    """The cases with devset and metric filled in, all checked.
+
+    Raises:
+        TypeError: For what is no program, metric, devset or setting.
+        ValueError: For no case, two of one name, an empty devset, or no metric.
+    """
+    if isinstance(programs, Mapping):
+        cases = [Case(name, program) for name, program in programs.items()]
+    elif isinstance(programs, (Case, dspy.Module)) or not isinstance(programs, Iterable):
+        raise TypeError(
+            f"programs must be a mapping of name to program, or a list of Case, not a {type(programs).__name__}"
+        )
+    else:
+        cases = list(programs)
+    if not cases:
+        raise ValueError("there is nothing to evaluate: programs is empty")
+    checked = [_checked(case, devset, metric) for case in cases]
+    names = [case.name for case in checked]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"case names must differ; there is more than one {', '.join(map(repr, twice))}")
+    return checked
+
+
+def _checked(case: Any, devset: Sequence[Any] | None, metric: Callable[..., Any] | None) -> Case:
+    if not isinstance(case, Case):
+        raise TypeError(f"each of a list of cases must be a Case, not a {type(case).__name__}")
+    if not isinstance(case.name, str) or not case.name.strip():
+        raise ValueError(f"a case needs a name, not {case.name!r}")
+    if unknown := sorted(name for name in case.settings if name not in dspy.settings):
+        raise TypeError(f"case {case.name!r}: dspy.settings has no {', '.join(unknown)}")
+    calls.check_program(case.program, f"the program of case {case.name!r}")
+    try:
+        own_devset = calls.check_devset(devset if case.devset is None else case.devset)
+        own_metric = metric if case.metric is None else case.metric
+        calls.check_metric(own_metric)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"case {case.name!r}: {error}") from None
+    return Case(case.name, case.program, own_devset, own_metric, case.lm, case.adapter, case.settings)

@@ -1,0 +1,225 @@
+"""What ``evaluate_all`` gives back: a result per case, and how the cases compare."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dspy_mlflow_async.evaluate.statistics import Difference
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
+_WIDTH = 120  # columns of print(result)
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """One case, evaluated.
+
+    Attributes:
+        name: Its name.
+        status: ``finished``, ``failed``, or ``stopped`` where a budget left examples out.
+        result: What ``AsyncEvaluate`` returned, or None for a failed case.
+        error: What a failed case raised, or None.
+        run_id: MLflow's id of its run, or None where the store did not create one.
+        score: In percent, or None.
+        standard_error: Of the score, in percentage points, or None.
+        examples: How many were run, failed ones included.
+        errors: How many failed.
+        not_run: The places in the devset of those that a budget left out.
+        latency_p50: Median duration of a prediction, in seconds, or None.
+        latency_p95: The 95th percentile of it.
+        input_tokens: Of program and metric together, or None where no provider reported any.
+        output_tokens: The same.
+        cost_usd: In US dollars, or None where a price is not known.
+        scores: The scores as numbers, not in percent, by place in the devset.
+        difference: From the baseline; None for the baseline itself, and where devset or metric differ.
+    """
+
+    name: str
+    status: str
+    result: Any = None
+    error: BaseException | None = None
+    run_id: str | None = None
+    score: float | None = None
+    standard_error: float | None = None
+    examples: int = 0
+    errors: int = 0
+    not_run: tuple[int, ...] = ()
+    latency_p50: float | None = None
+    latency_p95: float | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    scores: Mapping[int, float] = field(default_factory=dict, repr=False)
+    difference: Difference | None = None
+
+    def row(self) -> dict[str, Any]:
+        """What the comparison says of it, by column."""
+        difference = self.difference
+        return {
+            "case": self.name,
+            "status": self.status,
+            "score": self.score,
+            "standard_error": self.standard_error,
+            "difference": difference and difference.mean,
+            "difference_low": difference and difference.low,
+            "difference_high": difference and difference.high,
+            "examples": self.examples,
+            "errors": self.errors,
+            "not_run": len(self.not_run),
+            "latency_p50_seconds": self.latency_p50,
+            "latency_p95_seconds": self.latency_p95,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cost_usd": self.cost_usd,
+            "run_id": self.run_id,
+            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Mapping[str, CaseResult]):
+    """The results of ``evaluate_all`` by name of the case; ``print`` and notebooks show how they compare.
+
+    Attributes:
+        cases: A result per case, in the order in which they were given.
+        baseline: The name of the case that the others are compared with.
+        run_id: MLflow's id of the parent run, or None where the store did not create one.
+        stopped_by: Which budget was reached, in words, or None.
+    """
+
+    cases: tuple[CaseResult, ...]
+    baseline: str
+    run_id: str | None = None
+    stopped_by: str | None = None
+
+    def __getitem__(self, name: str) -> CaseResult:
+        for case in self.cases:
+            if case.name == name:
+                return case
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([case.name for case in self.cases])
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @property
+    def best(self) -> CaseResult | None:
+        """The case with the highest score, the first of equals; None where none has one."""
+        scored = [case for case in self.cases if case.score is not None]
+        return max(scored, key=lambda case: case.score or 0.0, default=None)
+
+    @property
+    def not_run(self) -> dict[str, tuple[int, ...]]:
+        """The places in the devset of the examples that a budget left out, for the cases that have some."""
+        return {case.name: case.not_run for case in self.cases if case.not_run}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The comparison, a row per case."""
+        return [case.row() for case in self.cases]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The comparison as a table, a row per case, indexed by its name."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows()).set_index("case")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        console = Console(file=text, width=_WIDTH, color_system=None)
+        console.print(self._table())
+        for note in self._notes():
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from html import escape
+
+        columns = _columns(self.cases)
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+        best = self.best
+        body = ""
+        for place, case in enumerate(self.cases):
+            cells = "".join(f"<td>{escape(column[place])}</td>" for column in columns.values())
+            style = ' style="font-weight:bold"' if case is best else ""
+            body += f"<tr{style}>{cells}</tr>"
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+    def _table(self) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        table, columns = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False), _columns(self.cases)
+        for name in columns:
+            table.add_column(name, justify="left" if name == "case" else "right", no_wrap=name != "case")
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*map(Text, cells))
+        return table
+
+    def _notes(self) -> list[str]:
+        notes = []
+        best = self.best
+        if best is not None and len(self.cases) > 1:
+            notes.append(f"Best: {best.name}, {best.score:.1f}.")
+            if any(case.difference for case in self.cases):
+                notes.append(f"Differences are from {self.baseline}, with 95% intervals.")
+        if self.stopped_by is not None:
+            left_out = sum(map(len, self.not_run.values()))
+            notes.append(f"Stopped by {self.stopped_by}; {left_out} examples were not run.")
+        notes += [f"{case.name} failed: {case.row()['error']}" for case in self.cases if case.error is not None]
+        if self.run_id is not None:
+            notes.append(f"Run: {self.run_id}")
+        return notes
+
+
+def _columns(cases: Sequence[CaseResult]) -> dict[str, list[str]]:
+    """The cells of the table; columns that say nothing are left out."""
+    columns = {
+        "case": [case.name for case in cases],
+        "score": [_score(case) for case in cases],
+        "difference": [_difference(case.difference) for case in cases],
+        "examples": [str(case.examples) for case in cases],
+        "errors": [str(case.errors) if case.errors else "" for case in cases],
+        "not run": [str(len(case.not_run)) if case.not_run else "" for case in cases],
+        "p50 s": [_number(case.latency_p50, ".2f") for case in cases],
+        "p95 s": [_number(case.latency_p95, ".2f") for case in cases],
+        "tokens": [_tokens(case) for case in cases],
+        "cost $": [_number(case.cost_usd, ".4f") for case in cases],
+    }
+    return {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def _score(case: CaseResult) -> str:
+    if case.score is None:
+        return case.status if case.status == FAILED else "-"
+    error = "" if case.standard_error is None else f" ± {case.standard_error:.1f}"
+    return f"{case.score:.1f}{error}"
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _tokens(case: CaseResult) -> str:
+    if case.input_tokens is None and case.output_tokens is None:
+        return ""
+    return f"{(case.input_tokens or 0) + (case.output_tokens or 0):,}"

@@ -1,0 +1,230 @@
+"""Runs the examples of one evaluation in tasks, by the rules of DSPy's ``ParallelExecutor``."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from dspy_mlflow_async.evaluate.calls import Caller
+from dspy_mlflow_async.evaluate.outcome import NO_TOKENS, Outcome, Tokens
+from dspy_mlflow_async.evaluate.slots import Entrance, Slots
+from dspy_mlflow_async.runs.evaluation import Evaluation
+from dspy_mlflow_async.runs.usage import restore, tokens_by_model
+from dspy_mlflow_async.seams import dspy_evaluate as seam
+from dspy_mlflow_async.spans.usage import Ledger
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Both texts are ParallelExecutor's.
+CANCELLED_TEXT = "Execution cancelled due to errors or interruption."
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for each example.
+
+    Attributes:
+        max_errors: How many failed examples end the evaluation.
+        provide_traceback: Whether a failed example is logged with its traceback.
+        timeout: Seconds that an example may take, or None.
+    """
+
+    max_errors: int
+    provide_traceback: bool
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What an evaluation shares with others, and who is told of its examples.
+
+    Attributes:
+        slots: How many examples may be in flight.
+        finished: The outcomes of an earlier, interrupted evaluation, by place in the devset.
+        note: Called with the outcome of each example that ends.
+    """
+
+    slots: Slots
+    finished: Mapping[int, Outcome] = field(default_factory=lambda: MappingProxyType({}))
+    note: Callable[[Outcome], None] = lambda _: None
+
+
+class Examples:
+    """One pass over a devset.
+
+    Args:
+        program: What predicts.
+        metric: What judges.
+        rules: What holds for each example.
+        conditions: What is shared with other evaluations.
+        evaluation: What notes the examples for the tracer, or None.
+    """
+
+    def __init__(
+        self, program: Caller, metric: Caller, rules: Rules, conditions: Conditions, evaluation: Evaluation | None
+    ) -> None:
+        self._program = program
+        self._metric = metric
+        self._rules = rules
+        self._conditions = conditions
+        self._evaluation = evaluation
+        self._outcomes: dict[int, Outcome] = {}
+        self._entrance = Entrance()
+        self._group: Any = None
+        self._errors = 0
+        self._fatal: BaseException | None = None
+
+    async def run(self, devset: Sequence[Any]) -> list[Outcome]:
+        """Evaluate the examples.
+
+        Returns:
+            The outcomes in devset order; fewer than examples where the slots were closed.
+
+        Raises:
+            Exception: With ``ParallelExecutor``'s text, after ``max_errors`` failed examples.
+            BaseException: What is no ``Exception`` and an example raised, such as ``KeyboardInterrupt``.
+        """
+        for index, outcome in self._conditions.finished.items():
+            self._recall(index, outcome)
+        self._end_if_too_many_errors()
+        todo = [index for index in range(len(devset)) if index not in self._outcomes]
+        async with anyio.create_task_group() as self._group:
+            for index in todo:
+                if not await self._conditions.slots.enter(self._entrance):
+                    break
+                self._group.start_soon(self._example, index, devset[index])
+        if self._fatal is not None:
+            raise self._fatal
+        self._end_if_too_many_errors()
+        return [self._outcomes[index] for index in sorted(self._outcomes)]
+
+    def _end_if_too_many_errors(self) -> None:
+        if self._has_too_many_errors():
+            seam.PARALLELIZER_LOGGER.warning(CANCELLED_TEXT)
+            raise Exception(CANCELLED_TEXT)  # noqa: TRY002 - ParallelExecutor's own
+
+    def _has_too_many_errors(self) -> bool:
+        return self._errors > 0 and self._errors >= self._rules.max_errors
+
+    async def _example(self, index: int, item: Any) -> None:
+        """One example, in its task."""
+        try:
+            seam.isolate_settings()
+            outcome = await self._outcome(index, item)
+        except BaseException as error:
+            if not is_cancelled_from_outside() and self._fatal is None:
+                # The program's own: it goes through as it is, where a task group would wrap or swallow it.
+                self._fatal = error
+                self._group.cancel_scope.cancel()
+                return
+            raise
+        finally:
+            self._conditions.slots.leave(self._entrance)
+        self._outcomes[index] = outcome
+        self._conditions.note(outcome)
+
+    async def _outcome(self, index: int, item: Any) -> Outcome:
+        noted: Any = None
+        try:
+            with self._watch(item, index) as noted:
+                prediction, score = await self._evaluate(noted, item)
+        except Exception as error:  # noqa: BLE001 - ParallelExecutor's rule: any is a failed example
+            self._note_error(item, error)
+            return _outcome_of(index, noted, error=error)
+        return _outcome_of(index, noted, prediction=prediction, score=score)
+
+    async def _evaluate(self, noted: Any, item: Any) -> tuple[Any, Any]:
+        timeout = self._rules.timeout
+        with _time_limit(timeout) as scope:
+            inputs = item.inputs()
+            with noted.predicting(self._program.function):
+                prediction = await self._program(**inputs)
+            with noted.judging(self._metric.function) as judge:
+                score = await self._metric(item, prediction)
+                judge(score)
+            return prediction, score
+        assert scope.cancelled_caught  # noqa: S101 - nothing else ends the block without a result
+        raise TimeoutError(f"the example took longer than {timeout:g} seconds")
+
+    def _note_error(self, item: Any, error: Exception) -> None:
+        self._errors += 1
+        if self._rules.provide_traceback:
+            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {error}\n{traceback.format_exc()}")
+        else:
+            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {error}. Set `provide_traceback=True` for traceback.")
+        if self._has_too_many_errors():
+            self._group.cancel_scope.cancel()
+
+    def _watch(self, item: Any, index: int) -> Any:
+        return _Unwatched() if self._evaluation is None else self._evaluation.example(item, index)
+
+    def _recall(self, index: int, outcome: Outcome) -> None:
+        self._outcomes[index] = outcome
+        self._errors += outcome.has_failed
+        if self._evaluation is not None:
+            example = self._evaluation.recall(index, outcome.trace_id, outcome.error, outcome.duration)
+            restore(example.program_usage, outcome.program_tokens)
+            restore(example.metric_usage, outcome.metric_tokens)
+
+
+class _Unwatched:
+    """Stands in for ``runs.example.Example`` where no tracer is on: knows how long the program took."""
+
+    trace_id = None
+    program_usage = metric_usage = None
+    duration: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def predicting(self, program: Any) -> Iterator[None]:  # noqa: ARG002 - Example's signature
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.duration = time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def judging(self, metric: Any) -> Iterator[Callable[[Any], None]]:  # noqa: ARG002 - Example's signature
+        yield lambda _: None
+
+
+def _outcome_of(
+    index: int, noted: Any, *, prediction: Any = None, score: Any = None, error: Exception | None = None
+) -> Outcome:
+    return Outcome(
+        index,
+        prediction=prediction,
+        score=score,
+        error=None if error is None else f"{type(error).__name__}: {error}",
+        duration=noted.duration,
+        trace_id=noted.trace_id,
+        program_tokens=_tokens(noted.program_usage),
+        metric_tokens=_tokens(noted.metric_usage),
+    )
+
+
+def _tokens(ledger: Ledger | None) -> Tokens:
+    return NO_TOKENS if ledger is None or not ledger.entries else tokens_by_model([ledger])
+
+
+def _time_limit(seconds: float | None) -> anyio.CancelScope:
+    return anyio.CancelScope(deadline=math.inf if seconds is None else anyio.current_time() + seconds)
+
+
+def is_cancelled_from_outside() -> bool:
+    """Whether a scope around us, ours or the caller's, is being cancelled."""
+    return anyio.current_effective_deadline() == -math.inf

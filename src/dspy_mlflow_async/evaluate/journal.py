@@ -1,0 +1,220 @@
+"""Keeps the finished examples of a case in its run's artifacts, so that an interrupted evaluation can go on.
+
+An artifact cannot be appended to, and one that is being replaced when the process is killed may be lost. So each part
+is written to two files in turn, and the fuller one that can be read counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import dspy
+from mlflow import MlflowClient
+
+from dspy_mlflow_async.evaluate import local
+from dspy_mlflow_async.evaluate.local import LocalCopy
+from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
+from dspy_mlflow_async.spans.serialize import Plain
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+FOLDER = "examples"
+PART_SIZE = 256  # records; what is written again with each one that is added
+MAX_VALUE_BYTES = 64 * 1024 * 1024
+_RETRY_SECONDS = 1.0
+_CLOSE_SECONDS = 10.0
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def fingerprint(example: Any) -> str:
+    """A short text that is the same for equal examples, in every process."""
+    fields = example.toDict() if hasattr(example, "toDict") else example
+    text = _ADDRESS.sub("", Plain(MAX_VALUE_BYTES).dumps(fields))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Journal:
+    """Writes outcomes to the artifacts of a run, in the background of an event loop.
+
+    Args:
+        run_id: The run.
+        keys: The fingerprint of each example of the devset.
+        stored: What earlier processes have written.
+    """
+
+    def __init__(self, run_id: str, keys: Sequence[str], stored: Stored) -> None:
+        self._run_id = run_id
+        self._keys = keys
+        self._part = stored.next_part
+        self._turn = 0
+        self._lines: list[str] = []
+        self._waiting: list[str] = list(stored.unstored)
+        self._news = anyio.Event()
+        self._is_closing = False
+        self._has_warned = False
+        self._local = LocalCopy(run_id)
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep an outcome: on this machine now, in the store soon."""
+        record = record_of(outcome, self._keys[outcome.index])
+        self._local.add(record)
+        self._waiting.append(record)
+        self._news.set()
+
+    def close(self) -> None:
+        """Let ``keep`` end when all is written."""
+        self._is_closing = True
+        self._news.set()
+
+    async def keep(self) -> None:
+        """Write what is added until ``close``; also what is left when this is cancelled."""
+        try:
+            while not (self._is_closing and not self._waiting):
+                await self._news.wait()
+                self._news = anyio.Event()
+                began = time.monotonic()
+                is_written = await self._write()
+                if not self._is_closing:  # one fifth of the time at most
+                    await anyio.sleep(4 * (time.monotonic() - began) if is_written else _RETRY_SECONDS)
+                elif not is_written:
+                    return
+                if self._waiting or self._is_closing:
+                    self._news.set()
+        finally:
+            if self._waiting:
+                with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+                    await self._write()
+            self._local.close(is_stored=not self._waiting)
+
+    async def _write(self) -> bool:
+        if not self._waiting:
+            return True
+        taken, self._waiting = self._waiting, []
+        lines = [*self._lines, *taken]
+        path = f"{FOLDER}/{self._part:05}-{'ab'[self._turn]}.jsonl"
+        try:
+            await anyio.to_thread.run_sync(_log_text, self._run_id, path, "\n".join(lines) + "\n")
+        except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
+            self._waiting = [*taken, *self._waiting]
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning("Finished examples cannot be stored now, for a resume; trying again: %s", error)
+            return False
+        self._lines, self._turn = lines, 1 - self._turn
+        if len(lines) >= PART_SIZE:
+            self._lines, self._part = [], self._part + 1
+        return True
+
+
+def _log_text(run_id: str, path: str, text: str) -> None:
+    MlflowClient().log_text(run_id, text, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the journals of earlier processes hold.
+
+    Attributes:
+        outcomes: The outcomes by place in the devset.
+        unstored: Records that are on this machine alone.
+        next_part: The number of the first part that is not written.
+    """
+
+    outcomes: Mapping[int, Outcome] = field(default_factory=dict)
+    unstored: Sequence[str] = ()
+    next_part: int = 0
+
+
+def read(run: Any, keys: Sequence[str]) -> Stored:
+    """Read the journals of a run.
+
+    Args:
+        run: MLflow's run.
+        keys: The fingerprint of each example of the devset; records of other examples do not count.
+    """
+    lines: list[str] = []
+    next_part = 0
+    for path in artifacts.names(run, FOLDER):
+        next_part = int(Path(path).name.partition("-")[0]) + 1
+        lines += (artifacts.read(run, path) or b"").decode("utf-8", "replace").splitlines()
+    found = {outcome.index: outcome for outcome, _ in _outcomes(lines, keys)}
+    here = {outcome.index: (outcome, line) for outcome, line in _outcomes(local.read(run.info.run_id), keys)}
+    unstored = [line for index, (_, line) in here.items() if index not in found]
+    return Stored({index: outcome for index, (outcome, _) in here.items()} | found, unstored, next_part)
+
+
+def _outcomes(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[Outcome, str]]:
+    """The outcomes that some lines tell of, each with its line."""
+    for line in lines:
+        try:
+            outcome, key = outcome_of(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            continue
+        if outcome.index < len(keys) and keys[outcome.index] == key:
+            yield outcome, line
+
+
+def record_of(outcome: Outcome, key: str) -> str:
+    """An outcome as a line of JSON."""
+    plain = Plain(MAX_VALUE_BYTES)
+    return json.dumps(
+        {
+            "index": outcome.index,
+            "key": key,
+            "score": _plain_score(outcome.score, plain),
+            "prediction": _plain_prediction(outcome.prediction, plain),
+            "error": outcome.error,
+            "duration": outcome.duration,
+            "trace_id": outcome.trace_id,
+            "program_tokens": {model: dict(counted) for model, counted in outcome.program_tokens.items()},
+            "metric_tokens": {model: dict(counted) for model, counted in outcome.metric_tokens.items()},
+        }
+    )
+
+
+def outcome_of(record: Mapping[str, Any]) -> tuple[Outcome, str]:
+    """The outcome that a record tells of, and the fingerprint of its example.
+
+    Raises:
+        KeyError: For a record that lacks something.
+    """
+    outcome = Outcome(
+        int(record["index"]),
+        prediction=_restored(record["prediction"]),
+        score=_restored(record["score"]),
+        error=record["error"],
+        duration=record["duration"],
+        trace_id=record["trace_id"],
+        program_tokens=record["program_tokens"],
+        metric_tokens=record["metric_tokens"],
+    )
+    return outcome, str(record["key"])
+
+
+def _plain_score(score: Any, plain: Callable[[Any], Any]) -> Any:
+    if score is None or isinstance(score, (bool, int, float)):
+        return {"value": score}
+    if isinstance(score, dspy.Prediction):
+        return _plain_prediction(score, plain)
+    return {"value": number_of(score)}
+
+
+def _plain_prediction(prediction: Any, plain: Callable[[Any], Any]) -> Any:
+    if isinstance(prediction, dspy.Prediction):
+        return {"fields": plain(dict(prediction.items()))}
+    return {"value": plain(prediction)}
+
+
+def _restored(stored: Mapping[str, Any]) -> Any:
+    return dspy.Prediction(**stored["fields"]) if "fields" in stored else stored["value"]

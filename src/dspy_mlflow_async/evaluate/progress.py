@@ -1,0 +1,203 @@
+"""Progress of any number of evaluations at once: one line each and one total, in terminals, notebooks and logs.
+
+DSPy's tqdm bars clear each other's class-wide set of instances when evaluations run at once. Here the process has
+one board, and each evaluation a line on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.guard import guarded
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PLAIN_SECONDS = 10.0  # between two lines in a log
+_TOTAL = "total"
+
+
+class Line:
+    """How far one evaluation is. One task or thread advances it; others read."""
+
+    def __init__(self, board: Board, name: str, size: int, failure_score: float) -> None:
+        self.name = name
+        self.size = size
+        self.done = 0
+        self.errors = 0
+        self.begun = time.monotonic()
+        self.board = board
+        self._failure_score = failure_score
+        self._sum = 0.0
+
+    @guarded
+    def advance(self, outcome: Outcome) -> None:
+        """One more example has ended."""
+        self.done += 1
+        self.errors += outcome.has_failed
+        self._sum += self._failure_score if outcome.has_failed else number_of(outcome.score) or 0.0
+        self.board.changed(self)
+
+    @property
+    def score(self) -> str:
+        """The average so far, in percent."""
+        return f"{100 * self._sum / self.done:.1f}" if self.done else "-"
+
+    @property
+    def error_text(self) -> str:
+        """How many examples have failed, in words; empty for none."""
+        return "" if not self.errors else "1 error" if self.errors == 1 else f"{self.errors} errors"
+
+
+class Board:
+    """The lines of all evaluations of this process that show any. ``lock`` guards them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: dict[Line, Any] = {}  # each with its task of rich's
+        self._ended: list[Line] = []
+        self._live: Progress | None = None
+        self._total: Any = None
+        self._last_plain = 0.0
+
+    @contextlib.contextmanager
+    def line(self, name: str, size: int, failure_score: float, *, is_shown: bool) -> Iterator[Line]:
+        """A line for one evaluation, for the time of a block.
+
+        Args:
+            name: What the line begins with.
+            size: How many examples there are.
+            failure_score: The score of a failed one.
+            is_shown: Whether there is a line at all.
+        """
+        board = self if is_shown else _NO_BOARD
+        line = Line(board, name, size, failure_score)
+        board.begin(line)
+        try:
+            yield line
+        finally:
+            board.end(line)
+
+    @guarded
+    def begin(self, line: Line) -> None:
+        """Show a line."""
+        with self._lock:
+            if not self._lines:
+                self._live, self._total, self._ended = _live(), None, []
+                self._last_plain = time.monotonic()
+            self._lines[line] = None
+            if self._live is not None:
+                if self._total is None and len(self._lines) + len(self._ended) > 1:
+                    self._total = self._live.add_task(_TOTAL, total=0, score="", errors="")
+                self._lines[line] = self._live.add_task(line.name, total=line.size, score="", errors="")
+                self._update(line)
+
+    @guarded
+    def changed(self, line: Line) -> None:
+        """Show what a line says now."""
+        with self._lock:
+            if line not in self._lines:
+                return
+            if self._live is not None:
+                self._update(line)
+            elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+                self._last_plain = time.monotonic()
+                self._print([*self._lines])
+
+    @guarded
+    def end(self, line: Line) -> None:
+        """Leave a line as it is; with the last one, take the board away."""
+        with self._lock:
+            if line not in self._lines:
+                return
+            if self._live is not None:
+                self._update(line)
+            else:
+                self._print([line])
+            del self._lines[line]
+            self._ended.append(line)
+            if not self._lines:
+                live, self._live = self._live, None
+                if live is not None:
+                    live.stop()
+                elif len(self._ended) > 1:
+                    self._print([])
+
+    def _update(self, line: Line) -> None:
+        live = self._live
+        assert live is not None  # noqa: S101 - the caller has looked
+        live.update(self._lines[line], completed=line.done, score=line.score, errors=line.error_text)
+        if self._total is not None:
+            done, size, errors = self._sums()
+            live.update(self._total, completed=done, total=size, errors=f"{errors} errors" if errors else "")
+
+    def _sums(self) -> tuple[int, int, int]:
+        lines = [*self._ended, *self._lines]
+        return sum(x.done for x in lines), sum(x.size for x in lines), sum(x.errors for x in lines)
+
+    def _print(self, lines: list[Line]) -> None:
+        from rich import get_console
+
+        console = get_console()
+        for line in lines:
+            seconds = time.monotonic() - line.begun
+            parts = (f"{line.done}/{line.size}", f"score {line.score}", line.error_text, f"{seconds:.0f} s")
+            console.print(f"{line.name}: {', '.join(filter(None, parts))}", markup=False, highlight=False)
+        if len(lines) != 1 and len(self._lines) + len(self._ended) > 1:
+            done, size, _ = self._sums()
+            console.print(f"{_TOTAL}: {done}/{size}", markup=False, highlight=False)
+
+
+class _NoBoard(Board):
+    """Shows nothing."""
+
+    def begin(self, line: Line) -> None:
+        pass
+
+    def changed(self, line: Line) -> None:
+        pass
+
+    def end(self, line: Line) -> None:
+        pass
+
+
+def _live() -> Progress | None:
+    """Rich's display, or None where lines now and then do better: in a log, or while the user has a display."""
+    from rich import get_console
+    from rich.errors import LiveError
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = get_console()
+    if not (console.is_terminal or console.is_jupyter) or console.is_dumb_terminal:
+        return None
+    live = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[score]}", markup=False),
+        TextColumn("{task.fields[errors]}", style="red", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    try:
+        live.start()
+    except LiveError:
+        return None
+    return live
+
+
+_NO_BOARD = _NoBoard()
+BOARD = Board()

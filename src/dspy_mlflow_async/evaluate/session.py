@@ -1,0 +1,252 @@
+"""One ``evaluate_all`` from its parent run to its comparison."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import dspy
+
+from dspy_mlflow_async.callback import TracingCallback
+from dspy_mlflow_async.evaluate import records, summary
+from dspy_mlflow_async.evaluate.budget import Budget, Limits
+from dspy_mlflow_async.evaluate.case import Case
+from dspy_mlflow_async.evaluate.comparison import FAILED, FINISHED, STOPPED, CaseResult, Comparison
+from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
+from dspy_mlflow_async.evaluate.examples import Conditions, is_cancelled_from_outside
+from dspy_mlflow_async.evaluate.journal import Journal, Stored
+from dspy_mlflow_async.evaluate.outcome import Outcome
+from dspy_mlflow_async.evaluate.progress import BOARD, Line
+from dspy_mlflow_async.evaluate.records import Plan, StoredCase
+from dspy_mlflow_async.evaluate.slots import Slots
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED
+from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
+from dspy_mlflow_async.runs.handle import FINISHED as RUN_FINISHED
+from dspy_mlflow_async.runs.handle import RunHandle, run_status
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What ``aevaluate_all`` was asked for, checked; its docstring tells of each."""
+
+    max_concurrency: int
+    timeout: float | None = None
+    max_errors: int | None = None
+    provide_traceback: bool | None = None
+    failure_score: float = 0.0
+    raise_on_error: bool = False
+    limits: Limits = field(default_factory=Limits)
+    run_name: str = "evaluate_all"
+    seed: int = 0
+    display_progress: bool = True
+
+
+class _CaseEvaluate(AsyncEvaluate):
+    """The evaluator of one case, under the conditions of all."""
+
+    def __init__(self, case: Case, options: Options, conditions: Conditions) -> None:
+        super().__init__(
+            devset=case.devset or (),
+            metric=case.metric,
+            max_concurrency=options.max_concurrency,
+            timeout=options.timeout,
+            max_errors=options.max_errors,
+            provide_traceback=options.provide_traceback,
+            failure_score=options.failure_score,
+        )
+        self._shared = conditions
+
+    def _conditions(self, limit: int) -> Conditions:  # noqa: ARG002 - one limit for all
+        return self._shared
+
+
+class Session:
+    """The evaluation of some cases at once. It belongs to one event loop, so it needs no lock.
+
+    Args:
+        cases: The cases, checked.
+        baseline: The name of the case that the others are compared with.
+        options: What holds for all.
+    """
+
+    def __init__(self, cases: Sequence[Case], baseline: str, options: Options) -> None:
+        self._cases = cases
+        self._baseline = baseline
+        self._options = options
+        self._slots = Slots(options.max_concurrency)
+        self._budget = Budget(options.limits, self._slots)
+        self._results: dict[str, CaseResult] = {}
+        self._failure: BaseException | None = None
+        self._plan: Plan | None = None
+        self._parent: RunHandle | None = None
+        self._stored: Mapping[str, StoredCase] = {}
+
+    async def run(self, resume: str | None) -> Comparison:
+        """Evaluate all cases.
+
+        Args:
+            resume: The parent run of an earlier process, or None.
+        """
+        plan = self._plan = await anyio.to_thread.run_sync(Plan.of, self._cases)
+        if resume is None:
+            self._parent = await anyio.to_thread.run_sync(records.open_parent, self._options.run_name, plan)
+        else:
+            self._parent, self._stored = await anyio.to_thread.run_sync(records.reopen_parent, resume, plan)
+        status = RUN_FAILED
+        try:
+            with records.entered(self._parent), _traced():
+                await self._evaluate()
+            comparison = await anyio.to_thread.run_sync(self._compare)
+            if self._parent is not None:
+                await anyio.to_thread.run_sync(summary.log, self._parent, comparison)
+            if any(case.status != FAILED for case in comparison.cases):
+                status = RUN_FINISHED
+        except BaseException as error:
+            status = run_status(error)
+            raise
+        else:
+            return comparison
+        finally:
+            await _shielded(records.end, self._parent, status)
+
+    async def _evaluate(self) -> None:
+        async with anyio.create_task_group() as group:
+            if self._options.limits.seconds is not None:
+                group.start_soon(self._watch_clock, self._options.limits.seconds, name="max_seconds")
+            async with anyio.create_task_group() as cases:
+                for case in self._cases:
+                    cases.start_soon(self._case, case, cases.cancel_scope, name=case.name)
+            group.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _watch_clock(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+        self._budget.out_of_time()
+
+    async def _case(self, case: Case, scope: anyio.CancelScope) -> None:
+        """One case, in its task."""
+        stored = self._stored.get(case.name)
+        if stored is None and self._slots.is_closed:
+            self._results[case.name] = summary.case_result(case, {}, STOPPED)
+            return
+        handle = await anyio.to_thread.run_sync(records.open_case, self._parent, case.name, stored)
+        outcomes = {} if stored is None else _kept(stored)
+        status, result, failure = RUN_FAILED, None, None
+        try:
+            with records.entered(handle):
+                result = await self._evaluate_case(
+                    case, handle, outcomes, Stored() if stored is None else stored.journal
+                )
+            status = RUN_FINISHED
+        except BaseException as error:
+            status = run_status(error)
+            if is_cancelled_from_outside():
+                raise
+            failure = error  # a case that fails is reported, and the others go on
+        finally:
+            await _shielded(records.end, handle, status)
+        is_whole = len(outcomes) == len(case.devset or ())
+        self._results[case.name] = summary.case_result(
+            case,
+            outcomes,
+            FAILED if failure else FINISHED if is_whole else STOPPED,
+            run_id=None if handle is None else handle.run_id,
+            result=result,
+            error=failure,
+            failure_score=self._options.failure_score,
+        )
+        if failure is not None and (
+            self._options.raise_on_error or isinstance(failure, (KeyboardInterrupt, SystemExit))
+        ):
+            self._failure = self._failure or failure
+            scope.cancel()
+
+    async def _evaluate_case(
+        self, case: Case, handle: RunHandle | None, outcomes: dict[int, Outcome], stored: Stored
+    ) -> Any:
+        """Evaluate what is left of a case; ``outcomes`` is filled as it goes."""
+        devset = case.devset or ()
+        journal = None
+        if handle is not None and self._plan is not None:
+            journal = Journal(handle.run_id, self._plan.keys[case.name], stored)
+        options = self._options
+        line_of = BOARD.line(case.name, len(devset), options.failure_score, is_shown=options.display_progress)
+        with line_of as line, case.context():
+            for outcome in outcomes.values():
+                line.advance(outcome)
+            conditions = Conditions(self._slots, dict(outcomes), self._noting(outcomes, line, journal))
+            evaluator = _CaseEvaluate(case, self._options, conditions)
+            async with _kept_by(journal):
+                metadata = {"metric_key": case.name, ALWAYS_LOGGED: True}
+                return await evaluator.acall(case.program, callback_metadata=metadata)
+
+    def _noting(self, outcomes: dict[int, Outcome], line: Line, journal: Journal | None) -> Callable[[Outcome], None]:
+        @guarded
+        def note(outcome: Outcome) -> None:
+            outcomes[outcome.index] = outcome
+            self._budget.spend(outcome)
+            line.advance(outcome)
+            if journal is not None:
+                journal.add(outcome)
+
+        return note
+
+    def _compare(self) -> Comparison:
+        cases = summary.with_differences(self._cases, self._results, self._baseline, self._options.seed)
+        parent = self._parent
+        return Comparison(tuple(cases), self._baseline, None if parent is None else parent.run_id, self._budget.reached)
+
+
+def _kept(stored: StoredCase) -> dict[int, Outcome]:
+    """The outcomes that a resume goes on from.
+
+    Where too many failed examples have ended the case, they are run again: it could only end the same way.
+    """
+    outcomes = dict(stored.journal.outcomes)
+    if stored.run.info.status != RUN_FAILED:
+        return outcomes
+    return {place: outcome for place, outcome in outcomes.items() if not outcome.has_failed}
+
+
+@contextlib.asynccontextmanager
+async def _kept_by(journal: Journal | None) -> AsyncIterator[None]:
+    """Let a journal write in the background of a block, to its end; the block's exception comes out as it is."""
+    if journal is None:
+        yield
+        return
+    failure: BaseException | None = None
+    async with anyio.create_task_group() as group:
+        group.start_soon(journal.keep)
+        try:
+            yield
+        except BaseException as error:
+            if is_cancelled_from_outside():
+                raise
+            failure = error  # the task group would wrap it
+        finally:
+            journal.close()
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def _traced() -> Iterator[None]:
+    """Count tokens and log evaluations in this block, also where no tracer is on; then there are no traces."""
+    callbacks = dspy.settings.callbacks
+    if any(isinstance(each, TracingCallback) and each.settings is not None for each in callbacks):
+        yield
+        return
+    with dspy.context(callbacks=[*callbacks, TracingCallback(log_traces=False)]):
+        yield
+
+
+async def _shielded(function: Callable[..., Any], *args: Any) -> None:
+    """Call ``function`` in a thread, also while this task is being cancelled."""
+    with anyio.CancelScope(shield=True):
+        await anyio.to_thread.run_sync(function, *args)

@@ -1,0 +1,131 @@
+"""Sums up the cases of an ``evaluate_all``, compares them, and logs the comparison into the parent run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dspy_mlflow_async.evaluate import statistics
+from dspy_mlflow_async.evaluate.case import Case
+from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
+from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.evaluate.plot import plot_of_cases
+from dspy_mlflow_async.runs.artifacts import columns_of
+from dspy_mlflow_async.runs.handle import RunHandle
+from dspy_mlflow_async.runs.results import quantile
+from dspy_mlflow_async.runs.usage import cost_of
+from dspy_mlflow_async.seams.mlflow import TokenUsageKey
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+TABLE, PLOT = "comparison.json", "scores.png"
+_NO_METRIC_CHARACTER = re.compile(r"[^\w\-. :]", re.ASCII)  # "/" too: it separates the case from the metric
+
+
+def case_result(
+    case: Case,
+    outcomes: Mapping[int, Outcome],
+    status: str,
+    *,
+    failure_score: float = 0.0,
+    result: Any = None,
+    error: BaseException | None = None,
+    run_id: str | None = None,
+) -> CaseResult:
+    """Sum up a case.
+
+    Args:
+        case: The case.
+        outcomes: What became of its examples, by place in the devset.
+        status: How it ended.
+        failure_score: The score of a failed example.
+        result: What the evaluator returned, or None.
+        error: What it raised, or None.
+        run_id: The run of the case, or None.
+    """
+    scores = [*scores_of(outcomes, failure_score).values()]
+    durations = sorted(outcome.duration for outcome in outcomes.values() if outcome.duration is not None)
+    tokens = _tokens(outcomes.values())
+    score = None if result is None or math.isnan(result.score) else float(result.score)
+    return CaseResult(
+        case.name,
+        status,
+        result=result,
+        error=error,
+        run_id=run_id,
+        score=score,
+        standard_error=None if score is None else statistics.standard_error(scores),
+        examples=len(outcomes),
+        errors=sum(outcome.has_failed for outcome in outcomes.values()),
+        not_run=tuple(place for place in range(len(case.devset or ())) if place not in outcomes),
+        latency_p50=quantile(durations, 0.5),
+        latency_p95=quantile(durations, 0.95),
+        input_tokens=_sum(tokens, TokenUsageKey.INPUT_TOKENS),
+        output_tokens=_sum(tokens, TokenUsageKey.OUTPUT_TOKENS),
+        cost_usd=cost_of(tokens) if tokens else None,
+        scores=scores_of(outcomes, failure_score),
+    )
+
+
+def scores_of(outcomes: Mapping[int, Outcome], failure_score: float) -> dict[int, float]:
+    """The scores as numbers, by place in the devset."""
+    numbers = {
+        place: failure_score if outcome.has_failed else number_of(outcome.score) for place, outcome in outcomes.items()
+    }
+    return {place: float(number) for place, number in numbers.items() if number is not None}
+
+
+def with_differences(
+    cases: Sequence[Case], results: Mapping[str, CaseResult], baseline: str, seed: int
+) -> list[CaseResult]:
+    """The results in the order of the cases, each with its difference from the baseline where that makes sense."""
+    base = next(case for case in cases if case.name == baseline)
+    compared = []
+    for case in cases:
+        result = results[case.name]
+        is_pair = case is not base and case.devset == base.devset and case.metric is base.metric
+        if is_pair and result.score is not None and results[baseline].score is not None:
+            difference = statistics.paired_difference(result.scores, results[baseline].scores, seed=seed)
+            result = replace(result, difference=difference)
+        compared.append(result)
+    return compared
+
+
+def log(parent: RunHandle, comparison: Comparison) -> None:
+    """Log the comparison as a table, metrics per case, and a plot."""
+    parent.table(TABLE, columns_of(comparison.rows()))
+    metrics: dict[str, float | None] = {}
+    for row in comparison.rows():
+        name = _NO_METRIC_CHARACTER.sub("_", row["case"])
+        metrics |= {f"{name}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
+    parent.metrics(metrics)
+    best = comparison.best
+    parent.tags(
+        {
+            "dspy_mlflow_async.baseline": comparison.baseline,
+            "dspy_mlflow_async.best": None if best is None else best.name,
+            "dspy_mlflow_async.stopped_by": comparison.stopped_by or "",
+        }
+    )
+    try:
+        parent.artifact(PLOT, plot_of_cases(comparison.cases, comparison.baseline))
+    except ImportError:
+        logger.warning("The scores are not plotted: matplotlib is not installed.")
+
+
+def _tokens(outcomes: Any) -> dict[str, dict[str, int]]:
+    total: dict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in outcomes:
+        for tokens in (outcome.program_tokens, outcome.metric_tokens):
+            for model, counted in tokens.items():
+                total[model].update(counted)
+    return {model: dict(counted) for model, counted in total.items()}
+
+
+def _sum(tokens: Mapping[str, Mapping[str, int]], key: str) -> int | None:
+    return sum(counted.get(key, 0) for counted in tokens.values()) if tokens else None

@@ -1,0 +1,353 @@
+"""``evaluate_all``: one limit, a run per case, a comparison, budgets, and errors before anything runs."""
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+
+import anyio
+import dspy
+import mlflow
+import pytest
+from small import examples, is_right
+
+import dspy_mlflow_async
+from dspy_mlflow_async import Case, aevaluate_all, evaluate_all
+from dspy_mlflow_async.testing import tree
+from echo import Chain, EchoLM, chain_tree, marker
+
+
+class Half(Chain):
+    """Right on every other question."""
+
+    async def aforward(self, question):
+        answer = await super().aforward(question)
+        return answer if int(question.rpartition("-")[2]) % 2 == 0 else dspy.Prediction(answer="?")
+
+
+class Broken(dspy.Module):
+    async def aforward(self, question):
+        raise RuntimeError("boom")
+
+
+class InFlight:
+    """Counts the LM calls that are open at once."""
+
+    def __init__(self):
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    async def __call__(self, marker):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.005)
+        self.now -= 1
+
+
+def table(run, name):
+    stored = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{name}"))
+    return [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]]
+
+
+async def evaluated(programs, **options):
+    options = {"devset": examples(size=6), "metric": is_right, "display_progress": False, **options}
+    return await aevaluate_all(programs, **options)
+
+
+async def test_runs_traces_and_comparison(traces, runs):
+    """Each case has a run of its own below one parent, its own traces, and its place in the comparison."""
+    comparison = await evaluated({"good": Chain(), "half": Half(), "broken": Broken()}, max_errors=2)
+    found = runs()
+    parent = found["evaluate_all"]
+    by_run = {}
+    for trace in traces:
+        by_run.setdefault(trace.info.request_metadata["mlflow.sourceRun"], []).append(tree(trace, marker))
+
+    assert {"good": "FINISHED", "half": "FINISHED", "broken": "FAILED", "evaluate_all": "FINISHED"} == {
+        name: run.info.status for name, run in found.items()
+    }
+    assert {parent.info.run_id} == {
+        run.data.tags.get("mlflow.parentRunId") for name, run in found.items() if run is not parent
+    }
+    assert [chain_tree(f"@e-{n}") for n in range(6)] == sorted(by_run[found["good"].info.run_id])
+    assert {"good": 100.0, "half": 50.0, "broken": None} == {name: comparison[name].score for name in comparison}
+    assert "Execution cancelled due to errors or interruption." == str(comparison["broken"].error)
+    assert 100.0 == found["good"].data.metrics["eval"]
+    assert 6 == len(table(found["half"], "result_table.json"))
+
+
+async def test_parent_artifacts(traces, runs):
+    """The parent has the comparison as a table, metrics per case, and a plot."""
+    await evaluated({"good": Chain(), "half, b/c": Half()})
+    found = runs()
+    parent = found["evaluate_all"]
+    rows = table(parent, "comparison.json")
+    png = mlflow.artifacts.download_artifacts(f"{parent.info.artifact_uri}/scores.png")
+
+    assert ["good", "half, b/c"] == [row["case"] for row in rows]
+    assert [None, -50.0] == [row["difference"] for row in rows]
+    assert 50.0 == parent.data.metrics["half_ b_c/score"]
+    assert 120 == parent.data.metrics["good/input_tokens"]
+
+    assert b"\x89PNG\r\n\x1a\n" == Path(png).read_bytes()[:8]  # noqa: ASYNC240 - a test
+
+
+async def test_one_limit_for_all():
+    """Ten evaluations never make ten times the load."""
+    in_flight = InFlight()
+    with dspy.context(lm=EchoLM(aduring=in_flight)):
+        await evaluated({f"case {n}": Chain() for n in range(10)}, max_concurrency=4)
+
+    assert 4 == in_flight.most
+
+
+async def test_without_a_tracer(captured, experiment):
+    """Where no tracer is on, runs, tokens and the comparison are there all the same; traces are not."""
+    comparison = await evaluated({"good": Chain()})
+    untraced = len(captured)
+    with_runs_off = await _with_tracer_that_logs_no_evaluations()
+
+    assert (0, 6) == (untraced, len(captured))
+    for result in (comparison["good"], with_runs_off["good"]):
+        assert (100.0, 120, 48) == (result.score, result.input_tokens, result.output_tokens)
+        assert 6 == len(table(mlflow.get_run(result.run_id), "result_table.json"))
+
+
+async def _with_tracer_that_logs_no_evaluations():
+    dspy_mlflow_async.autolog(silent=True, log_evals=False)
+    return await evaluated({"good": Chain()}, run_name="other", devset=examples(size=6))
+
+
+async def test_cases(traces):
+    """One program over several devsets, metrics, LMs and adapters."""
+    other = EchoLM(answer=lambda field, marker: "no")
+    program = Chain()
+    comparison = await evaluated(
+        [
+            Case("as it is", program),
+            Case("another lm", program, lm=other),
+            Case("json", program, adapter=dspy.JSONAdapter()),
+            Case("two examples", program, devset=examples("@x", 2)),
+            Case("another metric", program, metric=lambda example, prediction: 0.25),
+            Case("strict", program, settings={"max_errors": 1}),
+        ]
+    )
+
+    assert [100.0, 0.0, 100.0, 100.0, 25.0, 100.0] == [case.score for case in comparison.cases]
+    assert [6, 6, 6, 2, 6, 6] == [case.examples for case in comparison.cases]
+    assert [None, -100.0, 0.0, None, None, 0.0] == [
+        case.difference and case.difference.mean for case in comparison.cases
+    ]
+
+
+async def test_raise_on_error(traces, runs):
+    """The first case that fails ends all, with its exception."""
+    hold = asyncio.Event()
+
+    async def wait(marker):
+        await hold.wait()
+
+    with dspy.context(lm=EchoLM(aduring=wait)), pytest.raises(Exception, match="Execution cancelled"):
+        await evaluated({"slow": Chain(), "broken": Broken()}, max_errors=1, raise_on_error=True)
+
+    assert {"slow": "KILLED", "broken": "FAILED", "evaluate_all": "FAILED"} == {
+        name: run.info.status for name, run in runs().items()
+    }
+
+
+@pytest.mark.parametrize(("budget", "spent"), [({"max_tokens": 100}, "max_tokens"), ({"max_cost": 0.0001}, "max_cost")])
+async def test_budget(traces, runs, monkeypatch, budget, spent):
+    """When it is reached nothing new starts, and the result says what was not run; a resume runs that."""
+    monkeypatch.setattr(
+        "dspy_mlflow_async.runs.usage.seam.cost_in_usd", lambda model, tokens: tokens["total_tokens"] * 1e-6
+    )
+    programs = {"good": Chain(), "half": Half()}
+    stopped = await evaluated(programs, max_concurrency=2, **budget)
+    resumed = await evaluated(programs, max_concurrency=2, resume=stopped.run_id)
+
+    assert spent in stopped.stopped_by
+    for case in stopped.cases:
+        assert "stopped" == case.status
+        assert 6 == case.examples + len(case.not_run)
+        assert case.examples == len(case.result.results) > 0
+    assert f"{sum(map(len, stopped.not_run.values()))} examples were not run" in str(stopped)
+    assert {"good": 100.0, "half": 50.0} == {name: resumed[name].score for name in resumed}
+    assert {} == resumed.not_run
+    assert {"good", "half", "evaluate_all"} == set(runs())
+    assert 6 == len(table(runs()["good"], "result_table.json"))
+    assert 12 == len(traces)  # none was run again
+
+
+async def test_max_seconds():
+    """A budget of time; what is in flight ends."""
+
+    async def wait(marker):
+        await asyncio.sleep(0.05)
+
+    with dspy.context(lm=EchoLM(aduring=wait)):
+        comparison = await evaluated({"good": Chain()}, devset=examples(size=500), max_concurrency=2, max_seconds=0.5)
+
+    assert "max_seconds" in comparison.stopped_by
+    assert 0 < comparison["good"].examples < 500
+    assert comparison["good"].result.score == 100.0
+
+
+async def test_resume_runs_only_what_is_missing(traces, runs):
+    """Finished examples are read back, failed ones too; the result is that of an uninterrupted one."""
+
+    def unfair(example, prediction, trace=None):
+        if example.question == "@e-1":
+            raise ValueError("unfair")
+        return dspy.Prediction(score=0.5, feedback="so so") if example.question == "@e-2" else True
+
+    whole = await evaluated({"good": Chain()}, metric=unfair, run_name="whole")
+    lm = EchoLM()
+    with dspy.context(lm=lm):
+        stopped = await evaluated({"good": Chain()}, metric=unfair, max_concurrency=1, max_tokens=50)
+        before = len(lm.calls)
+        resumed = await evaluated({"good": Chain()}, metric=unfair, resume=stopped.run_id)
+    again = await evaluated({"good": Chain()}, metric=unfair, resume=stopped.run_id)
+
+    def shown(comparison):
+        case = comparison["good"]
+        return (
+            case.score,
+            case.standard_error,
+            case.errors,
+            case.input_tokens,
+            case.output_tokens,
+            [(example.question, p.toDict(), float(score)) for example, p, score in case.result.results],
+        )
+
+    assert 0 < before < 12
+    assert 12 == len(lm.calls)
+    assert shown(whole) == shown(resumed) == shown(again)
+    assert stopped["good"].run_id == resumed["good"].run_id
+
+
+async def test_resume_after_too_many_errors(traces):
+    """In a case that too many failed examples have ended, these are run again: nothing else could help it."""
+    is_down = True
+
+    class Moody(Chain):
+        async def aforward(self, question):
+            if is_down and question == "@e-4":
+                raise ConnectionError("down")
+            return await super().aforward(question)
+
+    failed = await evaluated({"moody": Moody()}, max_errors=1, max_concurrency=1)
+    is_down = False
+    traces.clear()
+    resumed = await evaluated({"moody": Moody()}, max_errors=1, resume=failed.run_id)
+
+    assert "failed" == failed["moody"].status
+    assert 100.0 == resumed["moody"].score
+    assert 2 == len(traces)
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_sync(traces, runs, in_loop):
+    """``evaluate_all`` works without a loop, and inside one, as in a notebook; DSPy's settings go with it."""
+
+    def evaluate():
+        with dspy.context(lm=EchoLM(answer=lambda field, marker: "no")):
+            return evaluate_all({"good": Chain()}, devset=examples(size=2), metric=is_right, display_progress=False)
+
+    async def in_a_loop():
+        return evaluate()
+
+    comparison = asyncio.run(in_a_loop()) if in_loop else evaluate()
+
+    assert 0.0 == comparison["good"].score
+    assert {"good", "evaluate_all"} == set(runs())
+
+
+def test_under_a_run_of_the_users(traces, runs):
+    """The parent run is a child of the run that is open."""
+    with mlflow.start_run(run_name="mine") as mine:
+        evaluate_all({"good": Chain()}, devset=examples(size=2), metric=is_right, display_progress=False)
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+
+    assert mine.info.run_id == runs()["evaluate_all"].data.tags["mlflow.parentRunId"]
+
+
+class NoForward(dspy.Module):
+    pass
+
+
+BAD = [
+    ({"programs": {}}, ValueError, "nothing to evaluate"),
+    ({"programs": {"a": NoForward()}}, TypeError, "neither forward nor aforward"),
+    ({"programs": {"a": Chain}}, TypeError, r"Chain\(...\)"),
+    ({"programs": {"a": 7}}, TypeError, "not int"),
+    ({"programs": Chain()}, TypeError, "mapping"),
+    ({"programs": [Chain()]}, TypeError, "must be a Case"),
+    ({"programs": [Case("a", Chain()), Case("a", Chain())]}, ValueError, "more than one 'a'"),
+    ({"programs": [Case("", Chain())]}, ValueError, "needs a name"),
+    ({"programs": [Case("a", Chain(), settings={"nope": 1})]}, TypeError, "no nope"),
+    ({"devset": []}, ValueError, "at least one example"),
+    ({"devset": None}, ValueError, "no devset"),
+    ({"metric": None}, ValueError, "no metric"),
+    ({"metric": "exact"}, TypeError, "not str"),
+    ({"baseline": "b"}, ValueError, "baseline"),
+    ({"max_concurrency": 0}, ValueError, "at least 1"),
+    ({"max_concurrency": -3}, ValueError, "at least 1"),
+    ({"max_concurrency": 2.5}, TypeError, "whole number"),
+    ({"timeout": 0}, ValueError, "more than 0 seconds"),
+    ({"max_cost": -1}, ValueError, "US dollars"),
+    ({"max_tokens": "many"}, TypeError, "tokens"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"resume": "no-such-run"}, ValueError, "there is no run"),
+    ({"resume": 7}, TypeError, "run id"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD)
+async def test_bad_input(experiment, options, error, text):
+    """A clear error, before anything runs and before any run is made."""
+    lm = EchoLM()
+    options = {"programs": {"a": Chain()}, **options}
+    with dspy.context(lm=lm), pytest.raises(error, match=text):
+        await evaluated(options.pop("programs"), **options)
+
+    assert [] == lm.calls
+    assert [] == mlflow.search_runs([experiment], output_format="list")
+
+
+async def test_resume_of_something_else(traces, runs):
+    """A resume that would mix two evaluations is refused."""
+    done = await evaluated({"good": Chain()})
+
+    for options, text in [
+        ({"programs": {"better": Chain()}}, "evaluates the cases good"),
+        ({"programs": {"good": Half()}}, "another program"),
+        ({"devset": examples("@other", 6)}, "another devset"),
+        ({"metric": lambda example, prediction: 1}, "another metric"),
+        ({"resume": done["good"].run_id}, "not one of evaluate_all"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            await evaluated(
+                options.get("programs", {"good": Chain()}),
+                **{"resume": done.run_id, **{key: value for key, value in options.items() if key != "programs"}},
+            )
+
+
+async def test_ten_thousand_examples():
+    """Bounded time for table and plot, and no more tasks than the limit."""
+    most = 0
+
+    class Answers(dspy.Module):
+        async def aforward(self, question):
+            nonlocal most
+            most = max(most, len(asyncio.all_tasks()))
+            return dspy.Prediction(answer=question)
+
+    async def metric(example, prediction):
+        return example.answer == prediction.answer
+
+    with anyio.fail_after(60):
+        comparison = await evaluated(
+            {"a": Answers(), "b": Answers()}, devset=examples(size=10_000), metric=metric, max_concurrency=50
+        )
+
+    assert [100.0, 100.0] == [case.score for case in comparison.cases]
+    assert most < 80
