@@ -1,0 +1,162 @@
+"""The span around a request: it begins with the first call inside that needs a parent, and otherwise never."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from dspy_mlflow_async.app.record import Record
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow_promise as promise_seam
+from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans import tracer
+from dspy_mlflow_async.spans.outcome import Failure
+from dspy_mlflow_async.spans.serialize import Plain
+
+
+class Beginning(NamedTuple):
+    """What is known of a request when its span begins.
+
+    Attributes:
+        name: The span's name.
+        inputs: What to show as its inputs; None for nothing.
+        attributes: Further attributes by key.
+    """
+
+    name: str
+    inputs: Any = None
+    attributes: Mapping[str, Any] = {}
+
+
+class Root:
+    """A span that is promised in the context of a request, and begins when it is wanted, once.
+
+    Args:
+        record: Who is told the trace's id.
+        settings: What the span goes by.
+        describe: What is known of the request when the span begins.
+        where: What is current around the request.
+        remote: The caller's span in another process, or None.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        settings: Settings,
+        describe: Callable[[], Beginning],
+        where: seam.Here,
+        remote: Any | None = None,
+    ) -> None:
+        self.span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
+        self._open: seam.OpenSpan | None = None
+        self._is_over = False
+        self._record = record
+        self._settings = settings
+        self._describe = describe
+        self._where = where
+        self._remote = remote
+        self._promised_id: int | None = None
+        # Tasks and threads of one request may want its span at once.
+        self._lock = threading.Lock()
+        self.promise = promise_seam.PromisedSpan(self)
+
+    def __del__(self) -> None:
+        # As for tracer.SpanScope: a request that was dropped without an end.
+        if self._open is not None and not self._is_over:
+            tracer.abandon(self._open, self._settings)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a span that is recorded."""
+        return self._open is not None
+
+    def begin(self) -> Any:
+        """The span, begun now if it was not; INVALID_SPAN once the request is over."""
+        with self._lock:
+            if self._is_over:
+                return seam.INVALID_SPAN
+            if self.span is None:
+                self.span = seam.INVALID_SPAN  # whatever goes wrong, once
+                self._begin()
+            return self.span
+
+    @guarded
+    def _begin(self) -> None:
+        where = self._where
+        if type(where.span) is promise_seam.PromisedSpan:
+            where = where._replace(span=where.span.begun())
+        parent: Any = where.span if seam.is_live(where.span) else None
+        if seam.has_ended(where.span):
+            parent = seam.INVALID_SPAN
+        beginning = self._describe()
+        plain = Plain(self._settings.max_value_bytes, self._settings.redact)
+        attributes = {key: plain.encode(plain(value)) for key, value in beginning.attributes.items()}
+        if beginning.inputs is not None:
+            attributes[seam.SpanAttributeKey.INPUTS] = plain.encode(plain(beginning.inputs))
+        tracer_ = seam.current_tracer(where)
+        if self._remote is not None and parent is None:
+            parent = self._remote
+            promise_seam.remote_traces.adopt(parent.get_span_context().trace_id)
+        elif self._promised_id is not None:
+            tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
+        begun = seam.start_span(beginning.name, seam.SpanType.CHAIN, where, parent, None, attributes, tracer_)
+        if isinstance(begun, seam.Unsampled):
+            self.span = begun.otel
+        elif begun is not None:
+            self._open, self.span = begun, begun.otel
+            self._record.saw(begun)
+
+    def promised_trace_id(self) -> str | None:
+        """MLflow's id of the trace that the span is in, or will be in if it begins; None where there will be none."""
+        with self._lock:
+            if self._open is not None:
+                return self._open.trace_id
+            if self._is_over or self.span is not None:
+                return None
+            return self._promise_id()
+
+    @guarded
+    def _promise_id(self) -> str | None:
+        span = self._where.span
+        if self._remote is not None:
+            context = self._remote.get_span_context()
+            return promise_seam.mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
+        if seam.is_live(span) or type(span) is promise_seam.PromisedSpan:
+            return None  # below somebody else's span, which has not said
+        tracer_ = seam.current_tracer(self._where)
+        if self._promised_id is None:
+            self._promised_id = promise_seam.new_trace_id(tracer_)
+        if promise_seam.leaves_out(tracer_, self._promised_id):
+            return None
+        return promise_seam.mlflow_trace_id(self._promised_id)
+
+    def end(self, failure: Failure | None, outputs: Any = None, attributes: Mapping[str, Any] | None = None) -> None:
+        """End the span if it began, and begin none from now on.
+
+        Args:
+            failure: What ended the request, or None.
+            outputs: What to show as its outputs; None for nothing.
+            attributes: Further attributes by key.
+        """
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+        try:
+            if self._open is not None:
+                self._end(self._open, failure, outputs, attributes or {})
+        finally:
+            if self._remote is not None and self.span is not None:
+                promise_seam.remote_traces.release(self._remote.get_span_context().trace_id)
+
+    def _end(self, span: seam.OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
+        plain = Plain(self._settings.max_value_bytes, self._settings.redact)
+        texts: dict[str, str] = {}
+        try:
+            texts = {key: plain.encode(plain(value)) for key, value in attributes.items()}
+            if outputs is not None:
+                texts[seam.SpanAttributeKey.OUTPUTS] = plain.encode(plain(outputs))
+        finally:
+            tracer.end_span(span, self._settings, texts, failure)

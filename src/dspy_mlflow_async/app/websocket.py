@@ -1,0 +1,87 @@
+"""One WebSocket connection of an ASGI app: a trace for all of it, or one for each message and what is sent for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dspy_mlflow_async.app.http import HUNG_UP, ROUTE, AsgiScope, Message, Receive, Send, route_of
+from dspy_mlflow_async.app.root import Beginning
+from dspy_mlflow_async.app.scope import Scope
+from dspy_mlflow_async.spans.outcome import Failure, failure_of
+
+# Normal closure, going away, no code given. Source: RFC 6455, section 7.4.1.
+_FINE = frozenset({1000, 1001, 1005})
+
+
+class Connection:
+    """A connection, seen from between the server and the app.
+
+    Args:
+        asgi: The ASGI scope.
+        receive: The server's.
+        send: The server's.
+        header: The name of the header of the handshake's response that tells the trace's id; empty for none.
+
+    Attributes:
+        scope: What holds for the connection.
+        new_scope: Makes a scope for one message; None where the connection is one trace.
+    """
+
+    def __init__(self, asgi: AsgiScope, receive: Receive, send: Send, header: bytes) -> None:
+        self.asgi = asgi
+        self.scope: Scope | None = None
+        self.new_scope: Callable[[], Scope] | None = None
+        self._server_receive = receive
+        self._server_send = send
+        self._header = header
+        self._message_scope: Scope | None = None
+        self._root_path = asgi.get("root_path", "")
+        self._code: int | None = None
+
+    async def receive(self) -> Message:
+        """What the app calls. Who asks for the next message is done with the last."""
+        self._end_message(None)
+        message = await self._server_receive()
+        if message["type"] == "websocket.disconnect":
+            self._code = message.get("code", 1005)
+        elif message["type"] == "websocket.receive" and self.new_scope is not None:
+            self._message_scope = self.new_scope()
+            self._message_scope.enter()  # in the app's task, which awaits us
+        return message
+
+    async def send(self, message: Message) -> None:
+        """What the app calls."""
+        if message["type"] == "websocket.accept" and self._header and self.scope is not None and self.scope.root:
+            trace_id = self.scope.root.promised_trace_id()
+            if trace_id is not None:
+                pair = (self._header, trace_id.encode("ascii"))
+                message = {**message, "headers": [*(message.get("headers") or ()), pair]}
+        await self._server_send(message)
+
+    def beginning(self, name: str | None) -> Beginning:
+        """What is known when the span begins."""
+        route = route_of(self.asgi, self._root_path)
+        attributes: dict[str, Any] = {} if route is None else {ROUTE: route}
+        return Beginning(name or f"WEBSOCKET {route or ''}".rstrip(), None, attributes)
+
+    def close(self, error: BaseException | None) -> None:
+        """The app has returned or raised."""
+        failure = self._failure(error)
+        self._end_message(failure)
+        if self.scope is not None:
+            self.scope.leave()
+            self.scope.close(failure)
+
+    def _end_message(self, failure: Failure | None) -> None:
+        scope, self._message_scope = self._message_scope, None
+        if scope is not None:
+            scope.leave()
+            scope.close(failure)
+
+    def _failure(self, error: BaseException | None) -> Failure | None:
+        if self._code is not None and (error is None or type(error).__name__ == "WebSocketDisconnect"):
+            return None if self._code in _FINE else HUNG_UP
+        if isinstance(error, OSError):
+            return HUNG_UP
+        return None if error is None else failure_of(error)

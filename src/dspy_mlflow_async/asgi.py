@@ -1,0 +1,181 @@
+"""Middleware for ASGI services: one trace for each request that calls DSPy, and none for those that do not."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from dspy_mlflow_async.app import lifespan, sampling
+from dspy_mlflow_async.app.http import App, AsgiScope, Exchange, Receive, Send, header
+from dspy_mlflow_async.app.options import Options, call
+from dspy_mlflow_async.app.root import Beginning
+from dspy_mlflow_async.app.scope import Scope
+from dspy_mlflow_async.app.websocket import Connection
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow_promise as promise_seam
+from dspy_mlflow_async.settings import Redact
+
+__all__ = ["TracingMiddleware"]
+
+OfScope = Callable[[AsgiScope], Any]
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name, by RFC 9110
+_BARE = Options()
+
+
+class TracingMiddleware:
+    """Makes each request to an ASGI app one trace, from its first DSPy call on, with its session, user and status.
+
+    For Starlette and FastAPI ``app.add_middleware(TracingMiddleware, session_id="x-session-id")``; for any other app
+    ``TracingMiddleware(app, ...)``. The trace's root is named by method and route template and has them, and the
+    response's status, as attributes; never the query string or the body. It ends when the app is done with the
+    request: after the last byte of a stream, and after background tasks. Its outcome is ``error`` where the handler
+    raises or the status is 500 or more, ``cancelled`` where the client hangs up.
+
+    With a ``traceparent`` header (W3C) the request is part of the caller's trace; a malformed one is ignored. When the
+    server shuts down, traces are flushed.
+
+    Args:
+        app: The ASGI app.
+        name: The name of the traces, or a function of the ASGI scope; by default ``GET /items/{item_id}``.
+        session_id: The header that tells MLflow's session, or a function of the ASGI scope.
+        user: The header that tells MLflow's user, or a function. Whoever sets the header is believed.
+        tags: Trace tags by key, or a function.
+        metadata: Trace metadata by key, or a function.
+        experiment_id: The experiment that the traces go to, or a function.
+        sample: As for ``request``: a ratio from 0 to 1, or ratios by outcome.
+        redact: As for ``request``.
+        traceparent: Whether to take up the caller's trace.
+        response_header: The response header that tells the trace's id; None for none. A response that is streamed
+            begins before DSPy is called: it tells the id that the trace will have if DSPy is called.
+        websocket: ``"connection"`` for one trace a connection, ``"message"`` for one for each message received
+            with what is done for it until the next is asked for.
+        flush_timeout: Seconds that a server's shutdown waits for the store. The rest is kept in the spool.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a header's name that is none, an unknown ``websocket``, a negative ``flush_timeout``, an unknown
+            key of ``sample``, a ratio outside 0 to 1, or an experiment that the store does not have.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        name: str | OfScope | None = None,
+        session_id: str | OfScope | None = None,
+        user: str | OfScope | None = None,
+        tags: Mapping[str, Any] | OfScope | None = None,
+        metadata: Mapping[str, Any] | OfScope | None = None,
+        experiment_id: str | int | OfScope | None = None,
+        sample: sampling.Sample = 1.0,
+        redact: Redact | None = None,
+        traceparent: bool = True,
+        response_header: str | None = "x-trace-id",
+        websocket: Literal["connection", "message"] = "connection",
+        flush_timeout: float = 5.0,
+    ) -> None:
+        if websocket not in {"connection", "message"}:
+            raise ValueError(f"websocket must be 'connection' or 'message', not {websocket!r}")
+        if isinstance(flush_timeout, bool) or not isinstance(flush_timeout, (int, float)):
+            raise TypeError(f"flush_timeout must be a number of seconds, not {flush_timeout!r}")
+        if not flush_timeout >= 0:
+            raise ValueError(f"flush_timeout must be 0 or more seconds, not {flush_timeout}")
+        self.app = app
+        self._name = name
+        self._options = Options(
+            None if callable(name) else name,
+            sample,
+            _from_header("session_id", session_id),
+            _from_header("user", user),
+            tags,
+            metadata,
+            experiment_id,
+            redact,
+        )
+        self._options.check_experiment()
+        self._traceparent = traceparent
+        self._header = _header_name("response_header", response_header) if response_header else b""
+        self._websocket = websocket
+        self._flush_timeout = float(flush_timeout)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """The ASGI app."""
+        kind = scope["type"]
+        if kind == "http":
+            exchange = Exchange(scope, receive, send, self._header)
+            exchange.scope = self._begin(scope, exchange.beginning)
+            await self._run(exchange)
+        elif kind == "websocket":
+            connection = Connection(scope, receive, send, self._header)
+            if self._websocket == "connection":
+                connection.scope = self._begin(scope, connection.beginning)
+            else:
+                connection.scope = self._begin(scope, None)
+                connection.new_scope = lambda: self._message_scope(scope, connection.beginning)
+            await self._run(connection)
+        elif kind == "lifespan":
+            await lifespan.live(self.app, scope, receive, send, self._flush_timeout)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _run(self, traffic: Exchange | Connection) -> None:
+        error: BaseException | None = None
+        try:
+            await self.app(traffic.asgi, traffic.receive, traffic.send)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            traffic.close(error)
+
+    @guarded
+    def _begin(self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning] | None) -> Scope | None:
+        scope = self._scope(self._options, asgi, beginning)
+        scope.enter()
+        return scope
+
+    def _message_scope(self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning]) -> Scope:
+        """What one message adds to what holds for its connection: a trace of its own."""
+        return self._scope(_BARE, asgi, beginning)
+
+    def _scope(self, options: Options, asgi: AsgiScope, beginning: Callable[[str | None], Beginning] | None) -> Scope:
+        if beginning is None:
+            return Scope(options, (asgi,))
+        remote = promise_seam.remote_parent(_trace_headers(asgi)) if self._traceparent else None
+        return Scope(options, (asgi,), None, lambda: beginning(self._name_of(asgi)), remote)
+
+    def _name_of(self, asgi: AsgiScope) -> str | None:
+        if not callable(self._name):
+            return self._name
+        name = call(self._name, (asgi,), {})
+        return None if name is None else str(name)
+
+
+def _trace_headers(asgi: AsgiScope) -> list[tuple[str, str]]:
+    return [
+        (name.decode("latin-1").lower(), value.decode("latin-1"))
+        for name, value in asgi.get("headers") or ()
+        if name.lower() in {b"traceparent", b"tracestate"}
+    ]
+
+
+def _from_header(argument: str, source: str | OfScope | None) -> OfScope | None:
+    """A function of the ASGI scope, given a header's name or such a function."""
+    if source is None or callable(source):
+        return source
+    return functools.partial(_read, name=_header_name(argument, source))
+
+
+def _read(asgi: AsgiScope, name: bytes) -> str | None:
+    return header(asgi, name)
+
+
+def _header_name(argument: str, name: Any) -> bytes:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a header's name or a function of the ASGI scope, not {name!r}")
+    if not _TOKEN.fullmatch(name):
+        raise ValueError(f"{argument} must be a header's name, not {name!r}")
+    return name.lower().encode("ascii")

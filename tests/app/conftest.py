@@ -1,0 +1,23 @@
+"""Tests of the services: wrapped programs, requests, and real servers."""
+
+import pytest
+
+import dspy_mlflow_async
+from dspy_mlflow_async import export
+from dspy_mlflow_async.seams import mlflow_scope
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_scope():
+    """After each test no destination, ratio or rule is left in the test's own context."""
+    yield
+    assert mlflow_scope.DESTINATION.get() is None
+    assert mlflow_scope.RATIO.get() is None
+    assert export.KEEPS.get() is None
+
+
+@pytest.fixture
+def sampled():
+    """How many traces have been left out since the test began."""
+    before = dspy_mlflow_async.stats().sampled
+    return lambda: dspy_mlflow_async.stats().sampled - before

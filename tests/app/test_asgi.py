@@ -1,0 +1,472 @@
+"""The middleware, app by app, without a network: what it records, and what it leaves alone."""
+
+import asyncio
+import logging
+
+import anyio
+import dspy
+import httpx
+import mlflow
+import pytest
+from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException, WebSocket
+from fastapi.responses import StreamingResponse
+
+from clean import assert_context_is_clean
+from dspy_mlflow_async import wrap
+from dspy_mlflow_async.asgi import TracingMiddleware
+from dspy_mlflow_async.testing import tree
+from echo import TIMEOUT, Chain, EchoLM, chain_tree
+
+program = Chain()
+
+
+def fastapi(**options):
+    app = FastAPI()
+    app.add_middleware(TracingMiddleware, **options)
+    return app
+
+
+def client(app, **options):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app, **options), base_url="http://test")
+
+
+def meta(trace, key):
+    return trace.info.trace_metadata.get(f"mlflow.trace.{key}")
+
+
+def attribute(trace, key):
+    return trace.data.spans[0].get_attribute(key)
+
+
+def asking_app(**options):
+    app = fastapi(**options)
+
+    @app.post("/ask/{topic}")
+    async def ask(topic: str):
+        return {"answer": (await program.acall(question=f"@{topic}")).answer}
+
+    @app.get("/health")
+    async def health():
+        return "fine"
+
+    return app
+
+
+async def test_a_request_is_a_trace(traces):
+    """Named by method and template, with session, user, status and its id in the response; nothing of the body."""
+    app = asking_app(session_id="x-session-id", user=lambda scope: "ada", tags={"service": "qa"})
+
+    async with client(app) as http:
+        response = await http.post("/ask/cats?key=hush", json={"pass": "word"}, headers={"X-Session-Id": "s-1"})
+
+    (trace,) = traces
+    assert {"answer": "@cats"} == response.json()
+    assert ("POST /ask/{topic}", [chain_tree()]) == tree(trace)
+    assert trace.info.trace_id == response.headers["x-trace-id"]
+    assert ("s-1", "ada", "qa") == (meta(trace, "session"), meta(trace, "user"), trace.info.tags["service"])
+    assert ("POST", "/ask/{topic}", 200, "ok") == tuple(
+        attribute(trace, key) for key in ("http.request.method", "http.route", "http.response.status_code", "outcome")
+    )
+    assert "hush" not in trace.to_json()
+    assert "word" not in trace.to_json()
+
+
+async def test_a_request_without_dspy_is_none(traces):
+    """Health checks and pages that are not found make no trace, and tell no id."""
+    async with client(asking_app()) as http:
+        responses = [await http.get("/health"), await http.get("/nowhere")]
+
+    assert [] == traces
+    assert [False, False] == ["x-trace-id" in response.headers for response in responses]
+
+
+async def test_all_that_a_handler_does_is_one_trace(traces):
+    """Several calls at once, spans of the user and sync code in threads: one trace."""
+    app = fastapi()
+
+    @app.get("/many")
+    async def ask_many():
+        with mlflow.start_span("own"):
+            await asyncio.gather(program.acall(question="@a"), asyncio.to_thread(program, question="@b"))
+        return (await wrap(program, session_id="wrapped").acall(question="@c")).answer
+
+    @app.get("/sync")
+    def ask_in_thread():
+        return program(question="@d").answer
+
+    async with client(app) as http:
+        await http.get("/many")
+        await http.get("/sync")
+
+    many, sync = traces
+    assert ("GET /many", ["Chain.forward", "own"]) == (tree(many)[0], sorted(child[0] for child in tree(many)[1]))
+    assert ("GET /sync", [chain_tree()]) == tree(sync)
+
+
+@pytest.mark.parametrize(
+    ("path", "template"),
+    [("/v1/items/3", "/v1/items/{item}"), ("/sub/x/7", "/sub/x/{y}"), ("/t/acme/x/7", "/t/{tenant}/x/{y}")],
+)
+async def test_templates_of_routers_and_mounts(traces, path, template):
+    """A template has the prefixes of routers and mounts, and no value of a parameter."""
+    app, router, sub = fastapi(), APIRouter(prefix="/items"), FastAPI()
+
+    @router.get("/{item}")
+    async def item(item: int):
+        await program.acall(question="@a")
+
+    @sub.get("/x/{y}")
+    async def x(y: str):
+        await program.acall(question="@a")
+
+    app.include_router(router, prefix="/v1")
+    app.mount("/sub", sub)
+    app.mount("/t/{tenant}", sub)
+
+    async with client(app, root_path="/api") as http:
+        response = await http.get(f"/api{path}")
+
+    assert 200 == response.status_code
+    assert (f"GET {template}", template) == (tree(traces[0])[0], attribute(traces[0], "http.route"))
+
+
+async def test_a_handler_that_raises(traces):
+    """The exception passes unchanged, and is on the trace; so is a server error's status; a client's error is none."""
+    app, error = fastapi(), RuntimeError("broken")
+
+    @app.get("/{how}")
+    async def fail(how: str):
+        await program.acall(question="@a")
+        raise error if how == "raise" else HTTPException(int(how))
+
+    async with client(app) as http:
+        with pytest.raises(RuntimeError) as raised:
+            await http.get("/raise")
+        await http.get("/503")
+        await http.get("/404")
+
+    assert error is raised.value
+    assert [("ERROR", "error", None), ("ERROR", "error", 503), ("OK", "ok", 404)] == [
+        (trace.info.state.value, attribute(trace, "outcome"), attribute(trace, "http.response.status_code"))
+        for trace in traces
+    ]
+    assert "RuntimeError: broken" in traces[0].data.spans[0].status.description
+
+
+async def test_streams_and_background_tasks_belong_to_it(traces):
+    """A stream that calls DSPy after its headers went out, and what runs after the last byte, are in the one trace."""
+    app = fastapi()
+
+    @app.get("/stream")
+    async def stream(background: BackgroundTasks):
+        async def words():
+            yield "begin "
+            yield (await program.acall(question="@word")).answer
+
+        background.add_task(program.acall, question="@later")
+        return StreamingResponse(words(), background=background)
+
+    async with client(app) as http:
+        response = await http.get("/stream")
+
+    (trace,) = traces
+    assert "begin @word" == response.text
+    assert ("GET /stream", [chain_tree(), chain_tree()]) == tree(trace)
+    assert trace.info.trace_id == response.headers["x-trace-id"]
+
+
+async def test_a_callers_trace_is_taken_up(traces):
+    """With ``traceparent`` the spans belong to the caller's trace, at once in two requests, and go where it goes."""
+    sent = []
+
+    async def ask(http, topic):
+        response = await http.post(f"/ask/{topic}", headers={"traceparent": parent, "x-session-id": "s-1"})
+        sent.append(response.headers["x-trace-id"])
+
+    async with client(asking_app(session_id="x-session-id")) as http:
+        with mlflow.start_span("caller") as caller:
+            parent = f"00-{caller.trace_id[3:]}-{caller.span_id}-01"
+            from dspy_mlflow_async.seams import mlflow as seam
+
+            before = seam.detach()  # the server is another process
+            await asyncio.gather(ask(http, "a"), ask(http, "b"))
+            seam.reattach(before)
+
+    (trace,) = traces
+    assert ("caller", [("POST /ask/{topic}", [chain_tree()])] * 2) == tree(trace)
+    assert [trace.info.trace_id] * 2 == sent
+    assert "s-1" == trace.data.spans[1].get_attribute("mlflow.trace.session")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "garbage",
+        "00-abc-def-01",
+        f"00-{'0' * 32}-b7ad6b7169203331-01",
+        f"ff-{'1' * 32}-b7ad6b7169203331-01",
+        "é" * 9,
+    ],
+)
+async def test_a_malformed_traceparent_is_ignored(traces, value):
+    """As the W3C says: then the request is a trace of its own."""
+    async with client(asking_app()) as http:
+        response = await http.post("/ask/a", headers=[(b"traceparent", value.encode("latin-1"))])
+
+    assert ("POST /ask/{topic}", [chain_tree()]) == tree(traces[0])
+    assert traces[0].info.trace_id == response.headers["x-trace-id"]
+
+
+async def test_two_traceparents_are_none(traces):
+    """A header that comes twice says nothing."""
+    one = f"00-{'1' * 32}-b7ad6b7169203331-01"
+    async with client(asking_app()) as http:
+        await http.post("/ask/a", headers=[("traceparent", one), ("traceparent", one)])
+
+    assert "1" * 32 not in traces[0].info.trace_id
+
+
+async def test_a_caller_that_did_not_sample(traces):
+    """A caller's trace that is not sampled is not recorded here either."""
+    async with client(asking_app()) as http:
+        response = await http.post("/ask/a", headers={"traceparent": f"00-{'1' * 32}-b7ad6b7169203331-00"})
+
+    assert ([], False) == (traces, "x-trace-id" in response.headers)
+
+
+async def test_sampling_of_requests(traces, sampled):
+    """A ratio decides on whole requests, and a response tells no id of a trace that is left out."""
+    async with client(asking_app(sample=0.3)) as http:
+        responses = [await http.post("/ask/a") for _ in range(60)]
+
+    told = [response.headers["x-trace-id"] for response in responses if "x-trace-id" in response.headers]
+    assert told == [trace.info.trace_id for trace in traces]
+    assert 60 == len(traces) + sampled()
+
+
+# --- clients that hang up -----------------------------------------------------------------------------------------
+
+
+class Wire:
+    """A server's side of one request, by hand."""
+
+    def __init__(self, path="/ask/a", method="POST", **more):
+        self.scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
+            "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [], **more,
+        }  # fmt: skip
+        self.inbox = asyncio.Queue()
+        self.inbox.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+        self.sent = []
+
+    async def send(self, message):
+        self.sent.append(message)
+
+
+async def test_hanging_up_before_the_answer(traces):
+    """A handler that nobody tells that its client has gone: its trace is cancelled all the same."""
+    wire = Wire()
+
+    async def during(marker):
+        wire.inbox.put_nowait({"type": "http.disconnect"})
+
+    with dspy.context(lm=EchoLM(aduring=during)):
+        await asking_app()(wire.scope, wire.inbox.get, wire.send)
+
+    assert ("POST /ask/{topic}", "cancelled") == tree(traces[0], "outcome")[:2]
+
+
+async def test_hanging_up_amid_a_stream(traces):
+    """Starlette cancels a stream whose client has gone: all of its spans are cancelled."""
+    app, wire = fastapi(), Wire("/stream", "GET")
+
+    @app.get("/stream")
+    async def stream():
+        async def words():
+            yield "begin"
+            yield (await program.acall(question="@word")).answer
+
+        return StreamingResponse(words())
+
+    async def hang(marker):
+        wire.inbox.put_nowait({"type": "http.disconnect"})
+        await asyncio.Event().wait()
+
+    with dspy.context(lm=EchoLM(aduring=hang)), anyio.fail_after(TIMEOUT):
+        await app(wire.scope, wire.inbox.get, wire.send)
+
+    assert {"cancelled"} == {
+        span.get_attribute("outcome") for span in traces[0].data.spans if "format" not in span.name
+    }
+
+
+async def test_a_server_that_refuses_to_send(traces):
+    """Where the server raises because the client has gone, so does ``send``, unchanged."""
+    wire, error = Wire(), OSError("gone")
+
+    async def send(message):
+        raise error
+
+    with pytest.raises(OSError, match="gone") as raised:
+        await asking_app()(wire.scope, wire.inbox.get, send)
+
+    assert error is raised.value
+    assert "cancelled" == attribute(traces[0], "outcome")
+
+
+async def test_what_the_app_receives_is_what_came(traces):
+    """Looking for a hang-up takes nothing from an app that reads its body late."""
+    wire, read = Wire(), []
+    wire.inbox.get_nowait()
+    for part in (b"one", b"two"):
+        wire.inbox.put_nowait({"type": "http.request", "body": part, "more_body": part == b"one"})
+
+    async def app(scope, receive, send):
+        await program.acall(question="@a")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+        read.extend([await receive(), await receive()])
+
+    await TracingMiddleware(app)(wire.scope, wire.inbox.get, wire.send)
+
+    assert [b"one", b"two"] == [message["body"] for message in read]
+    assert "ok" == attribute(traces[0], "outcome")
+
+
+# --- WebSockets ---------------------------------------------------------------------------------------------------
+
+
+def chatting_app(**options):
+    app = fastapi(**options)
+
+    @app.websocket("/chat/{room}")
+    async def chat(socket: WebSocket, room: str):
+        await socket.accept()
+        async for text in socket.iter_text():
+            await socket.send_text((await program.acall(question=text)).answer)
+
+    return app
+
+
+async def converse(app, *texts, code=1000):
+    inbox, sent = asyncio.Queue(), []
+    inbox.put_nowait({"type": "websocket.connect"})
+    for text in texts:
+        inbox.put_nowait({"type": "websocket.receive", "text": text})
+    inbox.put_nowait({"type": "websocket.disconnect", "code": code})
+    scope = {
+        "type": "websocket", "asgi": {"version": "3.0"}, "path": "/chat/lobby", "root_path": "", "query_string": b"",
+        "headers": [(b"x-session-id", b"s-1")], "subprotocols": [],
+    }  # fmt: skip
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, inbox.get, send)
+    assert_context_is_clean()
+    return sent
+
+
+async def test_a_connection_is_a_trace(traces):
+    """By default all of a connection's calls are one trace, whose id the handshake tells."""
+    sent = await converse(chatting_app(session_id="x-session-id"), "@a", "@b")
+
+    (trace,) = traces
+    assert ("WEBSOCKET /chat/{room}", [chain_tree(), chain_tree()]) == tree(trace)
+    assert ["@a", "@b"] == [message["text"] for message in sent[1:]]
+    assert ("s-1", "ok") == (meta(trace, "session"), attribute(trace, "outcome"))
+    assert (b"x-trace-id", trace.info.trace_id.encode()) in sent[0]["headers"]
+
+
+async def test_a_message_is_a_trace(traces):
+    """With ``websocket="message"`` each message and what is done for it is a trace, with the connection's session."""
+    await converse(chatting_app(session_id="x-session-id", websocket="message"), "@a", "@b")
+
+    assert [("WEBSOCKET /chat/{room}", [chain_tree()])] * 2 == [tree(trace) for trace in traces]
+    assert ["s-1", "s-1"] == [meta(trace, "session") for trace in traces]
+
+
+async def test_a_connection_that_breaks(traces):
+    """An abnormal closure cancels, and a connection without DSPy is no trace."""
+    await converse(chatting_app(), "@a", code=1006)
+    await converse(chatting_app())
+
+    assert ["cancelled"] == [attribute(trace, "outcome") for trace in traces]
+
+
+# --- the lifespan -------------------------------------------------------------------------------------------------
+
+
+async def live(app):
+    inbox, sent = asyncio.Queue(), []
+    for kind in ("startup", "shutdown"):
+        inbox.put_nowait({"type": f"lifespan.{kind}"})
+
+    async def send(message):
+        sent.append(message["type"])
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, inbox.get, send)
+    return sent
+
+
+async def knows_no_lifespan(scope, receive, send):
+    assert scope["type"] == "http"
+
+
+@pytest.mark.parametrize("app", [fastapi(), TracingMiddleware(knows_no_lifespan)], ids=["fastapi", "plain"])
+async def test_the_shutdown_flushes(app, monkeypatch):
+    """Before the server hears that the app has shut down, traces are flushed; an app without a lifespan gets one."""
+    from dspy_mlflow_async.app import lifespan
+
+    flushed = []
+    monkeypatch.setattr(lifespan, "secure", flushed.append)
+
+    assert ["lifespan.startup.complete", "lifespan.shutdown.complete"] == await live(app)
+    assert [5.0] == flushed
+
+
+async def test_an_app_that_fails_to_start():
+    """An app that raises in its own lifespan goes on to do so."""
+
+    async def app(scope, receive, send):
+        await receive()
+        raise RuntimeError("no database")
+
+    with pytest.raises(RuntimeError, match="no database"):
+        await live(TracingMiddleware(app))
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"websocket": "frame"}, ValueError),
+        ({"session_id": "not a header"}, ValueError),
+        ({"session_id": 5}, TypeError),
+        ({"response_header": "x: y"}, ValueError),
+        ({"flush_timeout": -1}, ValueError),
+        ({"flush_timeout": "1"}, TypeError),
+        ({"sample": {"fast": 1}}, ValueError),
+        ({"sample": 2}, ValueError),
+        ({"experiment_id": "4711"}, ValueError),
+    ],
+)
+def test_bad_settings_are_refused_at_the_start(options, error, store_uri):
+    """A service does not start with a setting that cannot work."""
+    with pytest.raises(error):
+        TracingMiddleware(knows_no_lifespan, **options)
+
+
+async def test_functions_that_raise_harm_nothing(traces, caplog):
+    """A request is answered and traced, whatever the service's own functions of the scope do."""
+    broken = {"name": lambda scope: 1 / 0, "user": lambda scope: scope["nothing"], "tags": lambda scope: 5}
+
+    async with client(asking_app(**broken)) as http:
+        with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
+            response = await http.post("/ask/a", headers={"x-session-id": "x" * 10240})
+
+    assert 200 == response.status_code
+    assert ("POST /ask/{topic}", [chain_tree()]) == tree(traces[0])
