@@ -1,0 +1,94 @@
+"""``dspy-mlflow-async doctor``: one plain sentence for each thing that is as it must be, or is not.
+
+In a program of your own, where the tracer is on, ask it there: ``print(diagnose())``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from dspy_mlflow_async.cli.doctor.findings import Diagnosis, Finding, Level
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Diagnosis", "Finding", "Level", "diagnose", "doctor"]
+
+_STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
+
+
+def doctor(
+    tracking_uri: Annotated[
+        Optional[str],  # noqa: UP045 - typer evaluates it
+        typer.Option(help="Ask after this store; by default the one that MLflow would take here."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name each seam, with what it is for.")] = False,
+) -> None:
+    """Say whether the tracer can work here: versions, seams, store, spool, and a test of itself."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
+
+    from dspy_mlflow_async.cli.console import make_console
+
+    console = make_console()
+    with console.status("Looking …"):
+        diagnosis = diagnose(tracking_uri=tracking_uri, self_test=True)
+    show(console, diagnosis, verbose=verbose)
+    raise typer.Exit(0 if diagnosis.is_well else 1)
+
+
+def diagnose(*, tracking_uri: str | None = None, self_test: bool = False) -> Diagnosis:
+    """Examine this process.
+
+    Args:
+        tracking_uri: The store to ask after; by default MLflow's current one.
+        self_test: Trace a small program against a local endpoint and check its tree. Meanwhile the traces of the
+            whole process are kept from the store, so leave it off in a process that serves.
+
+    Returns:
+        The findings; ``print`` shows them, ``is_well`` sums them up.
+    """
+    from dspy_mlflow_async.cli.doctor import checks
+
+    findings = [
+        *_asked("versions", checks.versions),
+        *_asked("seams", checks.seams),
+        *_asked("store", lambda: checks.store(tracking_uri)),
+        *_asked("spool", checks.spool),
+        *(_asked("self-test", _self_test) if self_test else _asked("tracer", checks.tracer)),
+        *checks.holes(),
+    ]
+    return Diagnosis(tuple(findings))
+
+
+def _asked(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What a check finds; where it fails, most likely for a seam that has gone, that is what it has found."""
+    try:
+        return list(check())
+    except Exception as error:  # noqa: BLE001 - the doctor must be able to speak of anything
+        return [Finding(Level.PROBLEM, topic, f"it cannot be looked at, for {type(error).__name__}: {error}")]
+
+
+def _self_test() -> Iterable[Finding]:
+    from dspy_mlflow_async.cli.doctor import selftest
+
+    return selftest.run()
+
+
+def show(console: Console, diagnosis: Diagnosis, *, verbose: bool = False) -> None:
+    """Print the findings, a line for each."""
+    from rich.text import Text
+
+    for finding in diagnosis.findings:
+        mark = Text(f"{finding.level.value:<8}", style=_STYLES[finding.level])
+        console.print(Text.assemble(mark, f"{finding.topic}: {finding.text}"), soft_wrap=not console.is_terminal)
+        if verbose:
+            for line in finding.details:
+                console.print(Text(f"          {line}", style="dim"), soft_wrap=True)
+    if diagnosis.is_well:
+        console.print("All is well.", style="bold green")
+    else:
+        console.print(f"{len(diagnosis.problems)} to be mended.", style="bold red")

@@ -1,0 +1,260 @@
+"""What the doctor looks at without running anything: versions, seams, the store, the spool, the tracer, known holes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from dspy_mlflow_async.cli.doctor.findings import Finding, Level
+
+_SECONDS = 5.0
+_UNAUTHORIZED = (401, 403)
+
+
+def versions() -> Iterator[Finding]:
+    """Python, this package, and what it stands on, each against what the metadata ask for."""
+    from packaging.requirements import Requirement
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(Level.OK, "versions", f"Python {python}, dspy-mlflow-async {version('dspy-mlflow-async')}")
+    wanted = {
+        requirement.name: requirement.specifier
+        for requirement in map(Requirement, requires("dspy-mlflow-async") or ())
+        if requirement.marker is None
+    }
+    for name in ("dspy", "mlflow"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding(Level.PROBLEM, "versions", f"{name} is not installed: pip install '{name}{wanted[name]}'")
+            continue
+        if wanted[name].contains(found, prereleases=True):
+            yield Finding(Level.OK, "versions", f"{name} {found} ({wanted[name]} is needed)")
+        else:
+            yield Finding(
+                Level.PROBLEM,
+                "versions",
+                f"{name} {found} is too old: pip install --upgrade '{name}{wanted[name]}'",
+            )
+
+
+def seams() -> Iterator[Finding]:
+    """Whether DSPy and MLflow still have all that we touch without their having promised it."""
+    from dspy_mlflow_async.seams.listed import SEAMS
+
+    present = {seam.path: seam.is_present for seam in SEAMS}
+    details = tuple(f"{'present' if present[seam.path] else 'absent ':<7} {seam.path}: {seam.reason}" for seam in SEAMS)
+    absent = [seam for seam in SEAMS if not present[seam.path]]
+    for seam in absent:
+        if not seam.is_optional:
+            yield Finding(
+                Level.PROBLEM,
+                "seam",
+                f"{seam.path} has gone, so what it is for no longer works: it {seam.reason}. "
+                "Look for a newer dspy-mlflow-async, or go back to the DSPy and MLflow that worked.",
+            )
+    optional = [seam.path for seam in absent if seam.is_optional]
+    without = f"; these versions lack {len(optional)} that we can do without" if optional else ""
+    yield Finding(Level.OK, "seams", f"{sum(present.values())} of {len(SEAMS)} names are present{without}", details)
+
+
+def store(tracking_uri: str | None = None) -> Iterator[Finding]:
+    """Whether the store that traces go to is there. Looks only: it makes no file and changes no schema."""
+    import mlflow
+
+    uri = tracking_uri or mlflow.get_tracking_uri()
+    scheme = urlsplit(uri).scheme
+    if scheme == "sqlite":
+        yield _sqlite(uri)
+    elif scheme in {"http", "https"}:
+        yield _server(uri)
+    elif scheme in {"", "file"} or (len(scheme) == 1 and os.name == "nt"):
+        yield _folder(uri)
+    else:
+        yield _other(uri)
+
+
+def spool() -> Iterator[Finding]:
+    """Whether traces lie on disk that their store has not got yet."""
+    from dspy_mlflow_async import export
+
+    found = [info for info in export.spools() if not info.is_empty]
+    for info in found:
+        target = info.tracking_uri or "an unknown store"
+        if info.records and info.in_use:
+            yield Finding(
+                Level.NOTE, "spool", f"{info.folder} holds {info.records} records for {target}, on their way."
+            )
+        elif info.records:
+            yield Finding(
+                Level.PROBLEM,
+                "spool",
+                f"{info.folder} holds {info.records} records ({info.traces} traces) that {target} has not got; "
+                "send them with: dspy-mlflow-async replay",
+            )
+        if info.dead:
+            yield Finding(
+                Level.NOTE,
+                "spool",
+                f"{target} has refused {info.dead} records for good; {info.folder} keeps them with the reasons. "
+                "Delete the folder when you have read them.",
+            )
+        if info.damaged:
+            yield Finding(Level.NOTE, "spool", f"{info.folder} has {info.damaged} stretches that cannot be read.")
+    if not found:
+        yield Finding(Level.OK, "spool", "nothing waits on disk")
+
+
+def tracer() -> Iterator[Finding]:
+    """Whether the tracer of this process is on, and DSPy still knows it."""
+    import dspy
+
+    from dspy_mlflow_async import composition, stats
+
+    if composition._installation.settings is None:
+        yield Finding(Level.NOTE, "tracer", "off in this process; dspy_mlflow_async.autolog() switches it on.")
+        return
+    if not composition.is_installed():
+        yield Finding(
+            Level.PROBLEM,
+            "tracer",
+            "autolog() was called, but DSPy has lost it: a later dspy.configure(callbacks=[...]) has replaced the "
+            "list. Call dspy_mlflow_async.autolog() after it, or leave the callbacks out of it.",
+        )
+        return
+    if not any(isinstance(callback, composition.AutologCallback) for callback in dspy.settings.callbacks):
+        yield Finding(
+            Level.PROBLEM,
+            "tracer",
+            "on, but not here: a dspy.context(callbacks=[...]) around this code hides it. "
+            "Put a TracingCallback into that list, or leave the callbacks out of it.",
+        )
+        return
+    yield Finding(Level.OK, "tracer", "on, and DSPy knows it")
+    if errors := stats().internal_errors:
+        yield Finding(
+            Level.PROBLEM, "tracer", f"it has failed {errors} times inside; the log tells where, please report."
+        )
+
+
+def holes() -> Iterator[Finding]:
+    """Places in DSPy itself that start threads of their own, which no tracing context reaches."""
+    yield Finding(
+        Level.NOTE,
+        "known hole",
+        "AvatarOptimizer runs its calls in a thread pool of its own, so each call is a trace by itself; "
+        "autolog(propagate_threads=True) puts them under what started them.",
+    )
+    yield Finding(
+        Level.NOTE,
+        "known hole",
+        "dspy.utils.Unbatchify serves many callers from one thread, so what it calls is under none of them.",
+    )
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def _sqlite(uri: str) -> Finding:
+    path = Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+    if not path.exists():
+        return _will_be_made(uri, path.parent)
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM experiments").fetchone()
+    except sqlite3.Error as error:
+        return Finding(
+            Level.PROBLEM,
+            "store",
+            f"{path} cannot be read as an MLflow store ({error}). Name another file with MLFLOW_TRACKING_URI, or bring "
+            f"an older one up to date with: mlflow db upgrade {uri}",
+        )
+    if not os.access(path, os.W_OK):
+        return Finding(
+            Level.PROBLEM, "store", f"{path} may be read but not written by this user: mend its permissions."
+        )
+    return Finding(Level.OK, "store", f"{uri} is there and can be written")
+
+
+def _folder(uri: str) -> Finding:
+    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+    if not path.exists():
+        return _will_be_made(uri, path.parent)
+    if not os.access(path, os.W_OK):
+        return Finding(Level.PROBLEM, "store", f"{path} may not be written by this user: mend its permissions.")
+    return Finding(Level.OK, "store", f"{uri} is there and can be written")
+
+
+def _will_be_made(uri: str, parent: Path) -> Finding:
+    above = next((folder for folder in (parent, *parent.absolute().parents) if folder.exists()), Path())
+    if parent.exists() and os.access(parent, os.W_OK):
+        return Finding(Level.OK, "store", f"{uri} is not there yet; MLflow makes it with the first trace")
+    return Finding(
+        Level.PROBLEM,
+        "store",
+        f"{uri} cannot be made: "
+        + (f"{parent} does not exist; make it." if above != parent else f"{parent} may not be written by this user."),
+    )
+
+
+def _server(uri: str) -> Finding:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_SECONDS) as response:  # noqa: S310 - http(s)
+            said = response.read(100).decode("utf-8", "replace").strip()
+    except urllib.error.HTTPError as error:
+        if error.code in _UNAUTHORIZED:
+            return Finding(
+                Level.PROBLEM,
+                "store",
+                f"{uri} answers, but refuses us (HTTP {error.code}): "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
+            )
+        return Finding(Level.PROBLEM, "store", f"{uri} answers HTTP {error.code} to /version: is it an MLflow server?")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return Finding(
+            Level.PROBLEM,
+            "store",
+            f"{uri} cannot be reached ({reason}): start it with `mlflow server`, or correct MLFLOW_TRACKING_URI. "
+            "Traces wait on disk until then.",
+        )
+    return Finding(Level.OK, "store", f"{uri} answers, MLflow {said}")
+
+
+def _other(uri: str) -> Finding:
+    """Ask through MLflow's client, which may take long to give up, in a thread that may be left behind."""
+    from mlflow import MlflowClient
+
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+            answer.append(None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    if not answer:
+        return Finding(Level.PROBLEM, "store", f"{_masked(uri)} has not answered for {_SECONDS:.0f} seconds.")
+    if answer[0] is not None:
+        reason = str(answer[0]).partition("\n")[0]
+        return Finding(Level.PROBLEM, "store", f"{_masked(uri)} cannot be used: {reason}")
+    return Finding(Level.OK, "store", f"{_masked(uri)} answers")
+
+
+def _masked(uri: str) -> str:
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri

@@ -1,0 +1,56 @@
+"""What the doctor has found, in words."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Level(enum.Enum):
+    """How much a finding matters."""
+
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "PROBLEM"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: How much it matters.
+        topic: What was looked at, in a word or two.
+        text: One sentence; for a problem, with what to do next.
+        details: Further lines, for those who want to know.
+    """
+
+    level: Level
+    topic: str
+    text: str
+    details: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.level.value:<8}{self.topic}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All findings."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """Those that must be mended."""
+        return tuple(finding for finding in self.findings if finding.level is Level.PROBLEM)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing must be mended."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        """A line for each finding."""
+        return "\n".join(map(str, self.findings))

@@ -1,0 +1,184 @@
+"""Reads a run and the runs below it from MLflow's store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from dspy_mlflow_async.evaluate import records
+from dspy_mlflow_async.seams import mlflow_artifacts
+
+EVALUATE_ALL, COMPILE, EVALUATION, RUN = "evaluate_all", "compile", "evaluation", "run"
+_BEST_SCORE = "dspy.best_score."
+_TRACES_PER_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """The traces of one run.
+
+    Attributes:
+        count: How many there are.
+        errors: How many ended with an error.
+        tokens: Input and output tokens together, or None where none has any.
+    """
+
+    count: int = 0
+    errors: int = 0
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A run, and the runs below it.
+
+    Attributes:
+        run: MLflow's run.
+        kind: ``evaluate_all``, ``compile``, ``evaluation`` or ``run``.
+        children: The runs directly below it, oldest first.
+        traces: Its own traces, without its children's.
+        score: In percent, or None.
+        series: What its spark line shows: a compile's scores by step, an evaluation's in devset order, the children's.
+    """
+
+    run: Any
+    kind: str
+    children: tuple[Node, ...] = ()
+    traces: Traces = field(default_factory=Traces)
+    score: float | None = None
+    series: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """MLflow's name of the run."""
+        return str(self.run.info.run_name or self.run.info.run_id)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took, or None while it is running."""
+        info = self.run.info
+        return None if not info.end_time else (info.end_time - info.start_time) / 1000
+
+    @property
+    def errors(self) -> int:
+        """Failed examples where it is an evaluation, and traces with an error elsewhere."""
+        counted = self.run.data.metrics.get("errors")
+        return int(counted) if counted is not None else self.traces.errors
+
+    @property
+    def tokens(self) -> int | None:
+        """As the evaluation or the compile counted them, else as its traces say."""
+        data = self.run.data
+        counted = [data.metrics[key] for key in ("input_tokens", "output_tokens") if key in data.metrics]
+        by_role = [
+            int(value)
+            for key, value in data.tags.items()
+            if key.startswith(("dspy.input_tokens.", "dspy.output_tokens."))
+        ]
+        if counted or by_role:
+            return int(sum(counted) + sum(by_role))
+        return self.traces.tokens
+
+    @property
+    def cost(self) -> float | None:
+        """In US dollars, or None where it is not known."""
+        value = self.run.data.metrics.get("cost_usd")
+        return None if value is None else float(value)
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
+        """This node and all below it, each with its depth, parents first."""
+        yield depth, self
+        for child in self.children:
+            yield from child.walk(depth + 1)
+
+
+def read(run_id: str) -> Node:
+    """Read a run and all below it.
+
+    Raises:
+        ValueError: Where there is no such run.
+    """
+    return _node(records.find_run(run_id))
+
+
+def result_table(run: Any) -> list[dict[str, Any]]:
+    """The rows of an evaluation's result table; empty where it has none."""
+    content = mlflow_artifacts.read(run, "result_table.json")
+    if content is None:
+        return []
+    table = json.loads(content)
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def _node(run: Any) -> Node:
+    children = tuple(_node(child) for child in records.children(run))
+    kind = _kind(run)
+    series = _series(run, kind, children)
+    return Node(run, kind, children, _traces(run), _score(run, kind), tuple(series))
+
+
+def _kind(run: Any) -> str:
+    tags = run.data.tags
+    if tags.get(records.KIND_TAG) == records.KIND:
+        return EVALUATE_ALL
+    if "dspy.optimizer" in tags or any(key.startswith(_BEST_SCORE) for key in tags):
+        return COMPILE
+    return EVALUATION if "dspy.metric" in tags or "eval" in run.data.metrics else RUN
+
+
+def _score(run: Any, kind: str) -> float | None:
+    if kind == EVALUATION:
+        value = run.data.metrics.get("eval")
+    elif kind == COMPILE:
+        value = max((float(text) for key, text in run.data.tags.items() if key.startswith(_BEST_SCORE)), default=None)
+    else:
+        value = None
+    return None if value is None else float(value)
+
+
+def _series(run: Any, kind: str, children: tuple[Node, ...]) -> list[float]:
+    if kind == EVALUATION:
+        scores = [number_of(row.get("score")) for row in result_table(run)]
+        return [score for score in scores if score is not None]
+    if kind == COMPILE:
+        keys = [key.removeprefix(_BEST_SCORE) for key in run.data.tags if key.startswith(_BEST_SCORE)]
+        history = [point for key in keys for point in MlflowClient().get_metric_history(run.info.run_id, key)]
+        return [point.value for point in sorted(history, key=lambda point: (point.timestamp, point.step))]
+    return [child.score for child in children if child.score is not None]
+
+
+def number_of(value: Any) -> float | None:
+    """A score of a result table as a number, or None where it is none."""
+    if isinstance(value, dict):  # a Prediction with score and feedback
+        value = value.get("score")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _traces(run: Any) -> Traces:
+    count = errors = tokens = 0
+    has_tokens, token = False, None
+    while True:
+        try:
+            page = MlflowClient().search_traces(
+                locations=[run.info.experiment_id],
+                filter_string=f"metadata.`mlflow.sourceRun` = '{run.info.run_id}'",
+                max_results=_TRACES_PER_PAGE,
+                include_spans=False,
+                page_token=token,
+            )
+        except MlflowException:  # a store without traces
+            return Traces()
+        for trace in page:
+            count += 1
+            errors += str(trace.info.state).endswith("ERROR")
+            if usage := trace.info.token_usage:
+                has_tokens = True
+                tokens += usage.get("total_tokens", 0)
+        token = page.token
+        if not token:
+            return Traces(count, errors, tokens if has_tokens else None)

@@ -1,0 +1,101 @@
+"""Shows runs and comparisons in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from dspy_mlflow_async.cli.report.comparing import Changes
+from dspy_mlflow_async.cli.report.reading import Node
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARKS = 16  # characters
+_STYLES = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
+MAX_TEXT = 60  # characters of an example
+
+
+def spark_line(values: Sequence[float], width: int = _SPARKS) -> str:
+    """Values as bars between the lowest and the highest; many are averaged into ``width``."""
+    if not values:
+        return ""
+    if len(values) > width:
+        edges = [round(place * len(values) / width) for place in range(width + 1)]
+        values = [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]
+    low, high = min(values), max(values)
+    if high == low:
+        return _BARS[len(_BARS) // 2] * len(values)
+    return "".join(_BARS[round((value - low) / (high - low) * (len(_BARS) - 1))] for value in values)
+
+
+def run_cells(node: Node, depth: int) -> dict[str, str]:
+    """What the table of runs says of one, by column."""
+    return {
+        "run": f"{'  ' * depth}{node.name}",
+        "kind": node.kind,
+        "status": str(node.run.info.status),
+        "score": "" if node.score is None else f"{node.score:.1f}",
+        "scores": spark_line(node.series),
+        "traces": str(node.traces.count or ""),
+        "errors": str(node.errors or ""),
+        "tokens": "" if node.tokens is None else f"{node.tokens:,}",
+        "cost $": "" if node.cost is None else f"{node.cost:.4f}",
+        "seconds": "" if node.seconds is None else f"{node.seconds:.1f}",
+    }
+
+
+def run_table(node: Node) -> Table:
+    """A run and the runs below it, a line each."""
+    rows = [run_cells(each, depth) for depth, each in node.walk()]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in columns:
+        is_number = name in {"score", "traces", "errors", "tokens", "cost $", "seconds"}
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "run")
+    for row in rows:
+        table.add_row(
+            *(Text(row[name], style=_STYLES.get(row[name], "") if name == "status" else "") for name in columns)
+        )
+    return table
+
+
+def changes_table(changes: Changes, limit: int) -> Table:
+    """The examples that differ, most first, with their score in each evaluation."""
+    changed = changes.changed
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", caption_justify="left")
+    table.title = Text(summary_of(changes))
+    table.add_column("example")
+    for node in changes.evaluations:
+        score = "" if node.score is None else f" {node.score:.1f}"
+        table.add_column(Text(f"{node.name}{score}"), justify="right")
+    for row in changed[:limit]:
+        cells = [score_text(score, error) for score, error in zip(row.scores, row.errors, strict=True)]
+        table.add_row(Text(shortened(row.example)), *map(Text, cells))
+    if len(changed) > limit:
+        table.caption = f"… and {len(changed) - limit} more; see --limit"
+    return table
+
+
+def summary_of(changes: Changes) -> str:
+    """How many examples differ, in one sentence."""
+    parts = [f"{len(changes.changed)} of {len(changes.rows)} examples differ"]
+    if changes.partly:
+        parts.append(f"{changes.partly} are not in all evaluations")
+    return "; ".join(parts)
+
+
+def score_text(score: float | None, error: str | None) -> str:
+    """A score, marked where the example failed; a dash where the evaluation has it not."""
+    if score is None:
+        return "-"
+    return f"{score:g} (failed)" if error else f"{score:g}"
+
+
+def shortened(fields: Mapping[str, Any], length: int = MAX_TEXT) -> str:
+    """The fields of an example as one short line."""
+    text = " ".join(", ".join(f"{key}={value}" for key, value in fields.items()).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,0 +1,57 @@
+"""The command itself: help, version, and what it says to a command that it does not know."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from dspy_mlflow_async.cli import COMMANDS
+
+
+def test_help_names_every_command(command):
+    """``--help`` has a line for each command."""
+    done = command("--help")
+
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_version(command):
+    """``--version`` is the distribution's."""
+    from importlib.metadata import version
+
+    assert f"dspy-mlflow-async {version('dspy-mlflow-async')}\n" == command("--version").stdout
+
+
+def test_help_imports_neither_dspy_nor_mlflow():
+    """What only describes the command answers at once."""
+    modules = "dspy_mlflow_async.cli.demo, dspy_mlflow_async.cli.doctor"
+    code = f"import sys, {modules}; print({{'dspy', 'mlflow'}} & {{*sys.modules}})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+
+    assert "set()\n" == said
+
+
+def test_unknown_command_is_a_usage_error(command):
+    """An unknown command ends with 2 and its name."""
+    done = command("no-such-command")
+
+    assert done.returncode == 2
+    assert "no-such-command" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_terminal_gets_colours():
+    """On a terminal the same output is coloured."""
+    main, second = pty.openpty()
+    code = "from dspy_mlflow_async.cli.console import make_console; make_console().print('[red]words[/]')"
+    env = {**os.environ, "TERM": "xterm-256color"}
+    env.pop("NO_COLOR", None)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], stdout=second, env=env, timeout=60, check=True)
+    os.close(second)
+    said = os.read(main, 1000)
+    os.close(main)
+
+    assert b"\x1b[31mwords" in said

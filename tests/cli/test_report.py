@@ -1,0 +1,137 @@
+"""The command ``report``, on runs of real evaluations in a sqlite store."""
+
+import re
+
+import dspy
+import mlflow
+import pytest
+from typer.testing import CliRunner
+
+import dspy_mlflow_async
+from dspy_mlflow_async import aevaluate_all
+from dspy_mlflow_async.cli import app
+from dspy_mlflow_async.cli.report.text import spark_line
+from echo import Chain
+
+
+def examples(size=6):
+    return [dspy.Example(question=f"@e-{n}", answer=f"@e-{n}").with_inputs("question") for n in range(size)]
+
+
+def is_right(example, prediction, trace=None):
+    return example.answer == prediction.answer
+
+
+class Half(Chain):
+    """Right on every other question, and fails on one."""
+
+    async def aforward(self, question):
+        if question == "@e-1":
+            raise ValueError("<no> & nothing")
+        answer = await super().aforward(question)
+        return answer if int(question.rpartition("-")[2]) % 2 == 0 else dspy.Prediction(answer="?")
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """A function that calls the command and gives its output."""
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def call(*arguments, code=0):
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert code == result.exit_code, result.output
+        return result.output
+
+    return call
+
+
+@pytest.fixture
+async def comparison(stored):
+    """Two cases, evaluated and stored with their traces."""
+    with mlflow.start_run(experiment_id=stored.experiment_id):
+        comparison = await aevaluate_all(
+            {"good": Chain(), "half": Half()}, devset=examples(), metric=is_right, display_progress=False
+        )
+    stored()
+    return comparison
+
+
+async def test_run_tree(comparison, report):
+    """The runs below a run, indented, with status, score, traces, errors and tokens."""
+    dspy_mlflow_async.flush()
+    lines = report(comparison.run_id).splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.strip()}
+
+    assert ["evaluate_all", "evaluate_all", "FINISHED"] == rows["evaluate_all"][:3]
+    assert ["good", "evaluation", "FINISHED", "100.0"] == rows["good"][:4]
+    assert ["half", "evaluation", "FINISHED", "50.0"] == rows["half"][:4]
+    assert ["  good", "  half"] == sorted(line[:6] for line in lines[-2:])
+    assert "6" == rows["good"][5]
+    assert ["6", "1"] == rows["half"][5:7]
+
+
+async def test_compare(comparison, report):
+    """Evaluations side by side: the examples that differ, with what failed."""
+    text = report("--compare", comparison.run_id)
+    apart = report("--compare", comparison["good"].run_id, comparison["half"].run_id, "--limit", "1")
+
+    assert "3 of 6 examples differ" in text
+    line = next(line for line in text.splitlines() if "@e-1" in line)
+    assert ["0 (failed)", "1", "question=@e-1, answer=@e-1"] == sorted(re.split(r"  +", line.strip()))
+    assert "and 2 more" in apart
+
+
+async def test_page(comparison, report, tmp_path):
+    """One page with everything in it, and nothing unescaped."""
+    file = tmp_path / "report.html"
+    report(comparison.run_id, "--html", str(file), "--compare")
+    page = file.read_text()
+
+    assert page.count("data:image/png;base64,") == 1
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert "&lt;no&gt; &amp; nothing" in page
+    assert "<no>" not in page
+
+
+def test_unknown_run(store_uri, report):
+    """A clear error, and exit code 2."""
+    assert "there is no run 'nope'" in report("nope", code=2)
+
+
+async def test_nothing_to_compare(comparison, report):
+    """One evaluation is not compared with itself."""
+    assert "there are 1" in report("--compare", comparison["good"].run_id, code=2)
+
+
+def test_compile(traces, experiment_id, report):
+    """A compile shows its best score and its series."""
+    dspy_mlflow_async.autolog(silent=True, log_compiles=True, log_evals=True)
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(
+        metric=is_right, max_bootstrapped_demos=1, max_labeled_demos=1, num_candidate_programs=1, num_threads=1
+    )
+    optimizer.compile(Chain(), trainset=examples(2), valset=examples(2))
+    run = next(
+        run for run in mlflow.search_runs([experiment_id], output_format="list") if "dspy.optimizer" in run.data.tags
+    )
+    rows = [line.split() for line in report(run.info.run_id).splitlines()[2:]]
+
+    assert ["compile", "FINISHED", "100.0"] == rows[0][1:4]
+    assert {"evaluation"} == {row[1] for row in rows[1:]}
+    assert 3 < len(rows)
+
+
+@pytest.fixture
+def experiment_id(request, store_uri, monkeypatch):
+    """A fresh experiment, the active one while the test runs."""
+    experiment_id = mlflow.create_experiment(f"{request.node.nodeid}-{id(request)}")
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment_id)
+    return experiment_id
+
+
+def test_spark_line():
+    """Bars from the lowest to the highest; many values are averaged."""
+    assert "" == spark_line([])
+    assert "▁█" == spark_line([0, 1])
+    assert "▅▅" == spark_line([3, 3])
+    assert "▁▂▃▄▅▆▇█" == spark_line(range(800), width=8)
