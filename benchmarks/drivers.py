@@ -1,0 +1,228 @@
+"""The ways to make calls: threads, DSPy's own pools, asyncio tasks, evaluations and optimizers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+
+from benchmarks.cells import Cell
+from benchmarks.programs import metric
+
+_LAG_INTERVAL = 0.005  # seconds between two looks at the event loop's clock
+_PATIENCE = 600.0  # seconds; a barrier that breaks means that a thread has died
+
+
+@dataclass(slots=True)
+class Driven:
+    """What a driver has seen from the caller's side.
+
+    Attributes:
+        calls: How many calls of the program were made that a tracer should make a trace of.
+        latencies: Seconds of each call, as its caller sees it.
+        caller_cpu: CPU seconds of the threads that made the calls, during the calls; None where it cannot be told.
+        lags: Seconds by which the event loop was late, each time it was looked at.
+        marks: For a series: calls made so far, and wall and CPU seconds a call since the mark before.
+    """
+
+    calls: int = 0
+    latencies: list[float] = field(default_factory=list)
+    caller_cpu: float | None = None
+    lags: list[float] = field(default_factory=list)
+    marks: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+class Meter:
+    """Calls a program and notes what each call took its caller. Only appends, so that threads share no lock."""
+
+    def __init__(self, program: Callable[..., Any]) -> None:
+        self._program = program
+        self.times: list[tuple[float, float]] = []
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What the program returns."""
+        wall, cpu = time.perf_counter(), time.thread_time()
+        try:
+            return self._program(**inputs)
+        finally:
+            self.times.append((time.perf_counter() - wall, time.thread_time() - cpu))
+
+    def driven(self) -> Driven:
+        """The sum of it."""
+        latencies = [wall for wall, _ in self.times]
+        return Driven(len(latencies), latencies, sum(cpu for _, cpu in self.times))
+
+
+def in_pool(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """Plain threads, all started before the first call, sharing the calls."""
+    meter = Meter(program)
+    _pool(meter, question, calls, cell.workers)
+    return meter.driven()
+
+
+def _pool(meter: Meter, question: str, calls: int, workers: int) -> None:
+    if workers == 1:
+        for _ in range(calls):
+            meter(question=question)
+        return
+    shares = [calls // workers + (number < calls % workers) for number in range(workers)]
+    ready = threading.Barrier(workers, timeout=_PATIENCE)
+
+    def work(share: int) -> None:
+        ready.wait()
+        for _ in range(share):
+            meter(question=question)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(work, share) for share in shares]:
+            future.result()
+
+
+def in_series(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """Calls in steps, each measured on its own, until they are made or the time is over."""
+    meter = Meter(program)
+    marks: list[tuple[int, float, float]] = []
+    deadline = time.perf_counter() + cell.seconds
+    made = 0
+    while made < calls and time.perf_counter() < deadline:
+        step = min(cell.step, calls - made)
+        wall, cpu = time.perf_counter(), time.process_time()
+        _pool(meter, question, step, cell.workers)
+        made += step
+        marks.append((made, (time.perf_counter() - wall) / step, (time.process_time() - cpu) / step))
+    driven = meter.driven()
+    driven.marks = marks
+    return driven
+
+
+def in_parallel(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """``dspy.Parallel``."""
+    meter = Meter(program)
+    parallel = dspy.Parallel(num_threads=cell.workers, disable_progress_bar=True, provide_traceback=True)
+    parallel([(meter, {"question": question})] * calls)
+    return meter.driven()
+
+
+def in_evaluate(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """``dspy.Evaluate``."""
+    meter = Meter(program)
+    _evaluate(meter, question, calls, cell.workers)
+    return meter.driven()
+
+
+def _evaluate(program: Callable[..., Any], question: str, calls: int, threads: int) -> None:
+    devset = [dspy.Example(question=question).with_inputs("question") for _ in range(calls)]
+    evaluate = dspy.Evaluate(devset=devset, metric=metric, num_threads=threads, display_progress=False)
+    _check_score(evaluate(program))
+
+
+def _check_score(result: Any) -> None:
+    if result.score != 100:  # noqa: PLR2004 - percent
+        raise RuntimeError(f"the evaluation scored {result.score}, not 100: calls have failed")
+
+
+def in_tasks(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """``asyncio`` tasks in one thread, sharing the calls, and one that looks at how late the loop is."""
+    driven = Driven(calls)
+    shares = [calls // cell.workers + (number < calls % cell.workers) for number in range(cell.workers)]
+
+    async def work(share: int) -> None:
+        for _ in range(share):
+            began = time.perf_counter()
+            await program.acall(question=question)
+            driven.latencies.append(time.perf_counter() - began)
+
+    async def main() -> None:
+        cpu = time.thread_time()
+        await asyncio.gather(*map(work, shares))
+        driven.caller_cpu = time.thread_time() - cpu
+
+    asyncio.run(_with_lag(main, driven.lags))
+    return driven
+
+
+async def _with_lag(main: Callable[[], Any], lags: list[float]) -> None:
+    async def watch() -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(_LAG_INTERVAL)
+            lags.append(time.perf_counter() - began - _LAG_INTERVAL)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        await main()
+    finally:
+        watcher.cancel()
+
+
+def in_async_evaluate(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """Our ``AsyncEvaluate``, which needs no tracer."""
+    from dspy_mlflow_async import AsyncEvaluate
+
+    devset = [dspy.Example(question=question).with_inputs("question") for _ in range(calls)]
+    evaluate = AsyncEvaluate(devset=devset, metric=metric, max_concurrency=cell.workers, display_progress=False)
+    driven = Driven(calls)
+
+    async def main() -> None:
+        cpu = time.thread_time()
+        _check_score(await evaluate.acall(program))
+        driven.caller_cpu = time.thread_time() - cpu
+
+    asyncio.run(_with_lag(main, driven.lags))
+    return driven
+
+
+def in_evaluations(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """Several ``dspy.Evaluate`` at once, each logging a run of its own."""
+    share = calls // cell.groups
+    with ThreadPoolExecutor(cell.groups) as pool:
+        for future in [
+            pool.submit(_evaluate, program.deepcopy(), question, share, cell.workers) for _ in range(cell.groups)
+        ]:
+            future.result()
+    return Driven(share * cell.groups)
+
+
+def in_optimizers(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """Optimizers at work, and other calls of the same process at the same time, which are the ones that count.
+
+    The traces of a compile are off by default; those of everybody else are not.
+    """
+    trainset = [dspy.Example(question=question, answer="yes").with_inputs("question") for _ in range(20)]
+    stop = threading.Event()
+    compiles: list[int] = []
+
+    def compile_again_and_again() -> None:
+        while not stop.is_set():
+            optimizer = dspy.BootstrapFewShot(metric=metric, max_bootstrapped_demos=4, max_labeled_demos=4)
+            optimizer.compile(program.deepcopy(), trainset=trainset)
+            compiles.append(1)
+
+    meter = Meter(program)
+    with ThreadPoolExecutor(cell.groups) as pool:
+        futures = [pool.submit(compile_again_and_again) for _ in range(cell.groups)]
+        try:
+            _pool(meter, question, calls, cell.workers)
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+    return meter.driven()
+
+
+DRIVERS: dict[str, Callable[[Cell, dspy.Module, str, int], Driven]] = {
+    "pool": in_pool,
+    "series": in_series,
+    "parallel": in_parallel,
+    "evaluate": in_evaluate,
+    "tasks": in_tasks,
+    "async-evaluate": in_async_evaluate,
+    "evaluations": in_evaluations,
+    "optimizers": in_optimizers,
+}

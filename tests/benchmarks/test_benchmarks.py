@@ -1,0 +1,354 @@
+"""The benchmark harness: what it runs, what it writes, and what it calls a failure. No time is looked at."""
+
+import copy
+import json
+from pathlib import Path
+
+import dspy
+import mlflow
+import pytest
+
+import dspy_mlflow_async
+from benchmarks import cells, cli, compare, docs, drivers, programs, report, results, run, stores
+from benchmarks.cells import Cell
+from benchmarks.contestants import CONTESTANTS
+from echo import EchoLM
+
+ROOT = Path(__file__).parents[2]
+STORED = Path(__file__).with_name("results.json")
+
+
+@pytest.fixture
+def stored():
+    """The data of a small run, as it was stored; the test's own to change."""
+    return json.loads(STORED.read_text())
+
+
+def sample_of(data, cell, contestant):
+    """The first sample of a contestant in a cell."""
+    samples = next(each for each in data["cells"] if each["id"] == cell)["samples"]
+    return next(sample for sample in samples if sample["contestant"] == contestant)
+
+
+# --- cells ---
+
+
+@pytest.mark.parametrize("chosen", [cells.full(), cells.quick()], ids=["full", "quick"])
+def test_cells_are_well_formed(chosen):
+    """Ids are unique; drivers and contestants exist; several evaluations or tasks have a call each."""
+    ids = [cell.id for cell in chosen]
+
+    assert len(ids) == len(set(ids))
+    assert set() == {cell.driver for cell in chosen} - drivers.DRIVERS.keys()
+    assert set() == {each for cell in chosen for each in cell.contestants} - CONTESTANTS.keys()
+    assert [] == [cell.id for cell in chosen if cell.calls < cell.groups]
+    assert {"pool"} == {cell.driver for cell in chosen if cells.SUPPRESS in cell.contestants}
+
+
+def test_quick_run_has_every_way_to_call_and_every_contestant():
+    """What the full run measures, the quick run checks."""
+    full, quick = cells.full(), cells.quick()
+
+    assert {cell.driver for cell in full} == {cell.driver for cell in quick}
+    assert {cell.store for cell in full} == {cell.store for cell in quick}
+    assert set(CONTESTANTS) == {each for cell in quick for each in cell.contestants}
+
+
+def test_full_run_has_the_axes_that_were_promised():
+    """Threads 1 to 64 in three pools, tasks to 1,000, payloads to 1 MiB, depth to 50, 1,000 spans, 50,000 calls."""
+    full = cells.full()
+
+    threads = {(cell.driver, cell.workers) for cell in full if cell.axis == "threads"}
+    assert threads == {(d, n) for d in ("pool", "parallel", "evaluate") for n in (1, 2, 4, 8, 16, 32, 64)}
+    assert [1, 10, 100, 1000] == [cell.workers for cell in full if cell.axis == "tasks"]
+    assert [1024, 32 * 1024, 1024 * 1024] == [cell.payload for cell in full if cell.axis == "payload"]
+    assert [1, 10, 50] == [cell.depth for cell in full if cell.axis == "depth"]
+    assert [4, 41, 201, 1001] == [programs.span_count(cell.depth, cell.width) for cell in full if cell.axis == "spans"]
+    assert max(cell.calls for cell in full) == 50_000
+
+
+def test_choose_by_axis_by_id_and_by_pattern():
+    """An axis, a cell, a pattern; the order is the suite's."""
+    ids = [cell.id for cell in cells.choose(cells.full(), ["tasks", "threads/pool-8", "threads/par*-64"])]
+
+    assert ids == ["threads/pool-8", "threads/parallel-64", "tasks/1", "tasks/10", "tasks/100", "tasks/1000"]
+
+
+def test_choose_refuses_what_names_nothing():
+    """A typo is not an empty run."""
+    with pytest.raises(ValueError, match="no cell fits 'thread'"):
+        cells.choose(cells.full(), ["threads", "thread"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "nothing"], "no cell fits"),
+        (["--contestants", "nobody"], "no contestant nobody"),
+        (["--report", "nowhere.json"], "nowhere.json"),
+        (["--compare", str(STORED), str(Path(__file__))], "is no JSON"),
+    ],
+)
+def test_arguments_that_make_no_sense(capsys, arguments, said):
+    """Exit code 2, with the reason, before anything runs."""
+    assert cli.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_list_runs_nothing(capsys):
+    """It shows the cells that would run."""
+    assert cli.main(["--list", "--quick", "--only", "tasks"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tasks/100", "tasks/1000"]
+
+
+# --- results ---
+
+
+def test_stored_results_fit_the_schema():
+    """They are read, and whole."""
+    assert results.load(STORED).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("break_it", "place"),
+    [
+        (lambda data: data.pop("machine"), "machine"),
+        (lambda data: data.update(schema=2), "schema"),
+        (lambda data: data.update(surprise=1), "surprise"),
+        (lambda data: data["cells"][0]["samples"][0].update(found=-1), "cells/0/samples/0"),
+        (lambda data: data["cells"][0]["parameters"].update(driver="magic"), "cells/0/parameters/driver"),
+    ],
+)
+def test_schema_refuses(stored, break_it, place):
+    """Missing, unknown and impossible values, with their place."""
+    break_it(stored)
+
+    with pytest.raises(ValueError, match=place):
+        results.validate(stored)
+
+
+@pytest.mark.parametrize(
+    ("found", "whole", "said"),
+    [(29, 29, "29 traces in the store, 30 expected"), (30, 28, "2 of 30 traces"), (31, 30, "31 traces in the store")],
+)
+def test_a_trace_of_ours_that_is_missing_broken_or_doubled_is_a_problem(stored, found, whole, said):
+    """Completeness is judged."""
+    sample_of(stored, "threads/pool-1", "ours").update(found=found, whole=whole)
+
+    (problem,) = results.Results(stored).problems()
+
+    assert said in problem
+
+
+def test_a_trace_where_none_should_be_is_a_problem(stored):
+    """Switched off means that nothing is stored."""
+    sample_of(stored, "threads/pool-1", "ours-suppress").update(found=1)
+
+    assert len(results.Results(stored).problems()) == 1
+
+
+def test_traces_that_others_lose_are_a_finding(stored):
+    """They stand in the report, and fail nothing."""
+    sample_of(stored, "threads/pool-1", "mlflow").update(found=10, whole=9)
+    found = results.Results(stored)
+
+    assert found.problems() == []
+    assert "39 of 60" in report.as_markdown(found)
+
+
+def test_a_cell_that_did_not_run_is_a_problem_whoever_failed(stored):
+    """With the line of the error that says what it is."""
+    error = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: so it is\nlog'
+    stored["cells"][0]["samples"][0] = {"contestant": "off", "round": 1, "error": error, "attempts": 2}
+    results.validate(stored)
+
+    assert results.Results(stored).problems() == ["threads/pool-1, off: did not run: ValueError: so it is"]
+
+
+def test_ratios_are_taken_within_a_round(stored):
+    """Round by round, above the empty callback's figure of the same round; then the median and the extremes."""
+    figures = {"floor": (100, 200), "ours": (150, 300), "mlflow": (300, 600)}
+    for sample in stored["cells"][0]["samples"]:
+        if sample["contestant"] in figures:
+            sample["wall_us"] = figures[sample["contestant"]][sample["round"] - 1]
+    cell = results.Results(stored).cells[0]
+
+    assert cell.ratio("wall_us", "ours", "mlflow", "floor") == results.Spread(0.25, 0.25, 0.25, 2)
+    assert cell.above_floor("ours", "wall_us") == results.Spread(75, 50, 100, 2)
+    assert cell.ratio("wall_us", "ours", "nobody") is None
+
+
+# --- report, comparison, docs ---
+
+
+def test_report_and_plots_from_stored_results(tmp_path):
+    """The command writes the report with all its parts, and a plot for all that was measured."""
+    assert cli.main(["--report", str(STORED), "--out", str(tmp_path)]) == 0
+
+    text = (tmp_path / "report.md").read_text()
+    assert {"overhead.svg", "cpu.svg", "found.svg", "calls.svg", "report.md"} == {p.name for p in tmp_path.iterdir()}
+    assert "This machine was busy with something else" in text
+    assert "60 of 60" in text
+    assert "every trace of ours that should be in the store is there" in text
+
+
+def test_comparison_with_itself_shows_nothing(capsys):
+    """No noise is reported as a change."""
+    assert cli.main(["--compare", str(STORED), str(STORED)]) == 0
+    assert "Nothing beyond noise" in capsys.readouterr().out
+
+
+def test_comparison_shows_what_moved(stored):
+    """A slower call, more CPU for a trace, and lost traces; and which cells cannot be compared."""
+    old = results.Results(copy.deepcopy(stored))
+    for sample in stored["cells"][0]["samples"]:
+        if sample["contestant"] == "ours":
+            sample["wall_us"] *= 2
+            sample["whole"] -= 3
+    stored["cells"][1]["parameters"]["calls"] += 1
+    dropped = stored["cells"].pop()
+
+    text = compare.as_markdown(old, results.Results(stored))
+
+    assert "| threads/pool-1 | ours | wall time / off |" in text
+    assert "+100%" in text
+    assert "| threads/pool-1 | ours | whole traces found | 60 of 60 | 54 of 60 |" in text
+    assert f"{stored['cells'][1]['id']} | - | other sizes: not compared" in text
+    assert f"Only in the old run: {dropped['id']}." in text
+
+
+def test_comparison_takes_a_base_that_both_runs_have(stored):
+    """Without tracing off in one of them, both are held against the empty callback."""
+    old = results.Results(copy.deepcopy(stored))
+    samples = stored["cells"][0]["samples"]
+    stored["cells"][0]["samples"] = [sample for sample in samples if sample["contestant"] != "off"]
+
+    assert "Nothing beyond noise" in compare.as_markdown(old, results.Results(stored))
+
+
+def test_docs_are_written_between_their_markers(tmp_path):
+    """The real page: each marker is filled, what is around them stays, and doing it twice changes nothing."""
+    page = tmp_path / "performance.md"
+    original = (ROOT / "docs" / "performance.md").read_text()
+    page.write_text(original)
+    found = results.load(STORED)
+
+    docs.update(found, STORED, page)
+    once = page.read_text()
+    docs.update(found, STORED, page)
+
+    assert page.read_text() == once
+    assert "| ours, durable=True |" in once
+    assert original.count("<!-- figures: ") == once.count("<!-- figures: ") > 10
+    assert "<!-- figures: headlines -->\n<!-- end -->" not in once
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- figures: typo -->\n\n<!-- end -->", "'typo'"),
+        ("<!-- figures: source -->\n", "no end"),
+    ],
+)
+def test_docs_with_bad_markers(tmp_path, text, said):
+    """A marker that nothing fills, or without an end, is an error: no figure goes stale in silence."""
+    page = tmp_path / "page.md"
+    page.write_text(text)
+
+    with pytest.raises(ValueError, match=said):
+        docs.update(results.load(STORED), STORED, page)
+
+
+# --- measuring ---
+
+
+def test_counting_agrees_with_mlflow(store_uri):
+    """What SQL finds in the store is what MLflow finds: traces, spans, and from when on they count."""
+    mlflow.set_experiment("counted")
+    dspy_mlflow_async.autolog(silent=True)
+    dspy.configure(lm=EchoLM())
+    for _ in range(3):
+        dspy.Predict("question -> answer")(question="@it")
+    with mlflow.start_span("of another shape"):
+        pass
+    dspy_mlflow_async.flush()
+    traces = mlflow.search_traces(return_type="list")
+    database = Path(store_uri.removeprefix("sqlite:///"))
+    latest = max(trace.info.request_time for trace in traces)
+
+    assert stores.count(database, "counted", 0, spans=4) == stores.Found(traces=4, whole=3, spans=13)
+    assert len(traces) == 4
+    assert sum(len(trace.data.spans) for trace in traces) == 13
+    assert stores.count(database, "counted", latest + 1, spans=4) == stores.Found(0, 0, 0)
+    assert stores.count(database, "another", 0, spans=4) == stores.Found(0, 0, 0)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(1, 1), (3, 1), (1, 2)])
+async def test_programs_have_the_spans_that_are_expected(traces, depth, width):
+    """In both call forms."""
+    program = programs.make_program(depth, width)
+    with dspy.context(lm=programs.ScriptedLM()):
+        program(question="sync")
+        await program.acall(question="async")
+
+    assert [programs.span_count(depth, width)] * 2 == [len(trace.data.spans) for trace in traces]
+
+
+class Watcher:
+    """Notes what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def began(self, cell, samples):
+        self.told.append((cell.id, samples))
+
+    def sampled(self, cell, contestant, round_number):
+        self.told.append((cell.id, contestant.id, round_number))
+
+    def ended(self, cell):
+        self.told.append((cell["id"], len(cell["samples"])))
+
+
+@pytest.mark.timeout(300)
+def test_tiny_run():
+    """Two cells: processes interleaved A B A B, traces counted, figures complete, nothing missing."""
+    pool = Cell("tiny", "pool", workers=2, calls=4, light=1, contestants=("off", "ours"), rounds=2)
+    series = Cell("tiny", "sink", "series", 2, calls=4, step=2, store="sink", contestants=("ours",), rounds=1)
+    watcher = Watcher()
+
+    data = run.run([pool, series], mode="quick", watcher=watcher)
+
+    results.validate(data)
+    found = results.Results(data)
+    assert found.problems() == []
+    order = [(sample["contestant"], sample["round"]) for sample in data["cells"][0]["samples"]]
+    assert order == [("off", 1), ("ours", 1), ("off", 2), ("ours", 2)]
+    assert [0, 4, 0, 4] == [sample["whole"] for sample in data["cells"][0]["samples"]]
+    (sample,) = data["cells"][1]["samples"]
+    assert (sample["whole"], sample["found_spans"], [mark[0] for mark in sample["marks"]]) == (4, 16, [2, 4])
+    assert [
+        ("tiny/pool", 4),
+        ("tiny/pool", "off", 1),
+        ("tiny/pool", "ours", 1),
+        ("tiny/pool", "off", 2),
+        ("tiny/pool", "ours", 2),
+        ("tiny/pool", 4),
+        ("tiny/sink", 1),
+        ("tiny/sink", "ours", 1),
+        ("tiny/sink", 1),
+    ] == watcher.told
+
+
+@pytest.mark.timeout(300)
+def test_a_sample_that_fails_is_recorded_with_its_error():
+    """It is tried again, and then stands in the results with its traceback; the run goes on."""
+    broken = Cell("tiny", "broken", "no such driver", calls=1, contestants=("off",), rounds=1)
+
+    data = run.run([broken], mode="quick", watcher=Watcher())
+
+    (sample,) = data["cells"][0]["samples"]
+    assert sample["attempts"] == 2
+    assert "KeyError: 'no such driver'" in sample["error"]
+    (problem,) = results.Results(data).problems()
+    assert problem.startswith("tiny/broken, off: did not run: KeyError")
