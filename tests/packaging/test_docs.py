@@ -1,0 +1,85 @@
+"""The words that users read are true: code in the docs runs, links lead somewhere, CI runs the README's command."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dspy_mlflow_async.cli.endpoint import LocalEndpoint, text_of
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("commands", "concurrency", "testing"))]
+FIELD = re.compile(r"\[\[ ## (\w+) ## ]]")
+
+
+def code_of(page):
+    """The Python of a page, all blocks one after the other."""
+    return "\n\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+
+
+def answer(body):
+    """Fills every field that the prompt asks for."""
+    fields = dict.fromkeys(FIELD.findall(text_of(body).rpartition("Respond with")[2]))
+    return "\n\n".join(f"[[ ## {name} ## ]]\nan answer" for name in fields)
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path):
+    """The page's code runs as it stands, against an endpoint that answers everything."""
+    with LocalEndpoint(answer) as endpoint:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code_of(page)],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "OPENAI_API_KEY": "none",
+                "OPENAI_API_BASE": endpoint.api_base,
+                "OPENAI_BASE_URL": endpoint.api_base,
+                "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+                "DSPY_MLFLOW_ASYNC_SPOOL": str(tmp_path / "spool"),
+                "DSPY_CACHEDIR": str(tmp_path / "cache"),
+            },
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_links_lead_somewhere():
+    """A link to a file of this repository leads to a file that is there."""
+    links = {
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    }
+
+    assert set() == links
+
+
+def test_first_screen_has_two_commands_and_ci_runs_the_second():
+    """The README begins with the demo's command and the tests', and ``.ci/run`` runs the latter to the letter."""
+    first = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[0]
+
+    assert ["python3 run.py demo", "python3 run.py test"] == re.findall(
+        r"^```console\n\$ (.*)\n```$", first, re.MULTILINE
+    )
+    assert "step python3 run.py test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert len(first.splitlines()) <= 32
+
+
+def test_run_py_explains_itself():
+    """``run.py`` without a name, and with a name that tox does not know, says what there is."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py")], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == 2
+    assert all(name in done.stdout for name in ("demo", "test", "lint", "typing", "lowest", "bench"))

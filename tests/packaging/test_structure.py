@@ -1,0 +1,134 @@
+"""The shape of the package: what is public, who may import whom, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from importlib import resources
+from importlib.metadata import version
+
+import pytest
+import source
+
+import dspy_mlflow_async
+
+# From the top down. A room may import those below it. `export` stands beside them, and knows only these.
+ROOMS = ("cli", "app", "evaluate", "composition", "callback", "runs", "spans", "context")
+BESIDE = {"export": {"guard", "seams", "settings"}, "seams": {"seams"}, "guard": set(), "settings": set()}
+# Cross-cutting, for every room: the boundary around failures, the settings, and the names of others.
+FOR_ALL = {"guard", "seams", "settings"}
+# What stands between the tracer and those who use it.
+FOR_USERS = {"__init__", "health", "propagation", "testing"}
+MAX_LINES = 350
+# A debt, not a licence: what is longer today. Take an entry out when it has been split; add none.
+LONG = {
+    "dspy_mlflow_async.seams.mlflow_export",
+    "dspy_mlflow_async.export.queue",
+    "dspy_mlflow_async.export.collector",
+    "dspy_mlflow_async.seams.mlflow",
+}
+MODULES = source.modules()
+
+
+def room(module):
+    """The room of a module of ours: the second part of its dotted name; the package itself is "__init__"."""
+    return [*module.split("."), "__init__"][1]
+
+
+def own_imports(name):
+    return {module for module in source.imported_modules(MODULES[name], name) if module.split(".")[0] == source.PACKAGE}
+
+
+def test_all_is_sorted_and_complete():
+    """`__all__` is sorted, every name in it can be had, and no name that `__init__` takes from a room is left out."""
+    names = dspy_mlflow_async.__all__
+    tree = source.parse(MODULES[source.PACKAGE])
+    taken = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(source.PACKAGE)
+        for alias in node.names
+    }
+
+    assert sorted(names) == names
+    assert taken == set(names)
+    assert all(callable(getattr(dspy_mlflow_async, name)) for name in names)
+
+
+def test_version_is_read_from_the_metadata():
+    """`__version__` is what the installed distribution says, and nothing else is made up."""
+    assert version("dspy-mlflow-async") == dspy_mlflow_async.__version__
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        dspy_mlflow_async.no_such_name  # noqa: B018
+
+
+def test_package_is_typed():
+    """The marker that tells type checkers to read our types is installed, and so is the demo's data set."""
+    assert resources.files(dspy_mlflow_async).joinpath("py.typed").is_file()
+    assert resources.files("dspy_mlflow_async.cli.demo").joinpath("tickets.json").is_file()
+
+
+def test_rooms_import_downward():
+    """A room imports only rooms below it; `export` is reached from `runs` upward."""
+    upward = {}
+    for name in MODULES:
+        if room(name) in ROOMS:
+            here = ROOMS.index(room(name))
+            allowed = {*ROOMS[here:], *FOR_ALL}
+            allowed |= {"export"} if here <= ROOMS.index("runs") else set()
+            allowed |= FOR_USERS if here < ROOMS.index("composition") else set()
+            allowed |= {"propagation"} if here == ROOMS.index("composition") else set()
+            upward[name] = {module for module in own_imports(name) if room(module) not in allowed}
+
+    assert {} == {name: modules for name, modules in upward.items() if modules}
+
+
+def test_rooms_beside_know_only_what_they_must():
+    """`export` knows MLflow, the guard, the settings and the seams; the seams, guard and settings know none of us."""
+    others = {
+        name: {module for module in own_imports(name) if room(module) not in {room(name), *BESIDE[room(name)]}}
+        for name in MODULES
+        if room(name) in BESIDE
+    }
+
+    assert {} == {name: modules for name, modules in others.items() if modules}
+
+
+def test_context_is_pure():
+    """The heart imports the standard library and itself alone."""
+    outside = {
+        module
+        for name, path in MODULES.items()
+        if room(name) == "context"
+        for module in source.imported_modules(path, name)
+        if module.split(".")[0] not in sys.stdlib_module_names and not module.startswith("dspy_mlflow_async.context")
+    }
+
+    assert set() == outside
+
+
+def test_files_stay_short():
+    """A file that grows far past three hundred lines has more than one job."""
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+
+    assert {} == {name: count for name, count in lines.items() if count > MAX_LINES and name not in LONG}
+
+
+def test_modules_say_what_they_are_for():
+    """Every module begins with a docstring whose first paragraph is a sentence."""
+    first = {name: (ast.get_docstring(source.parse(path)) or "").split("\n\n")[0] for name, path in MODULES.items()}
+
+    assert {} == {name: text for name, text in first.items() if not text.endswith((".", "?"))}
+
+
+@pytest.mark.parametrize("name", ["callback", "cli.doctor", "export", "runs.scope", "seams.check", "testing"])
+def test_modules_import_alone(name):
+    """A module needs no other to have been imported first: it is the first import of a process."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import dspy_mlflow_async.{name}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
