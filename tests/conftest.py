@@ -98,6 +98,14 @@ def store_uri(request, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def _experiment_of_its_own(monkeypatch):
+    """`mlflow.set_experiment` sets a global and an environment variable, which would reach the next test's store."""
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # so that its undo takes away what the test has set
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+
+
+@pytest.fixture(autouse=True)
 def _leaves_nothing_behind():
     """After each test: no tracer, no patch, no frame, no current span, no internal error, DSPy's settings as before."""
     config = dict(dspy_settings.main_thread_config)

@@ -124,7 +124,6 @@ def test_compile(traces, experiment_id, report):
 def experiment_id(request, store_uri, monkeypatch):
     """A fresh experiment, the active one while the test runs."""
     experiment_id = mlflow.create_experiment(f"{request.node.nodeid}-{id(request)}")
-    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment_id)
     return experiment_id
 

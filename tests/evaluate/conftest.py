@@ -16,7 +16,6 @@ def experiment(request, store_uri, tmp_path, monkeypatch):
     experiment_id = mlflow.create_experiment(
         f"{request.node.nodeid}-{id(request)}", artifact_location=(tmp_path / "artifacts").as_uri()
     )
-    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment_id)
     return experiment_id
 

@@ -38,7 +38,6 @@ def server(tmp_path, _empty_store, store_uri):
 
 def test_stop_and_resume(server, monkeypatch):
     """What a budget has left out is run by a resume, in the same runs."""
-    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mlflow.create_experiment("evaluations"))
     dspy_mlflow_async.autolog(silent=True)
     options = {"devset": examples(size=6), "metric": is_right, "display_progress": False, "max_concurrency": 2}
