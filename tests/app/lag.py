@@ -96,7 +96,9 @@ async def measure(endpoint, empty, folder, how, rate, seconds):
     """One server, started, warmed and measured."""
     import subprocess
 
-    from servers import environment, free_port
+    from servers import environment
+
+    from mlflow_server import free_port
 
     folder.mkdir()
     shutil.copyfile(empty, folder / "mlflow.db")

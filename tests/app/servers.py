@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import httpx
 from mlflow.tracing.client import TracingClient
+
+from mlflow_server import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MARKER = re.compile(r"@[\w-]+")
@@ -42,13 +43,6 @@ def marker_of(body):
     """The last marker of a request to the LM."""
     found = MARKER.findall(str(body["messages"][-1]["content"]))
     return found[-1] if found else ""
-
-
-def free_port():
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(folder, endpoint, tracking_uri, **more):
@@ -115,20 +109,6 @@ def running(folder, command, env):
         yield service
     finally:
         service.kill()
-
-
-@contextlib.contextmanager
-def behind_a_server(folder, store):
-    """A real ``mlflow server`` over a sqlite store; gives its URI."""
-    folder = folder / "mlflow-server"
-    folder.mkdir()
-    command = [
-        "mlflow", "server", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1", "--backend-store-uri", store,
-        "--default-artifact-root", str(folder / "artifacts"),
-    ]  # fmt: skip
-    env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with running(folder, command, env) as server:
-        yield server.url
 
 
 def stored(tracking_uri, experiment_id="0"):

@@ -14,11 +14,12 @@ from collections import Counter, defaultdict
 
 import pytest
 from mlflow.entities.trace_state import TraceState
-from servers import EXAMPLES, MARKER, behind_a_server, environment, load, marker_of, running, script, stored
+from servers import EXAMPLES, MARKER, environment, load, marker_of, running, script, stored
 
 from dspy_mlflow_async.cli.endpoint import LocalEndpoint
 from dspy_mlflow_async.export import replay
 from dspy_mlflow_async.testing import tree
+from mlflow_server import mlflow_server
 
 LOAD_SECONDS = float(os.environ.get("DSPY_MLFLOW_ASYNC_LOAD_SECONDS", "6"))
 
@@ -126,11 +127,11 @@ async def test_two_hundred_clients(endpoint, store, tmp_path):
 async def test_two_workers_told_to_stop_amid_work(endpoint, store, tmp_path, command, code):
     """SIGTERM while requests are under way: they are answered, and what was answered is stored, by each worker."""
     endpoint.requests.clear()
-    is_behind_server = "uvicorn.workers.UvicornWorker" in command
-    with (
-        behind_a_server(tmp_path, store) if is_behind_server else contextlib.nullcontext(store) as uri,
-        running(tmp_path, command, environment(tmp_path, endpoint, uri)) as service,
-    ):
+    with contextlib.ExitStack() as stack:
+        uri = store
+        if "uvicorn.workers.UvicornWorker" in command:
+            uri = stack.enter_context(mlflow_server(tmp_path / "mlflow-server", store)).uri
+        service = stack.enter_context(running(tmp_path, command, environment(tmp_path, endpoint, uri)))
         stop = threading.Timer(1.0, service.terminate)
         stop.start()
         asked = await load(service.url, 3.0, 20, kinds=("ask", "stream"))

@@ -1,9 +1,6 @@
 """The core over a real MLflow server: runs, artifacts, comparison, budget and resume by HTTP."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -12,28 +9,17 @@ from small import examples, is_right
 import dspy_mlflow_async
 from dspy_mlflow_async import evaluate_all
 from echo import Chain
-
-
-def _stores():
-    """The export tests' stores; their folder is not on the path."""
-    path = Path(__file__).parents[1] / "export" / "stores.py"
-    spec = importlib.util.spec_from_file_location("stores_of_export_tests", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from mlflow_server import mlflow_server
 
 
 @pytest.fixture
 def server(tmp_path, _empty_store, store_uri):
     database = tmp_path / "server.db"
     database.write_bytes(_empty_store.read_bytes())
-    server = _stores().Server(tmp_path, database)
-    server.start()
-    mlflow.set_tracking_uri(server.uri)
-    yield server
-    mlflow.set_tracking_uri(store_uri)
-    server.kill()
+    with mlflow_server(tmp_path, f"sqlite:///{database}") as server:
+        mlflow.set_tracking_uri(server.uri)
+        yield server
+        mlflow.set_tracking_uri(store_uri)
 
 
 def test_stop_and_resume(server, monkeypatch):

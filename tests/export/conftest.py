@@ -5,10 +5,11 @@ import time
 import mlflow
 import pytest
 from mlflow.entities.trace_location import MlflowExperimentLocation
-from stores import Installed, Proxy, Server, wait_until
+from stores import Installed, Proxy, wait_until
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export import installation as installing
+from mlflow_server import mlflow_server
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +62,8 @@ def server(tmp_path_factory, _empty_store):
     folder = tmp_path_factory.mktemp("server")
     database = folder / "server.db"
     database.write_bytes(_empty_store.read_bytes())
-    server = Server(folder, database)
-    server.start()
-    yield server
-    server.kill()
+    with mlflow_server(folder, f"sqlite:///{database}") as server:
+        yield server
 
 
 @pytest.fixture

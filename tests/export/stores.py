@@ -1,15 +1,9 @@
-"""Stores that can be taken away: sqlite files, a real `mlflow server`, and a proxy that misbehaves on request."""
+"""What a test sees of the pipeline and of its store, and a proxy before a server that misbehaves on request."""
 
 import contextlib
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
-from pathlib import Path
 
 import mlflow
 from mlflow.tracing import provider as tracing_provider
@@ -73,62 +67,6 @@ class Installed:
     def stop_writing(self):
         """Let nothing leave the queue until `queue.work()` is called by the test."""
         self.queue._start = lambda: None
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """A real `mlflow server` over a sqlite file, which can be killed and started again on the same port."""
-
-    def __init__(self, folder: Path, database: Path):
-        self.folder = folder
-        self.database = database
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process = None
-
-    def start(self):
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "DSPY_"))}
-        env["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--backend-store-uri",
-            f"sqlite:///{self.database}",
-            "--default-artifact-root",
-            str(self.folder / "artifacts"),
-            "--workers",
-            "1",
-        ]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=env, start_new_session=True, cwd=self.folder
-            )
-        wait_until(self.answers, 90)
-
-    def answers(self):
-        if self.process.poll() is not None:
-            raise AssertionError((self.folder / "server.log").read_text()[-2000:])
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=1).status == 200  # noqa: S310
-        return False
-
-    def kill(self):
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
-            self.process = None
 
 
 class Proxy:

@@ -2,15 +2,10 @@
 
 import contextlib
 import logging
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 
 import dspy
 import mlflow
@@ -20,57 +15,17 @@ from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flus
 
 import dspy_mlflow_async
 from dspy_mlflow_async.runs import asking
+from mlflow_server import mlflow_server
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
 BOUND = 45.0  # seconds that a store may cost an evaluation here: its own bounds are 5 s and 10 s, the machine is shared
 
 
-class Server:
-    """A real ``mlflow server`` on a free port of loopback."""
-
-    def __init__(self, folder):
-        self._folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self._process = None
-
-    def start(self):
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port),
-            "--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}",
-            "--artifacts-destination", str(self._folder / "artifacts"),
-        ]  # fmt: skip
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-        )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):  # noqa: S310 - on loopback
-                    return
-            except OSError:  # noqa: PERF203 - a poll
-                assert time.monotonic() < deadline, "mlflow server does not start"
-                assert self._process.poll() is None, "mlflow server has ended"
-                time.sleep(0.1)
-
-    def kill(self):
-        """All its processes, at once."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(TIMEOUT)
-            self._process = None
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
+    folder = tmp_path_factory.mktemp("server")
+    with mlflow_server(folder, f"sqlite:///{folder / 'server.db'}") as server:
+        yield server
 
 
 @contextlib.contextmanager
@@ -200,32 +155,31 @@ def test_a_server_that_hangs(monkeypatch, tmp_path, caplog):
 
 def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
     """Killed while the program runs: same result, soon, one line with the score; restarted, everything arrives."""
-    server = Server(tmp_path)
-    server.start()
-    try:
-        with store_at(server.uri, monkeypatch, tmp_path) as store, caplog.at_level(logging.WARNING):
+    with (
+        mlflow_server(tmp_path, f"sqlite:///{tmp_path / 'server.db'}") as server,
+        store_at(server.uri, monkeypatch, tmp_path) as store,
+        caplog.at_level(logging.WARNING),
+    ):
 
-            def during(question):
-                if question == "@a-1":
-                    server.kill()
+        def during(question):
+            if question == "@a-1":
+                server.kill()
 
-            *traced, seconds = result_of(lambda: evaluate("a", 2, 4, program=Program(during)))
-            assert seconds < BOUND
-            assert 50.0 == traced[0]
-            (line,) = said(caplog)
-            assert "scored 50.0" in line
+        *traced, seconds = result_of(lambda: evaluate("a", 2, 4, program=Program(during)))
+        assert seconds < BOUND
+        assert 50.0 == traced[0]
+        (line,) = said(caplog)
+        assert "scored 50.0" in line
 
-            server.start()
-            deadline = time.monotonic() + TIMEOUT
-            while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
-                pass
-            run = store.run("eval")
-            assert ("FINISHED", 50.0) == (run.info.status, run.data.metrics["eval"])
-            assert ["model.json", "result_table.json"] == store.artifacts(run)
-            assert {"eval": markers("a", 4)} == store.traces_by_run()
-            assert [1] * 4 == [len(trace.info.assessments) for trace in store.traces()]
-    finally:
-        server.kill()
+        server.start()
+        deadline = time.monotonic() + TIMEOUT
+        while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
+            pass
+        run = store.run("eval")
+        assert ("FINISHED", 50.0) == (run.info.status, run.data.metrics["eval"])
+        assert ["model.json", "result_table.json"] == store.artifacts(run)
+        assert {"eval": markers("a", 4)} == store.traces_by_run()
+        assert [1] * 4 == [len(trace.info.assessments) for trace in store.traces()]
 
 
 def test_a_run_created_too_late_is_no_stray(store, monkeypatch, caplog):
