@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,6 +74,31 @@ def test_damaged_notes_of_what_is_done_cost_nothing(tmp_path):
         damaged[index] ^= 1
         note.write_bytes(damaged)
         assert spool.done_offsets(segment).items() <= whole.items()
+
+
+def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkeypatch):
+    """Another caller begins a new segment between the decision to sync the old one and the sync itself."""
+    monkeypatch.setattr(spool, "_SEGMENT_BYTES", 1)
+    written = spool.Spool(tmp_path / "spool", "uri")
+    sync_file, synced = spool._sync_file, []
+    other = threading.Thread(target=lambda: written.put(b"{}", key="second", counted=1))
+
+    def slow_sync(handle):
+        if not synced:
+            before = os.fstat(handle)
+            other.start()
+            other.join(0.5)  # it waits for us
+            synced.append(os.path.samestat(before, os.fstat(handle)))
+        sync_file(handle)
+
+    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    first = written.put(b"[]", key="first", counted=1, durable=True)
+    other.join(20)
+    written.close()
+
+    assert [True] == synced
+    assert b"[]" == written.read(first)
+    assert 2 == len(spool.segments(written.folder))
 
 
 def test_a_trace_survives_the_codec(sqlite):

@@ -33,6 +33,8 @@ _SEGMENT_BYTES_IF_EMPTY = 2**20
 _URI_FILE = "tracking-uri"
 # The name of a segment that a draining child may read while its process still writes it.
 SHARED = "-shared.seg"
+# macOS has no fdatasync.
+_sync_file = getattr(os, "fdatasync", os.fsync)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +193,13 @@ class Spool:
     def _sync_to(self, segment: Path, handle: int, end: int) -> None:
         with self._sync:
             if segment != self._segment or self._synced >= end:
-                return  # synced by another caller, or when the segment was closed
+                return  # synced by another caller, or when the segment was closed: that takes `_sync`, too
             reached = self._written
-            os.fdatasync(handle)
+            _sync_file(handle)
             self._synced = reached
 
     def _open_segment(self) -> None:
-        self.close()
+        self._retire_segment()
         make_folder(self.folder, self.uri)
         name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(3)}{self._suffix}"
         segment = self.folder / name
@@ -207,15 +209,26 @@ class Spool:
 
     def close(self) -> None:
         """Sync and give up the current segment, so that others may drain it."""
-        if self._handle >= 0:
-            handle, self._handle = self._handle, -1
-            with contextlib.suppress(OSError):
-                os.fdatasync(handle)
-            os.close(handle)
-            segment, self._segment = self._segment, None
-            if segment is not None and not self._live.get(segment):
-                remove(segment)
-                self._live.pop(segment, None)
+        with self._append:
+            self._retire_segment()
+
+    def _retire_segment(self) -> None:
+        segment = self._close_segment(sync=True)
+        if segment is not None and not self._live.get(segment):
+            remove(segment)
+            self._live.pop(segment, None)
+
+    def _close_segment(self, *, sync: bool) -> Path | None:
+        with self._sync:  # nobody syncs a handle that is closed, or is another file's by then
+            if self._handle < 0:
+                return None
+            if sync:
+                with contextlib.suppress(OSError):
+                    _sync_file(self._handle)
+            os.close(self._handle)
+            segment = self._segment
+            self._handle, self._segment = -1, None
+            return segment
 
     def read(self, reference: Reference) -> bytes | None:
         """The payload of a record; None if the disk has lost it."""
@@ -246,8 +259,7 @@ class Spool:
                 left = self._live.get(segment, 0) - len(offsets)
                 self._live[segment] = left
                 if left <= 0 and segment == self._segment and self._written >= _SEGMENT_BYTES_IF_EMPTY:
-                    os.close(self._handle)
-                    self._handle, self._segment = -1, None
+                    self._close_segment(sync=False)
                 is_over = left <= 0 and segment != self._segment
                 if is_over:
                     self._live.pop(segment, None)
