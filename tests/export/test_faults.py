@@ -1,6 +1,7 @@
 """Whatever happens to the store, everything is there afterwards, once."""
 
-import errno
+import os
+import subprocess
 import threading
 import time
 
@@ -157,25 +158,50 @@ def test_feedback_follows_its_trace_to_the_disk(make):
     assert 1 == len(installed.read()[trace_id].info.assessments)
 
 
-def test_a_full_disk_is_counted(make, monkeypatch, caplog):
-    """What neither memory nor disk can hold is dropped, with one warning."""
-    installed = make(max_waiting_bytes=20_000)
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, where the test may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "none", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small tmpfs here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # noqa: S607
+
+
+def test_a_full_disk_is_counted(make, small_disk, monkeypatch, caplog):
+    """What neither memory nor disk can hold is dropped, with one warning; what they hold is stored in the end."""
+    monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(small_disk / "spool"))
+    installed = make(max_waiting_bytes=100_000)
     installed.stop_writing()
-
-    def full(self, handle, line, offset):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(spools.Spool, "_write", full)
-    for _ in range(20):
-        call(text="x" * 3000)
+    ids = [call(text="x" * 3000) for _ in range(100)]
     stats = export.stats()
 
-    assert stats.dropped > 10
-    assert 20 == stats.dropped + stats.waiting
+    assert 100 == stats.dropped + stats.waiting + stats.spooled
+    assert min(stats.dropped, stats.waiting, stats.spooled) > 5
     assert 1 == sum("cannot write to the spool" in record.message for record in caplog.records)
     del installed.queue._start
     assert export.flush(100)
-    assert 20 == export.stats().dropped + export.stats().stored
+    stats = export.stats()
+    assert (100, 0, 0) == (stats.dropped + stats.stored, stats.waiting, stats.spooled)
+    traces = installed.read()
+    assert stats.stored == len(set(ids) & set(traces)) == len(traces)
+    assert {4} == {len(trace.data.spans) for trace in traces.values()}
+
+
+def test_durable_on_a_full_disk(make, small_disk, monkeypatch, caplog):
+    """What the disk does not take is kept in memory, and stored, as if `durable` were off; the program goes on."""
+    monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(small_disk / "spool"))
+    installed = make(durable=True)
+    installed.stop_writing()
+    ids = [call(text="x" * 3000) for _ in range(60)]
+
+    assert (60, 0) == (export.stats().waiting, export.stats().dropped)
+    assert 1 == sum("cannot write to the spool" in record.message for record in caplog.records)
+    del installed.queue._start
+    assert export.flush(100)
+    assert arrived(installed, ids)
 
 
 def test_a_slow_store_does_not_slow_the_program(make, monkeypatch):
