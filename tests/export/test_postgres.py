@@ -1,0 +1,103 @@
+"""The pipeline before an `mlflow server` over PostgreSQL, whose rules are stricter than sqlite's."""
+
+import os
+import tempfile
+import threading
+
+import mlflow
+import pytest
+from mlflow.entities import Feedback, Metric
+from postgres import Postgres, install, programs
+from stores import call, wait_until
+
+from dspy_mlflow_async import export
+from mlflow_server import mlflow_server
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("postgresql")]
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """A cluster of this module's own, of the newest PostgreSQL of this machine, which CI must have."""
+    bin_folder = programs() or install()
+    if bin_folder is None:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say("no PostgreSQL server on this machine, and none could be installed: install your system's postgresql")
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
+        postgres = Postgres(folder, bin_folder)
+        postgres.start()
+        yield postgres
+        postgres.stop()
+
+
+@pytest.fixture(scope="module")
+def server(postgres, tmp_path_factory):
+    with mlflow_server(tmp_path_factory.mktemp("server"), postgres.uri) as server:
+        yield server
+
+
+def arrived(installed, ids):
+    traces = installed.read()
+    return set(ids) == set(traces) and {4} == {len(trace.data.spans) for trace in traces.values()}
+
+
+def test_many_threads_lose_nothing(make, server):
+    """Whole traces with right totals, from many callers, and feedback with them."""
+    installed = make(uri=server.uri)
+    ids = []
+
+    def work():
+        for _ in range(15):
+            ids.append(call())
+            export.release(ids[-1], assessments=[Feedback(name="score", value=1.0)])
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert export.flush(120)
+    traces = installed.read()
+    assert 240 == len(ids)
+    assert set(ids) == set(traces)
+    assert {(4, 9, 1)} == {
+        (len(trace.data.spans), trace.info.token_usage["total_tokens"], len(trace.info.assessments))
+        for trace in traces.values()
+    }
+
+
+def test_text_that_postgresql_does_not_take(make, server):
+    """NUL and lone surrogates arrive as replacement characters; in the JSON of a span NUL is an escape, and stays."""
+    installed = make(uri=server.uri)
+    trace_id = call(text="before\0after \ud800 end")
+    export.release(trace_id, assessments=[Feedback(name="score", value="a\0b")], tags={"tag": "c\0d"})
+
+    assert export.flush(60)
+    trace = installed.read()[trace_id]
+    assert {"answer": "before\0after \ufffd end"} == trace.data.spans[0].outputs
+    assert "c\ufffdd" == trace.info.tags["tag"]
+    assert ["a\ufffdb"] == [assessment.value for assessment in trace.info.assessments]
+    assert (1, 0, 0) == (export.stats().stored, export.stats().dead, export.stats().dropped)
+
+
+def test_a_database_that_is_cut_off_in_the_middle(make, server, postgres):
+    """The server answers with errors while its database is away; everything is there afterwards, once."""
+    installed = make(uri=server.uri)
+    ids = [call() for _ in range(5)]
+    assert export.flush(60)
+    run_id = mlflow.tracking.MlflowClient(server.uri).create_run(installed.experiment_id).info.run_id
+    writer = export.run_writer(server.uri)
+    postgres.stop()
+    try:
+        ids += [call() for _ in range(20)]
+        assert not writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)])
+        assert not export.flush(10)
+        assert (25, 5) == (export.stats().ended, export.stats().stored)
+    finally:
+        postgres.start()
+
+    wait_until(lambda: export.flush(5) and export.stats().stored == 25, 120)
+    assert arrived(installed, ids)
+    history = mlflow.tracking.MlflowClient(server.uri).get_metric_history(run_id, "score")
+    assert [2.0] == [metric.value for metric in history]
