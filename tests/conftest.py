@@ -98,11 +98,11 @@ def store_uri(request, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _experiment_of_its_own(monkeypatch):
+def _experiment_of_its_own():
     """`mlflow.set_experiment` sets a global and an environment variable, which would reach the next test's store."""
-    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # so that its undo takes away what the test has set
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    yield
+    mlflow.tracking.fluent._active_experiment_id = None
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
 
 @pytest.fixture(autouse=True)
