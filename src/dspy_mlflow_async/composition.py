@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class _Installation:
         self.settings: Settings | None = None
         self.was_disabled = False
         self.export_options: export_room.ExportOptions | None = None
+        self.beyond_mlflow: dict[str, Any] = {}  # arguments of the last call that MLflow's signature cannot name
         self.undos: dict[str, Undo] = {}
 
 
@@ -113,39 +115,35 @@ def autolog(
 
     Source: ``mlflow.dspy.autolog`` for the first seven parameters.
     """
-    switches = {
-        "disable": disable,
-        "silent": silent,
-        "context_runs": context_runs,
-        "propagate_threads": propagate_threads,
-        "durable": durable,
+    as_mlflow = {
+        "log_traces": log_traces,
+        "log_traces_from_compile": log_traces_from_compile,
+        "log_traces_from_eval": log_traces_from_eval,
+        "log_compiles": log_compiles,
+        "log_evals": log_evals,
     }
-    for name, value in switches.items():
+    for_spans = {"max_value_bytes": max_value_bytes, "redact": redact}
+    for_export = {
+        "durable": durable,
+        "visible_after": visible_after,
+        "children_timeout": children_timeout,
+        "max_waiting_bytes": max_waiting_bytes,
+        "exit_timeout": exit_timeout,
+    }
+    reach = {"context_runs": context_runs, "propagate_threads": propagate_threads}
+    for name, value in {"disable": disable, "silent": silent, "durable": durable, **reach}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
-    settings = Settings(
-        log_traces=log_traces,
-        log_traces_from_compile=log_traces_from_compile,
-        log_traces_from_eval=log_traces_from_eval,
-        log_compiles=log_compiles,
-        log_evals=log_evals,
-        max_value_bytes=max_value_bytes,
-        redact=redact,
-    )
-    options = export_room.ExportOptions(
-        durable=durable,
-        mode=export,
-        visible_after=visible_after,
-        children_timeout=children_timeout,
-        max_waiting_bytes=max_waiting_bytes,
-        exit_timeout=exit_timeout,
-    )
+    settings = Settings(**as_mlflow, **for_spans)
+    options = export_room.ExportOptions(mode=export, **for_export)
     with _installation.lock:
         if disable:
             _uninstall()
         else:
+            _installation.beyond_mlflow = {**for_spans, **for_export, **reach, "export": export}
             _install_export(options)
             _install(settings, context_runs=context_runs, propagate_threads=propagate_threads, silent=silent)
+        mlflow_seam.note_autolog({**as_mlflow, "disable": disable, "silent": silent})
 
 
 # mlflow.autolog() and MLflow's registry of integrations look for this name on the function.
@@ -201,12 +199,13 @@ def _install_export(options: export_room.ExportOptions) -> None:
         _installation.export_options = options
 
 
-def _uninstall() -> None:
+def _uninstall(*, keep: tuple[str, ...] = ()) -> None:
     _installation.settings = None
     _installation.was_disabled = True
     _installation.export_options = None
     for name in reversed(list(_installation.undos)):
-        _undo(name)
+        if name not in keep:
+            _undo(name)
     active.uninstall()
     callbacks = dspy_seam.global_callbacks()
     kept = [callback for callback in callbacks if not isinstance(callback, AutologCallback)]
@@ -234,7 +233,8 @@ def _replace_mlflow(*, silent: bool) -> None:
     """Never two tracers at once: take MLflow's own out, and let a later ``mlflow.dspy.autolog()`` come to us."""
     callbacks = dspy_seam.global_callbacks()
     foreign = [callback for callback in callbacks if type(callback) is mlflow_seam.MlflowCallback]
-    if foreign or mlflow_seam.is_own_autolog_on():
+    # Once `mlflow.dspy.autolog` comes to us, what MLflow notes of its integration is ours.
+    if foreign or ("mlflow" not in _installation.undos and mlflow_seam.is_own_autolog_on()):
         mlflow_seam.turn_own_autolog_off()
         dspy_seam.set_global_callbacks([c for c in callbacks if c not in foreign])
         if not silent:
@@ -252,11 +252,20 @@ def _redirect_mlflow_autolog() -> Undo:
     ]
     original = mlflow.dspy.autolog
     if original is not autolog:
+        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def redirected(*args: Any, **kwargs: Any) -> None:
-            logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")
-            autolog(*args, **kwargs)
+            arguments = signature.bind(*args, **kwargs).arguments
+            if arguments.pop("disable", False):
+                # MLflow's evaluations switch off and on again: the way back must lead here.
+                with _installation.lock:
+                    _uninstall(keep=("mlflow",))
+                    mlflow_seam.note_autolog({**arguments, "disable": True})
+                return
+            if not arguments.get("silent"):
+                logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")
+            autolog(**arguments, **_installation.beyond_mlflow)
 
         undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
 

@@ -10,6 +10,7 @@ import mlflow
 import pytest
 from dspy.utils.callback import BaseCallback
 from mlflow.dspy.callback import MlflowCallback
+from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
 import dspy_mlflow_async
 from clean import dspy_settings
@@ -264,17 +265,84 @@ def test_mlflow_autolog_works_after_ours_is_off(captured):
     assert "outcome" not in captured[0].data.spans[0].attributes
 
 
-def test_mlflows_generic_autolog(captured):
+@pytest.fixture
+def generic_autolog():
+    """``mlflow.autolog``, undone afterwards: MLflow remembers that everything was switched off."""
+    yield mlflow.autolog
+    mlflow.autolog(disable=True, silent=True)
+    AUTOLOGGING_INTEGRATIONS.pop("mlflow")
+
+
+def test_mlflows_generic_autolog(captured, generic_autolog):
     """``mlflow.autolog()`` finds the integration's name on our function, and does not double the spans."""
     assert "dspy" == autolog.integration_name
     autolog()
-    mlflow.autolog(silent=True)
-    try:
-        call()
-    finally:
-        mlflow.autolog(disable=True, silent=True)
+    generic_autolog(silent=True)
+    call()
 
     assert [predict_tree("@a")] == forests(captured)
+
+
+def mask(value):
+    """A hook that hides all text."""
+    return "hidden" if isinstance(value, str) else value
+
+
+EXTRAS = {"redact": mask, "max_value_bytes": 1000, "propagate_threads": True, "context_runs": False}
+
+
+def test_a_later_mlflow_autolog_keeps_what_it_cannot_name(captured):
+    """MLflow's seven arguments are its own; ``redact`` and the like stay as they were, or values would be stored."""
+    autolog(log_traces_from_eval=False, **EXTRAS)
+    mlflow.dspy.autolog(log_compiles=True)
+    call("@secret")
+
+    settings = ours()[0].settings
+    assert (mask, 1000, True, True) == (
+        settings.redact, settings.max_value_bytes, settings.log_compiles, settings.log_traces_from_eval
+    )  # fmt: skip
+    assert "@secret" not in repr([trace.to_dict() for trace in captured])
+
+
+def test_mlflows_generic_autolog_leaves_our_settings_alone(captured, generic_autolog):
+    """As MLflow does for an integration that was set by itself, also when all are switched off."""
+    autolog(log_evals=True, **EXTRAS)
+    before = ours()[0].settings
+    generic_autolog(silent=True)
+    assert before == ours()[0].settings
+    generic_autolog(disable=True, silent=True)
+
+    assert before == ours()[0].settings
+
+
+@pytest.mark.parametrize("enable_tracing", [True, False])
+@pytest.mark.parametrize("log_traces", [True, False])
+def test_mlflows_evaluation_puts_our_settings_back(captured, enable_tracing, log_traces):
+    """MLflow sets integrations for its evaluations and restores them after; hidden values stay hidden meanwhile."""
+    from mlflow.models.evaluation.utils.trace import configure_autologging_for_evaluation
+
+    autolog(log_traces=log_traces, log_evals=True, **EXTRAS)
+    before = ours()[0].settings
+    with configure_autologging_for_evaluation(enable_tracing=enable_tracing):
+        call("@inside")
+    call("@after")
+
+    assert [before] == [callback.settings for callback in ours()]
+    assert [c for c in dspy.settings.callbacks if isinstance(c, MlflowCallback)] == ours()
+    assert log_traces * (1 + enable_tracing) == len(captured)
+    assert "@" not in repr([trace.to_dict() for trace in captured])
+
+
+def test_mlflows_evaluation_after_ours_is_off(captured):
+    """``autolog(disable=True)`` is somebody's explicit wish, which MLflow's evaluations respect."""
+    from mlflow.models.evaluation.utils.trace import configure_autologging_for_evaluation
+
+    autolog()
+    autolog(disable=True)
+    with configure_autologging_for_evaluation():
+        call()
+
+    assert [] == captured
 
 
 def test_it_is_an_mlflow_callback():

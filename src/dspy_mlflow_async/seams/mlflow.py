@@ -385,6 +385,16 @@ def turn_own_autolog_off() -> None:
         AUTOLOGGING_INTEGRATIONS[FLAVOR]["disable"] = True
 
 
+def note_autolog(config: Mapping[str, Any]) -> None:
+    """Tell MLflow how its DSPy integration is set, as ``mlflow.dspy.autolog`` does.
+
+    ``mlflow.autolog()`` leaves alone what somebody has set, and ``mlflow.evaluate`` puts it back afterwards.
+    """
+    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
+
+    AUTOLOGGING_INTEGRATIONS[FLAVOR] = dict(config)
+
+
 def own_autolog_module() -> Any:
     """The module behind ``mlflow.dspy.autolog``, whose name the function of that name hides."""
     return importlib.import_module("mlflow.dspy.autolog")
