@@ -14,7 +14,7 @@ from dspy_mlflow_async.seams import mlflow as seam
 
 _Result = TypeVar("_Result")
 
-_VARIABLES = (frames.VARIABLE, active.VARIABLE, export.KEEPS, *seam.TRACING_VARIABLES)
+_VARIABLES = (active.VARIABLE, export.KEEPS, *seam.TRACING_VARIABLES)
 
 
 def capture() -> Carrier:
@@ -22,7 +22,7 @@ def capture() -> Carrier:
 
     Nothing of the user's own travels.
     """
-    return Carrier(_VARIABLES)
+    return Carrier({frames.VARIABLE: frames.to_carry(), **{variable: variable.get() for variable in _VARIABLES}})
 
 
 def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -34,7 +34,8 @@ def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
             pool.submit(propagate(program), question="...")
 
     Args:
-        function: Any callable; a coroutine function stays one.
+        function: Any callable; a coroutine function stays one, and what it returns to be awaited or iterated over
+            later runs here, too.
 
     Returns:
         A function that may be called any number of times, at once and anywhere, each time under the span that is

@@ -20,7 +20,7 @@ def _fresh():
 
 def capture():
     """A carrier of this test's variable."""
-    return Carrier([PLACE])
+    return Carrier({PLACE: PLACE.get()})
 
 
 def in_thread():

@@ -21,6 +21,7 @@ class Frame(NamedTuple):
         example: The example of it that is being worked on.
         compile: The outermost compile around the call.
         request: The innermost request around the call.
+        is_carried: Whether it was current elsewhere and was brought here by a ``Carrier``.
     """
 
     call_id: str
@@ -30,6 +31,7 @@ class Frame(NamedTuple):
     example: Any = None
     compile: Any = None
     request: Any = None
+    is_carried: bool = False
 
 
 _current: ContextVar[Frame | None] = ContextVar("dspy_mlflow_async_frame", default=None)
@@ -92,6 +94,12 @@ def leave(call_id: str) -> Frame | None:
     if frame is not None:
         _current.set(frame.parent)
     return frame
+
+
+def to_carry() -> Frame | None:
+    """The current frame as it is current where a ``Carrier`` brings it."""
+    frame = _current.get()
+    return None if frame is None else frame._replace(is_carried=True)
 
 
 def lineage(frame: Frame | None) -> Iterator[Frame]:
