@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from dspy_mlflow_async import hooks
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.compile import Compile
@@ -21,6 +22,26 @@ from dspy_mlflow_async.spans.usage import Ledger, LmUsage, module_usage
 from dspy_mlflow_async.spans.witness import RequestWitness
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_Handler = TypeVar("_Handler", bound=Callable[..., None])
+
+
+def _begins(handler: _Handler) -> _Handler:
+    """A start handler behind the guard, which ends what it has begun when it is interrupted.
+
+    DSPy calls start handlers before its ``try``: no end would come.
+    """
+    guarded_handler, end = guarded(handler), handler.__name__.replace("_start", "_end")
+
+    @functools.wraps(handler)
+    def start(self: Any, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        try:
+            guarded_handler(self, call_id, instance, inputs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                getattr(self, end)(call_id, None, error)
+            raise
+
+    return cast("_Handler", start)
 
 
 class TracingCallback(seam.MlflowCallback):
@@ -43,6 +64,15 @@ class TracingCallback(seam.MlflowCallback):
         TypeError: For an argument of the wrong type.
         ValueError: For a ``max_value_bytes`` below 1.
     """
+
+    is_on = True
+    can_be_switched = False  # whether its settings may change in the middle of a call
+
+    def __new__(cls, *_: Any, **__: Any) -> TracingCallback:  # noqa: PYI034 - `Self` is newer than Python 3.10
+        """Put in what tracing needs inside DSPy; an unpickled copy comes through here alone."""
+        self = super().__new__(cls)
+        hooks.serve(self)
+        return self
 
     def __init__(
         self,
@@ -93,14 +123,14 @@ class TracingCallback(seam.MlflowCallback):
 
     # --- modules, LMs, adapters, tools, interpreters --------------------------------------------------------------
 
-    @guarded
+    @_begins
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         scope = self._start(call_id, describe.describe_module, instance, inputs)
         if scope is not None:
             scope.show_outputs = functools.partial(describe.describe_outputs, instance)
             scope.usage, scope.ledger = module_usage(scope.ledger)
 
-    @guarded
+    @_begins
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         ledgers, request = _ledgers(instance), _request()
         scope = self._start(call_id, describe.describe_lm, instance, inputs)
@@ -109,32 +139,32 @@ class TracingCallback(seam.MlflowCallback):
         elif (ledgers or request is not None) and not tracer.is_open(call_id):
             tracer.count_only(call_id, LmUsage(instance, ledgers, request))
 
-    @guarded
+    @_begins
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._start(call_id, describe.describe_adapter, instance, inputs, "format")
 
-    @guarded
+    @_begins
     def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._start(call_id, describe.describe_adapter, instance, inputs, "parse")
 
-    @guarded
+    @_begins
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if instance.name != describe.FINISH_TOOL:
             self._start(call_id, describe.describe_tool, instance, inputs)
 
-    @guarded
+    @_begins
     def on_interpreter_execute_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._start(call_id, describe.describe_interpreter, instance, inputs, "execute")
 
-    @guarded
+    @_begins
     def on_interpreter_tool_call_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._start(call_id, describe.describe_interpreter, instance, inputs, "tool_call")
 
-    @guarded
+    @_begins
     def on_interpreter_startup_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._start(call_id, describe.describe_interpreter, instance, inputs, "startup")
 
-    @guarded
+    @_begins
     def on_interpreter_shutdown_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._start(call_id, describe.describe_interpreter, instance, inputs, "shutdown")
 
@@ -154,7 +184,7 @@ class TracingCallback(seam.MlflowCallback):
 
     # --- evaluations and compiles ---------------------------------------------------------------------------------
 
-    @guarded
+    @_begins
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         settings = self.settings
         if settings is None or _has_begun(call_id):
@@ -162,6 +192,7 @@ class TracingCallback(seam.MlflowCallback):
         evaluation = Evaluation.of_call(instance, inputs)
         region = Region(isolated=True, suppressed=not settings.log_traces_from_eval)
         frame = frames.enter(call_id, region, evaluation=evaluation)
+        region.enter()
         metadata = inputs.get("callback_metadata") or {}
         if (settings.log_evals or metadata.get(ALWAYS_LOGGED)) and not metadata.get("disable_logging"):
             evaluation.open(instance, inputs, frame.compile)
@@ -174,7 +205,7 @@ class TracingCallback(seam.MlflowCallback):
             frame.scope.leave()
             frame.evaluation.close(outputs, run_status(exception))
 
-    @guarded
+    @_begins
     def on_compile_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         settings = self.settings
         if settings is None or _has_begun(call_id):
@@ -183,8 +214,11 @@ class TracingCallback(seam.MlflowCallback):
         is_outermost = outer is None or outer.compile is None  # random search calls bootstrap: one compile
         region = CompileRegion(isolated=False, suppressed=not settings.log_traces_from_compile)
         frame = frames.enter(call_id, region, compile=Compile(instance, inputs) if is_outermost else None)
-        if is_outermost and settings.log_compiles:
-            frame.compile.open()
+        region.enter()
+        if is_outermost:
+            hooks.compile_began()
+            if settings.log_compiles:
+                frame.compile.open()
 
     @guarded
     def on_compile_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
@@ -193,6 +227,7 @@ class TracingCallback(seam.MlflowCallback):
             return
         is_outermost = frame.parent is None or frame.parent.compile is not frame.compile
         if is_outermost:
+            hooks.compile_ended()
             frame.compile.leave()
         frame.scope.leave()
         if is_outermost:
@@ -201,9 +236,10 @@ class TracingCallback(seam.MlflowCallback):
     def _start(self, call_id: str, description: Callable[..., Description], *call: Any) -> SpanScope | None:
         settings = self.settings
         if settings is None or not settings.log_traces:
-            tracer.enter_untraced(call_id)
+            if self.can_be_switched:
+                tracer.enter_untraced(call_id)
             return None
-        if not tracer.is_recording():
+        if not tracer.is_recording(heeds_switch=self.can_be_switched):
             return None
         seam.add_dependencies_schema(self._dependencies_schema)
         return tracer.start(call_id, description(*call), settings)

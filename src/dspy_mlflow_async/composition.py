@@ -6,15 +6,14 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from dspy_mlflow_async import export as export_room
-from dspy_mlflow_async import propagation
+from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback
-from dspy_mlflow_async.context.threads import Undo, patch_all_threads, patch_attribute, patch_worker_pool
+from dspy_mlflow_async.context.threads import Undo, patch_attribute
 from dspy_mlflow_async.runs import active
-from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow as mlflow_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
@@ -46,6 +45,9 @@ class AutologCallback(TracingCallback):
     was pickled with.
     """
 
+    can_be_switched = True
+    _own_settings: Settings | None = None  # until __init__ has run
+
     def __init__(self, settings: Settings, dependencies_schema: dict[str, Any] | None = None) -> None:
         self._dependencies_schema = dependencies_schema
         self._own_settings = settings
@@ -57,6 +59,11 @@ class AutologCallback(TracingCallback):
         if current is not None:
             return current
         return None if _installation.was_disabled else self._own_settings
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it records anything: not after ``autolog(disable=True)``."""
+        return self.settings is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings in force, for a process where ``autolog`` is not called."""
@@ -152,9 +159,7 @@ autolog.integration_name = mlflow_seam.FLAVOR  # type: ignore[attr-defined]
 
 def is_installed() -> bool:
     """Whether the tracer is on and DSPy still knows its callback."""
-    return _installation.settings is not None and any(
-        isinstance(callback, AutologCallback) for callback in dspy_seam.global_callbacks()
-    )
+    return _installation.settings is not None and bool(_ours(dspy_seam.global_callbacks()))
 
 
 def is_disabled() -> bool:
@@ -179,18 +184,12 @@ def ensure_sampler() -> None:
 def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool, silent: bool) -> None:
     _replace_mlflow(silent=silent)
     _installation.settings = settings
-    _ensure("workers", lambda: patch_worker_pool(dspy_seam.ParallelExecutor, _prepare_items))
+    hooks.switch(is_on=True, carries_always=propagate_threads)
     if context_runs:
         active.ensure_installed()
     else:
         active.uninstall()
-    if propagate_threads:
-        _ensure("threads", lambda: patch_all_threads(propagation.capture))
-    else:
-        _undo("threads")
-    callbacks = dspy_seam.global_callbacks()
-    if not any(isinstance(callback, AutologCallback) for callback in callbacks):
-        dspy_seam.set_global_callbacks([*callbacks, AutologCallback(settings)])
+    dspy_seam.change_callbacks(lambda present: present if _ours(present) else [*present, AutologCallback(settings)])
 
 
 def _install_export(options: export_room.ExportOptions) -> None:
@@ -207,15 +206,12 @@ def _uninstall(*, keep: tuple[str, ...] = ()) -> None:
         if name not in keep:
             _undo(name)
     active.uninstall()
-    callbacks = dspy_seam.global_callbacks()
-    kept = [callback for callback in callbacks if not isinstance(callback, AutologCallback)]
-    if len(kept) != len(callbacks):
-        dspy_seam.set_global_callbacks(kept)
+    dspy_seam.change_callbacks(lambda present: [c for c in present if not isinstance(c, AutologCallback)])
+    hooks.switch(is_on=False)
 
 
-def _prepare_items(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What DSPy's worker threads run in place of ``function``."""
-    return propagation.capture().bind(watch_items(function))
+def _ours(callbacks: Iterable[Any]) -> list[AutologCallback]:
+    return [callback for callback in callbacks if isinstance(callback, AutologCallback)]
 
 
 def _ensure(name: str, patch: Callable[[], Undo]) -> None:
@@ -231,12 +227,11 @@ def _undo(name: str) -> None:
 
 def _replace_mlflow(*, silent: bool) -> None:
     """Never two tracers at once: take MLflow's own out, and let a later ``mlflow.dspy.autolog()`` come to us."""
-    callbacks = dspy_seam.global_callbacks()
-    foreign = [callback for callback in callbacks if type(callback) is mlflow_seam.MlflowCallback]
+    foreign = [c for c in dspy_seam.global_callbacks() if type(c) is mlflow_seam.MlflowCallback]
     # Once `mlflow.dspy.autolog` comes to us, what MLflow notes of its integration is ours.
     if foreign or ("mlflow" not in _installation.undos and mlflow_seam.is_own_autolog_on()):
         mlflow_seam.turn_own_autolog_off()
-        dspy_seam.set_global_callbacks([c for c in callbacks if c not in foreign])
+        dspy_seam.change_callbacks(lambda present: [c for c in present if type(c) is not mlflow_seam.MlflowCallback])
         if not silent:
             logger.info("mlflow.dspy.autolog() was on; dspy-mlflow-async replaces it.")
     _ensure("mlflow", _redirect_mlflow_autolog)

@@ -6,8 +6,8 @@ pytestmark = pytest.mark.timeout(180)  # each is a process of its own, on a mach
 
 # What takes the tracing context out of DSPy's worker threads.
 BREAK_WORKERS = """
-from dspy_mlflow_async import composition
-composition.patch_worker_pool = lambda *args, **kwargs: lambda: None
+from dspy_mlflow_async import hooks
+hooks.patch_worker_pool = lambda *args, **kwargs: lambda: None
 """
 # What makes each LM span say one token more than the endpoint has counted.
 BREAK_TOKENS = """

@@ -171,16 +171,26 @@ def test_a_failing_compile_restores_tracing(recorded):
 
 
 def test_the_stack_level_is_the_contexts_own(recorded):
-    """MLflow's ``optimizer_stack_level``: 1 inside a compile, 2 in a nested one, 0 after and in other threads."""
+    """MLflow's ``optimizer_stack_level``: 1 inside a compile and the threads it starts, 2 in a nested one, else 0."""
     (callback,) = [c for c in dspy.settings.callbacks if isinstance(c, dspy_mlflow_async.TracingCallback)]
-    levels, elsewhere = set(), set()
+    levels, below, elsewhere = set(), set(), set()
+    asked, over = threading.Event(), threading.Event()
+
+    def look_from_elsewhere():
+        assert asked.wait(TIMEOUT)
+        elsewhere.add(callback.optimizer_stack_level)
+        over.set()
+
+    other = threading.Thread(target=look_from_elsewhere)
+    other.start()
 
     def watching(example, prediction, trace=None):
         levels.add(callback.optimizer_stack_level)
-        thread = threading.Thread(target=lambda: elsewhere.add(callback.optimizer_stack_level))
+        thread = threading.Thread(target=lambda: below.add(callback.optimizer_stack_level))
         thread.start()
         thread.join(TIMEOUT)
-        return True
+        asked.set()
+        return over.wait(TIMEOUT)
 
     dspy.BootstrapFewShot(metric=watching).compile(Program(), trainset=TRAINSET)
     assert ({1}, 0) == (levels, callback.optimizer_stack_level)
@@ -189,5 +199,6 @@ def test_the_stack_level_is_the_contexts_own(recorded):
         Program(), trainset=TRAINSET
     )
     assert ({1, 2}, 0) == (levels, callback.optimizer_stack_level)
-    assert {0} == elsewhere
+    assert (levels, {0}) == (below, elsewhere)
+    other.join(TIMEOUT)
     assert {} == callback._call_id_to_metric_key

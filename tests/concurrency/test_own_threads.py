@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
+from contextvars import Context
 
 import dspy
 import mlflow
@@ -193,3 +194,67 @@ def test_a_process_pool_works_with_patched_threads():
         result = pool.submit(abs, -1).result(TIMEOUT)
 
     assert 1 == result
+
+
+# --- carried, and back to the thread it came from -------------------------------------------------------------------
+
+
+class Delegating(dspy.Module):
+    """Lets ``self.run`` call its step."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.step = dspy.Predict("question -> answer")
+        self.run = run
+
+    def forward(self, question):
+        return self.run(self.step, question)
+
+    async def aforward(self, question):
+        return await self.run(self.step, question)
+
+
+ONE_TREE = [("Delegating.forward", "@a", [predict_tree("@a")])]
+
+
+def test_propagated_to_the_same_thread_in_another_context(traces):
+    """The context is fresh and DSPy knows of no call in it; the step is still the module's."""
+    Delegating(lambda step, question: Context().run(propagate(step), question=question))(question="@a")
+
+    assert ONE_TREE == [tree(trace, marker) for trace in traces]
+
+
+async def test_propagated_to_a_task_of_the_same_loop(traces):
+    """A worker task that was there before takes the job from a queue."""
+    jobs = asyncio.Queue()
+
+    async def work():
+        job, done = await jobs.get()
+        done.set_result(await job())
+
+    async def delegate(step, question):
+        done = asyncio.get_running_loop().create_future()
+        await jobs.put((propagate(lambda: step.acall(question=question)), done))
+        return await done
+
+    worker = asyncio.create_task(work())
+    await Delegating(delegate).acall(question="@a")
+    await worker
+
+    assert ONE_TREE == [tree(trace, marker) for trace in traces]
+
+
+async def test_a_thread_that_calls_back_into_the_loop(captured):
+    """Under ``propagate_threads``, to an executor's thread and back."""
+    dspy_mlflow_async.autolog(silent=True, propagate_threads=True)
+    loop = asyncio.get_running_loop()
+
+    async def delegate(step, question):
+        def in_thread():
+            return asyncio.run_coroutine_threadsafe(step.acall(question=question), loop).result(TIMEOUT)
+
+        return await loop.run_in_executor(None, in_thread)
+
+    await Delegating(delegate).acall(question="@a")
+
+    assert ONE_TREE == [tree(trace, marker) for trace in captured]

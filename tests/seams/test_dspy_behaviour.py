@@ -98,7 +98,7 @@ def test_all_callbacks_get_one_inputs_dict():
 
 
 def test_every_worker_thread_begins_in_parallel_executor():
-    """The one place that we wrap; another pool of DSPy's would lose its spans. AvatarOptimizer's is a known hole."""
+    """The one place that we wrap; another pool of DSPy's would lose its spans, unless an optimizer starts it."""
     users = {
         "dspy.evaluate.evaluate": "ParallelExecutor",
         "dspy.predict.parallel": "ParallelExecutor",
@@ -125,7 +125,7 @@ def test_pools_of_dspys_own_that_we_know():
         "teleprompt/gepa/gepa_utils.py",  # copies the context
         "streaming/messages.py",  # sends a message, calls nothing
         "utils/unbatchify.py",  # a hole
-        "teleprompt/avatar_optimizer.py",  # a hole
+        "teleprompt/avatar_optimizer.py",  # inside its compile
     }
 
     assert "utils/parallelizer.py" in made
@@ -171,7 +171,7 @@ def test_overriding_the_tracker_freezes_no_other_setting():
 def test_global_callbacks_are_read_at_each_call():
     """Callbacks set by us take effect at the next call, in every thread, without ``dspy.configure``."""
     recording = Recording()
-    thread = threading.Thread(target=seam.set_global_callbacks, args=([recording],))
+    thread = threading.Thread(target=seam.change_callbacks, args=(lambda present: [*present, recording],))
     thread.start()
     thread.join(TIMEOUT)
     Chain()(question="@a")
@@ -183,18 +183,22 @@ def test_global_callbacks_are_read_at_each_call():
 def test_setting_callbacks_owns_nothing():
     """``dspy.configure`` stays with whoever calls it first."""
     dspy_settings.config_owner_thread_id = None
-    seam.set_global_callbacks([])
+    seam.change_callbacks(lambda _: [])
 
     assert dspy_settings.config_owner_thread_id is None
 
 
-def test_set_global_callbacks_inside_a_context():
-    """Where a ``dspy.context`` hides the list, both are replaced."""
-    recording = Recording()
-    with dspy.context(num_threads=1):
-        seam.set_global_callbacks([recording])
-        assert [recording] == dspy.settings.callbacks
-    assert [recording] == dspy.settings.callbacks
+def test_changing_callbacks_inside_a_context():
+    """Where a ``dspy.context`` has a list of its own, both are changed, each from what it was."""
+    ours, theirs = Recording(), Recording()
+    with dspy.context(callbacks=[theirs]):
+        seam.change_callbacks(lambda present: [*present, ours])
+        assert [theirs, ours] == dspy.settings.callbacks
+        assert [ours] == seam.global_callbacks()
+        seam.change_callbacks(lambda present: [callback for callback in present if callback is not ours])
+        assert [theirs] == dspy.settings.callbacks
+
+    assert [] == dspy.settings.callbacks
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from dspy_mlflow_async.context.carrier import Carrier
 
 Undo = Callable[[], None]
-Capture = Callable[[], Carrier]
+Capture = Callable[[], Carrier | None]
 
 
 def patch_attribute(owner: Any, name: str, value: Any) -> Undo:
@@ -46,6 +46,9 @@ def patch_all_threads(capture: Capture) -> Undo:
     """Make every ``threading.Thread`` and ``ThreadPoolExecutor`` of the process carry the tracing context.
 
     Threads take it at ``start``, pools at ``submit``: the same points as OpenTelemetry's threading instrumentor.
+
+    Args:
+        capture: Called at those points, in the submitter's context; None where nothing is to be carried.
     """
     start = threading.Thread.start
     submit: Callable[..., Any] = concurrent.futures.ThreadPoolExecutor.submit
@@ -53,17 +56,21 @@ def patch_all_threads(capture: Capture) -> Undo:
     @functools.wraps(start)
     def carrying_start(self: threading.Thread) -> None:
         run, carrier = self.run, capture()
+        if carrier is not None:
 
-        def carried_run() -> None:
-            del self.run  # the instance attribute below, lest thread and function keep each other alive
-            carrier.run(run)
+            def carried_run() -> None:
+                del self.run  # the instance attribute below, lest thread and function keep each other alive
+                carrier.run(run)
 
-        self.run = carried_run  # type: ignore[method-assign]
+            self.run = carried_run  # type: ignore[method-assign]
         start(self)
 
     @functools.wraps(submit)
     def carrying_submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return submit(self, functools.partial(capture().run, fn), *args, **kwargs)
+        carrier = capture()
+        if carrier is not None:
+            fn = functools.partial(carrier.run, fn)
+        return submit(self, fn, *args, **kwargs)
 
     undos = [
         patch_attribute(threading.Thread, "start", carrying_start),

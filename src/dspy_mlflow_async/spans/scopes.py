@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ class SpanScope:
     can end it any more: it has been abandoned.
     """
 
-    __slots__ = ("before", "ended", "ledger", "settings", "show_outputs", "span", "thread", "usage")
+    __slots__ = ("before", "ended", "ledger", "settings", "show_outputs", "span", "usage")
 
     def __init__(self, span: seam.OpenSpan, before: seam.Here, settings: Settings, ledger: Ledger | None) -> None:
         self.ended = False
@@ -39,8 +38,10 @@ class SpanScope:
         self.usage: Usage | None = None
         self.show_outputs: Callable[[Any], Any] | None = None
         self.before = before
-        self.thread = threading.get_ident()
-        seam.attach(span.otel, before)
+
+    def enter(self) -> None:
+        """Make the span current. Its frame is entered first, so that whatever interrupts this can be undone."""
+        seam.attach(self.span.otel, self.before)
 
     def __del__(self) -> None:
         # The collector may run while this very thread holds a lock of an exporter, so only append:
@@ -67,13 +68,19 @@ class Region:
         suppressed: Whether calls inside are not recorded.
     """
 
-    __slots__ = ("before", "isolated", "trace_context")
+    __slots__ = ("_is_suppressed", "before", "isolated", "trace_context")
 
     def __init__(self, *, isolated: bool, suppressed: bool) -> None:
         self.isolated = isolated
+        self._is_suppressed = suppressed
         self.trace_context = seam.TRACE_CONTEXT.get()
-        self.before = seam.detach() if isolated else None
-        if suppressed:
+        self.before = seam.here() if isolated else None
+
+    def enter(self) -> None:
+        """Let it hold from here on. Its frame is entered first, so that whatever interrupts this can be undone."""
+        if self.isolated:
+            seam.detach()
+        if self._is_suppressed:
             seam.TRACE_CONTEXT.set(seam.disabled_context())
 
     def leave(self) -> None:
@@ -86,7 +93,10 @@ class Region:
 class Untraced:
     """The scope of a call that began while its tracer was switched off: nothing below it begins a trace."""
 
-    __slots__ = ()
+    __slots__ = ("ended",)
+
+    def __init__(self) -> None:
+        self.ended = False
 
 
 class LeftOut(Untraced):
@@ -95,11 +105,10 @@ class LeftOut(Untraced):
     __slots__ = ("before",)
 
     def __init__(self, span: seam.Unsampled, before: seam.Here) -> None:
+        super().__init__()
         self.before = before
         seam.attach(span.otel, before)
 
-
-UNTRACED = Untraced()
 
 # Spans whose call is gone, for whoever begins, ends or flushes next to end.
 abandoned: deque[tuple[seam.OpenSpan, Settings]] = deque()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.describe import Description
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
-from dspy_mlflow_async.spans.scopes import UNTRACED, Counting, LeftOut, Region, SpanScope, Untraced, Usage, abandoned
+from dspy_mlflow_async.spans.scopes import Counting, LeftOut, Region, SpanScope, Untraced, Usage, abandoned
 from dspy_mlflow_async.spans.serialize import Plain, dump
 from dspy_mlflow_async.spans.witness import RequestWitness, Witness
 
@@ -43,19 +42,27 @@ def suppress() -> Iterator[None]:
         seam.TRACE_CONTEXT.set(before)
 
 
-def is_recording() -> bool:
-    """Whether a call that begins here may get a span."""
+def is_recording(*, heeds_switch: bool = True) -> bool:
+    """Whether a call that begins here may get a span.
+
+    Args:
+        heeds_switch: Whether the tracer is the one that ``autolog`` switches, which begins nothing below a call that
+            began while it was off.
+    """
     if not seam.is_context_enabled():
         return False
     frame = frames.current()
-    return frame is None or not isinstance(frame.scope, Untraced)
+    scope = frame.scope if frame is not None else None
+    if not isinstance(scope, Untraced) or scope.ended:
+        return True
+    return not (heeds_switch or isinstance(scope, LeftOut))
 
 
 def enter_untraced(call_id: str) -> None:
     """Begin a call that gets no span, once for the outermost one."""
     frame = frames.current()
-    if frame is None or not isinstance(frame.scope, Untraced):
-        frames.enter(call_id, UNTRACED)
+    if frame is None or not isinstance(frame.scope, Untraced) or frame.scope.ended:
+        frames.enter(call_id, Untraced())
 
 
 def start(call_id: str, description: Description, settings: Settings) -> SpanScope | None:
@@ -71,8 +78,8 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     """
     end_abandoned()
     frame = frames.current()
-    if frame is not None and frame.call_id == call_id:  # two of our callbacks on one call: one span
-        return None
+    if frame is not None and frame.call_id == call_id and not isinstance(frame.scope, Untraced):
+        return None  # two of our callbacks on one call: one span
     request: RequestWitness | None = frame.request if frame is not None else None
     if request is not None:
         settings = request.adapt(settings)
@@ -92,6 +99,7 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
         return None
     scope = SpanScope(span, before, settings, enclosing.ledger if enclosing is not None else None)
     frames.enter(call_id, scope)
+    scope.enter()
     if plain.has_attachments:
         span.otel.set_attribute(SpanAttributeKey.INPUTS, plain.encode(_without_media(span, inputs, settings)))
     example: Witness | None = frame.example if frame is not None else None
@@ -128,6 +136,8 @@ def end(call_id: str, outputs: Any, exception: BaseException | None) -> None:
     if isinstance(scope, Counting):
         scope.usage.close(outputs, exception)
         scope = scope.left_out
+    if isinstance(scope, Untraced):
+        scope.ended = True
     if isinstance(scope, LeftOut):
         seam.reattach(scope.before)
     if not isinstance(scope, SpanScope) or scope.ended:
@@ -189,13 +199,11 @@ def _is_left_behind(frame: frames.Frame) -> bool:
     """Whether DSPy has forgotten the call of this frame without telling us its end.
 
     That happens when a KeyboardInterrupt hits between the start handlers and the call. DSPy knows by then that
-    another call, or none, is the innermost here. A frame from another thread was brought by ``propagate``, of which
-    DSPy knows nothing; an id that none of our frames has belongs to a call that only another tracer is told of.
+    another call, or none, is the innermost here. Of a frame that was carried here DSPy knows nothing; an id that
+    none of our frames has belongs to a call that only another tracer is told of.
     """
     active = dspy_seam.ACTIVE_CALL_ID.get()
-    if frame.call_id == active or not isinstance(frame.scope, SpanScope):
-        return False
-    if frame.scope.thread != threading.get_ident():
+    if frame.call_id == active or frame.is_carried or not isinstance(frame.scope, SpanScope):
         return False
     return active is None or any(outer.call_id == active for outer in frames.lineage(frame.parent))
 

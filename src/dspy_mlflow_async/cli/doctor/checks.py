@@ -152,12 +152,6 @@ def holes() -> Iterator[Finding]:
     yield Finding(
         Level.NOTE,
         "known hole",
-        "AvatarOptimizer runs its calls in a thread pool of its own, so each call is a trace by itself; "
-        "autolog(propagate_threads=True) puts them under what started them.",
-    )
-    yield Finding(
-        Level.NOTE,
-        "known hole",
         "dspy.utils.Unbatchify serves many callers from one thread, so what it calls is under none of them.",
     )
 
