@@ -3,53 +3,16 @@
 import asyncio
 import logging
 
-import anyio
-import dspy
-import httpx
 import mlflow
 import pytest
-from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException, WebSocket
+from apps import asking_app, attribute, client, fastapi, meta, program
+from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 
-from clean import assert_context_is_clean
 from dspy_mlflow_async import wrap
 from dspy_mlflow_async.asgi import TracingMiddleware
 from dspy_mlflow_async.testing import tree
-from echo import TIMEOUT, Chain, EchoLM, chain_tree
-
-program = Chain()
-
-
-def fastapi(**options):
-    app = FastAPI()
-    app.add_middleware(TracingMiddleware, **options)
-    return app
-
-
-def client(app, **options):
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app, **options), base_url="http://test")
-
-
-def meta(trace, key):
-    return trace.info.trace_metadata.get(f"mlflow.trace.{key}")
-
-
-def attribute(trace, key):
-    return trace.data.spans[0].get_attribute(key)
-
-
-def asking_app(**options):
-    app = fastapi(**options)
-
-    @app.post("/ask/{topic}")
-    async def ask(topic: str):
-        return {"answer": (await program.acall(question=f"@{topic}")).answer}
-
-    @app.get("/health")
-    async def health():
-        return "fine"
-
-    return app
+from echo import chain_tree
 
 
 async def test_a_request_is_a_trace(traces):
@@ -243,156 +206,6 @@ async def test_sampling_of_requests(traces, sampled):
     told = [response.headers["x-trace-id"] for response in responses if "x-trace-id" in response.headers]
     assert told == [trace.info.trace_id for trace in traces]
     assert 60 == len(traces) + sampled()
-
-
-# --- clients that hang up -----------------------------------------------------------------------------------------
-
-
-class Wire:
-    """A server's side of one request, by hand."""
-
-    def __init__(self, path="/ask/a", method="POST", **more):
-        self.scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
-            "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": [], **more,
-        }  # fmt: skip
-        self.inbox = asyncio.Queue()
-        self.inbox.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-        self.sent = []
-
-    async def send(self, message):
-        self.sent.append(message)
-
-
-async def test_hanging_up_before_the_answer(traces):
-    """A handler that nobody tells that its client has gone: its trace is cancelled all the same."""
-    wire = Wire()
-
-    async def during(marker):
-        wire.inbox.put_nowait({"type": "http.disconnect"})
-
-    with dspy.context(lm=EchoLM(aduring=during)):
-        await asking_app()(wire.scope, wire.inbox.get, wire.send)
-
-    assert ("POST /ask/{topic}", "cancelled") == tree(traces[0], "outcome")[:2]
-
-
-async def test_hanging_up_amid_a_stream(traces):
-    """Starlette cancels a stream whose client has gone: all of its spans are cancelled."""
-    app, wire = fastapi(), Wire("/stream", "GET")
-
-    @app.get("/stream")
-    async def stream():
-        async def words():
-            yield "begin"
-            yield (await program.acall(question="@word")).answer
-
-        return StreamingResponse(words())
-
-    async def hang(marker):
-        wire.inbox.put_nowait({"type": "http.disconnect"})
-        await asyncio.Event().wait()
-
-    with dspy.context(lm=EchoLM(aduring=hang)), anyio.fail_after(TIMEOUT):
-        await app(wire.scope, wire.inbox.get, wire.send)
-
-    assert {"cancelled"} == {
-        span.get_attribute("outcome") for span in traces[0].data.spans if "format" not in span.name
-    }
-
-
-async def test_a_server_that_refuses_to_send(traces):
-    """Where the server raises because the client has gone, so does ``send``, unchanged."""
-    wire, error = Wire(), OSError("gone")
-
-    async def send(message):
-        raise error
-
-    with pytest.raises(OSError, match="gone") as raised:
-        await asking_app()(wire.scope, wire.inbox.get, send)
-
-    assert error is raised.value
-    assert "cancelled" == attribute(traces[0], "outcome")
-
-
-async def test_what_the_app_receives_is_what_came(traces):
-    """Looking for a hang-up takes nothing from an app that reads its body late."""
-    wire, read = Wire(), []
-    wire.inbox.get_nowait()
-    for part in (b"one", b"two"):
-        wire.inbox.put_nowait({"type": "http.request", "body": part, "more_body": part == b"one"})
-
-    async def app(scope, receive, send):
-        await program.acall(question="@a")
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"done"})
-        read.extend([await receive(), await receive()])
-
-    await TracingMiddleware(app)(wire.scope, wire.inbox.get, wire.send)
-
-    assert [b"one", b"two"] == [message["body"] for message in read]
-    assert "ok" == attribute(traces[0], "outcome")
-
-
-# --- WebSockets ---------------------------------------------------------------------------------------------------
-
-
-def chatting_app(**options):
-    app = fastapi(**options)
-
-    @app.websocket("/chat/{room}")
-    async def chat(socket: WebSocket, room: str):
-        await socket.accept()
-        async for text in socket.iter_text():
-            await socket.send_text((await program.acall(question=text)).answer)
-
-    return app
-
-
-async def converse(app, *texts, code=1000):
-    inbox, sent = asyncio.Queue(), []
-    inbox.put_nowait({"type": "websocket.connect"})
-    for text in texts:
-        inbox.put_nowait({"type": "websocket.receive", "text": text})
-    inbox.put_nowait({"type": "websocket.disconnect", "code": code})
-    scope = {
-        "type": "websocket", "asgi": {"version": "3.0"}, "path": "/chat/lobby", "root_path": "", "query_string": b"",
-        "headers": [(b"x-session-id", b"s-1")], "subprotocols": [],
-    }  # fmt: skip
-
-    async def send(message):
-        sent.append(message)
-
-    await app(scope, inbox.get, send)
-    assert_context_is_clean()
-    return sent
-
-
-async def test_a_connection_is_a_trace(traces):
-    """By default all of a connection's calls are one trace, whose id the handshake tells."""
-    sent = await converse(chatting_app(session_id="x-session-id"), "@a", "@b")
-
-    (trace,) = traces
-    assert ("WEBSOCKET /chat/{room}", [chain_tree(), chain_tree()]) == tree(trace)
-    assert ["@a", "@b"] == [message["text"] for message in sent[1:]]
-    assert ("s-1", "ok") == (meta(trace, "session"), attribute(trace, "outcome"))
-    assert (b"x-trace-id", trace.info.trace_id.encode()) in sent[0]["headers"]
-
-
-async def test_a_message_is_a_trace(traces):
-    """With ``websocket="message"`` each message and what is done for it is a trace, with the connection's session."""
-    await converse(chatting_app(session_id="x-session-id", websocket="message"), "@a", "@b")
-
-    assert [("WEBSOCKET /chat/{room}", [chain_tree()])] * 2 == [tree(trace) for trace in traces]
-    assert ["s-1", "s-1"] == [meta(trace, "session") for trace in traces]
-
-
-async def test_a_connection_that_breaks(traces):
-    """An abnormal closure cancels, and a connection without DSPy is no trace."""
-    await converse(chatting_app(), "@a", code=1006)
-    await converse(chatting_app())
-
-    assert ["cancelled"] == [attribute(trace, "outcome") for trace in traces]
 
 
 # --- the lifespan -------------------------------------------------------------------------------------------------
