@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.app import sampling
@@ -35,7 +36,7 @@ class Scope:
         args: The arguments of the call, for options that are functions of them.
         kwargs: The same by name.
         describe: What the span around it shows, if there is to be one.
-        headers: The caller's ``traceparent`` and ``tracestate``, or nothing.
+        remote: The caller's span in another process, or nothing.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Scope:
         self._arguments = args, dict(kwargs or {})
         self._describe = describe
         self._remote = remote
-        self._id = f"request-{next(_numbers)}"
+        self.id = f"request-{next(_numbers)}"
         self._before: list[tuple[Any, Any]] = []
         self._where: seam.Here | None = None
         self.record = Record()
@@ -84,7 +85,7 @@ class Scope:
 
     def _set_variables(self) -> None:
         values = self._values
-        frames.enter(self._id, request=self.record)
+        frames.enter(self.id, self, request=self.record)
         if values.metadata or values.tags:
             self._set(seam.TRACE_CONTEXT, seam.extended_context(metadata=values.metadata, tags=values.tags))
         if values.experiment_id is not None:
@@ -108,7 +109,7 @@ class Scope:
 
     @guarded
     def _leave(self) -> None:
-        if frames.leave(self._id) is None:
+        if frames.leave(self.id) is None:
             return
         if self.root is not None and self._where is not None:
             seam.reattach(self._where)
@@ -176,22 +177,35 @@ class request:  # noqa: N801 - used like a function
     ) -> None:
         options = Options(name, sample, session_id, user, tags, metadata, experiment_id, redact)
         self._options = options
-        self._scopes: list[Scope] = []  # a block may be entered again, also inside itself
+        # Those of the blocks that are open: several inside each other, and in any number of tasks and threads. The
+        # context of a block keeps its scope; one that is dropped with its context is abandoned.
+        self._scopes: WeakValueDictionary[str, Scope] = WeakValueDictionary()
 
     def __enter__(self) -> Record:
         """Begin the scope."""
         name = self._options.name
         scope = Scope(self._options, describe=None if name is None else lambda: Beginning(name))
-        self._scopes.append(scope)
+        self._scopes[scope.id] = scope
         return scope.enter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put back what was before, and end the span around the block, if there is one."""
-        scope = self._scopes.pop()
-        scope.leave()
-        scope.close(error)
+        scope = self._innermost()
+        if scope is not None:
+            scope.leave()
+            scope.close(error)
+
+    def _innermost(self) -> Scope | None:
+        """The scope of the block that ends here."""
+        for frame in frames.ancestors():
+            scope = self._scopes.pop(frame.call_id, None)
+            if scope is not None:
+                return scope
+        # The block ends in another context than it began in. Of several nobody could say which one it is.
+        scopes = list(self._scopes.values())
+        return self._scopes.pop(scopes[0].id, None) if len(scopes) == 1 else None
 
     async def __aenter__(self) -> Record:
         """Begin the scope. Nothing of it blocks."""
