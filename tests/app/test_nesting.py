@@ -5,10 +5,14 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from apps import meta, program
+import mlflow
+import pytest
+from apps import asking_app, client, fastapi, meta, program
 
 from clean import assert_context_is_clean
 from dspy_mlflow_async import request
+from dspy_mlflow_async.asgi import TracingMiddleware
+from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.spans import tracer
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, chain_tree
@@ -99,3 +103,42 @@ def shape(trace):
         return (node[0], next(outcomes), [with_outcome(child) for child in node[1]]) if node[0] == name else node
 
     return with_outcome((name, children))
+
+
+# --- middleware in middleware -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outer_takes_up", [True, False])
+async def test_a_mounted_app_with_middleware_of_its_own(traces, outer_takes_up):
+    """Two of the middleware, one in the other, are two spans of one trace, with a caller's trace or without."""
+    app = fastapi(session_id="x-session-id", traceparent=outer_takes_up)
+    app.mount("/sub", asking_app())
+
+    async with client(app) as http:
+        with mlflow.start_span("caller") as caller:
+            parent = f"00-{caller.trace_id[3:]}-{caller.span_id}-01"
+            before = seam.detach()  # the server is another process
+            answers = await asyncio.gather(
+                *(http.post("/sub/ask/a", headers={"traceparent": parent, "x-session-id": "s"}) for _ in range(2))
+            )
+            seam.reattach(before)
+
+    one = ("POST /sub/ask/{topic}", [("POST /ask/{topic}", [chain_tree()])])
+    wholes = [("caller", [one, one])] if outer_takes_up else [one, one, ("caller", [])]
+    assert wholes == [tree(trace) for trace in traces]
+    told = {answer.headers["x-trace-id"] for answer in answers}
+    assert told == {trace.info.trace_id for trace in traces if tree(trace)[1]}
+
+
+async def test_a_caller_that_mlflow_does_not_know_and_two_middlewares(stored):
+    """No span is lost when the inner of two ends first: MLflow keeps the caller's trace as long as the outer needs."""
+    app = TracingMiddleware(asking_app())
+    parent = f"00-{'5' * 32}-b7ad6b7169203331-01"
+
+    async with client(app) as http:
+        await asyncio.gather(*(http.post("/ask/a", headers={"traceparent": parent}) for _ in range(3)))
+
+    (trace,) = stored()
+    names = [span.name for span in trace.data.spans]
+    assert 6 == names.count("POST /ask/{topic}")
+    assert 3 == names.count("Chain.forward")

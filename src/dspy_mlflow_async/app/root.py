@@ -57,6 +57,7 @@ class Root:
         self._describe = describe
         self._where = where
         self._remote = remote
+        self._adopted: int | None = None  # the trace of another process that is kept open for the span
         self._promised_id: int | None = None
         # Tasks and threads of one request may want its span at once.
         self._lock = threading.Lock()
@@ -98,7 +99,7 @@ class Root:
         tracer_ = seam.current_tracer(where)
         if self._remote is not None and parent is None:
             parent = self._remote
-            promise_seam.remote_traces.adopt(parent.get_span_context().trace_id)
+            self._adopted = promise_seam.remote_traces.adopt(parent.get_span_context().trace_id)
         elif self._promised_id is not None:
             tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
         begun = seam.start_span(beginning.name, seam.SpanType.CHAIN, where, parent, None, attributes, tracer_)
@@ -120,11 +121,11 @@ class Root:
     @guarded
     def _promise_id(self) -> str | None:
         span = self._where.span
+        if seam.is_live(span) or type(span) is promise_seam.PromisedSpan:
+            return None  # below somebody else's span, which has not said
         if self._remote is not None:
             context = self._remote.get_span_context()
             return promise_seam.mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
-        if seam.is_live(span) or type(span) is promise_seam.PromisedSpan:
-            return None  # below somebody else's span, which has not said
         tracer_ = seam.current_tracer(self._where)
         if self._promised_id is None:
             self._promised_id = promise_seam.new_trace_id(tracer_)
@@ -148,8 +149,8 @@ class Root:
             if self._open is not None:
                 self._end(self._open, failure, outputs, attributes or {})
         finally:
-            if self._remote is not None and self.span is not None:
-                promise_seam.remote_traces.release(self._remote.get_span_context().trace_id)
+            if self._adopted is not None:
+                promise_seam.remote_traces.release(self._adopted)
 
     def _end(self, span: seam.OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
         plain = Plain(self._settings.max_value_bytes, self._settings.redact)

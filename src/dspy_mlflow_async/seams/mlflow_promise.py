@@ -169,11 +169,14 @@ class _RemoteTraces:
         self._lock = threading.Lock()
         self._requests: Counter[int] = Counter()
 
-    def adopt(self, otel_trace_id: int) -> None:
+    def adopt(self, otel_trace_id: int) -> int | None:
         """Let MLflow accept spans of a trace that it does not know.
 
         As ``mlflow.tracing.distributed.set_tracing_context_from_http_request_headers`` does, which lets go of the
         trace when the first of two requests of the same caller ends.
+
+        Returns:
+            What to ``release``; None for a trace that began in this very process.
         """
         manager = InMemoryTraceManager.get_instance()
         trace_id = mlflow_trace_id(otel_trace_id)
@@ -181,20 +184,18 @@ class _RemoteTraces:
             with manager.get_trace(trace_id) as trace:
                 is_known = trace is not None
             if is_known and not self._requests[otel_trace_id]:
-                return  # it began in this very process
+                return None
             self._requests[otel_trace_id] += 1
             if not is_known:
                 info = TraceInfo(
                     trace_id=trace_id, trace_location=None, request_time=None, state=TraceState.IN_PROGRESS
                 )
                 manager.register_trace(otel_trace_id, info, is_remote_trace=True)
+            return otel_trace_id
 
     def release(self, otel_trace_id: int) -> None:
         """A request of the trace is over; with the last one MLflow forgets the trace."""
         with self._lock:
-            if not self._requests[otel_trace_id]:
-                del self._requests[otel_trace_id]
-                return
             self._requests[otel_trace_id] -= 1
             if not self._requests[otel_trace_id]:
                 del self._requests[otel_trace_id]
