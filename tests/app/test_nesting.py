@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
 import pytest
-from apps import asking_app, client, fastapi, meta, program
+from apps import asking_app, attribute, client, fastapi, meta, program
+from fastapi.responses import StreamingResponse
 
 from clean import assert_context_is_clean
-from dspy_mlflow_async import request
+from dspy_mlflow_async import request, wrap
 from dspy_mlflow_async.asgi import TracingMiddleware
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.spans import tracer
@@ -103,6 +104,103 @@ def shape(trace):
         return (node[0], next(outcomes), [with_outcome(child) for child in node[1]]) if node[0] == name else node
 
     return with_outcome((name, children))
+
+
+# --- the outer scope decides --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(store_uri):
+    """An experiment that only the inner scope knows."""
+    return mlflow.create_experiment("elsewhere")
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
+def test_the_first_call_does_not_decide_for_the_request(traces, is_first, elsewhere):
+    """An inner scope says nothing about the trace that the outer one begins, whichever of them calls first."""
+    inner = wrap(program, session_id="in", user="in", tags={"in": "1"}, metadata={"in": "1"}, experiment_id=elsewhere)
+
+    with request("outer", session_id="out", tags={"out": "1"}) as outer:
+        if not is_first:
+            program(question="@a")
+        inner(question="@b")
+
+    (trace,) = traces
+    assert outer.trace_id == trace.info.trace_id
+    assert ("outer", "out", None) == (tree(trace)[0], meta(trace, "session"), meta(trace, "user"))
+    assert ("1", None, None) == (
+        trace.info.tags.get("out"), trace.info.tags.get("in"), trace.info.trace_metadata.get("in")
+    )  # fmt: skip
+    assert elsewhere != trace.info.experiment_id
+
+
+@pytest.mark.parametrize("sample", [0.0, {"ok": 0.0, "error": 0.0}], ids=["ratio", "outcome"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
+def test_an_inner_sample_decides_nothing(stored, sampled, is_first, sample):
+    """``sample`` inside a request that is one trace leaves out nothing of it."""
+    inner = wrap(program, sample=sample)
+
+    with request("outer"):
+        if not is_first:
+            program(question="@a")
+        inner(question="@b")
+        program(question="@c")
+
+    assert [("outer", [chain_tree()] * (2 if is_first else 3))] == [tree(trace) for trace in stored()]
+    assert 0 == sampled()
+
+
+def test_a_ratio_of_the_request_holds_for_an_inner_scope(traces, sampled):
+    """A request that its own ratio leaves out is left out, whatever an inner scope would keep."""
+    with request("outer", sample=0.0), request(sample=0.999):
+        program(question="@a")
+
+    assert ([], 1) == (traces, sampled())
+
+
+async def test_bad_requests_are_kept_over_an_inner_ratio(stored, sampled):
+    """``TracingMiddleware(sample={...})`` keeps what failed, also where a wrapped program has a ratio of its own."""
+    app = fastapi(session_id="x-session-id", sample={"ok": 0.0, "error": 1.0})
+    inner = wrap(program, sample=0.0)
+
+    @app.get("/{how}")
+    async def ask(how: str):
+        await inner.acall(question="@a")
+        if how == "raise":
+            raise RuntimeError(how)
+
+    async with client(app, raise_app_exceptions=False) as http:
+        for how in ("fine", "raise", "good"):
+            await http.get(f"/{how}", headers={"x-session-id": how})
+
+    assert [("raise", "error")] == [(meta(trace, "session"), attribute(trace, "outcome")) for trace in stored()]
+    assert 2 == sampled()
+
+
+async def test_the_id_that_a_stream_tells_is_asked_of_the_outer_scope(traces):
+    """A streamed response tells the id of the trace that the middleware will begin, not of what an inner scope says."""
+    app = fastapi()
+
+    @app.get("/stream")
+    async def stream():
+        async def words():
+            yield (await program.acall(question="@a")).answer
+
+        with request(sample=0.0):
+            return StreamingResponse(words())
+
+    @app.get("/within")
+    async def within():
+        async def words():
+            with request(sample=0.0):
+                yield (await program.acall(question="@a")).answer
+
+        return StreamingResponse(words())
+
+    async with client(app) as http:
+        told = [(await http.get(path)).headers["x-trace-id"] for path in ("/stream", "/within")]
+
+    assert told == [trace.info.trace_id for trace in traces]
 
 
 # --- middleware in middleware -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dspy_mlflow_async.app.record import Record
+from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_promise as promise_seam
@@ -38,6 +39,7 @@ class Root:
         settings: What the span goes by.
         describe: What is known of the request when the span begins.
         where: What is current around the request.
+        said: What holds in the request, and decides on its trace, whatever holds where the span begins.
         remote: The caller's span in another process, or None.
     """
 
@@ -47,6 +49,7 @@ class Root:
         settings: Settings,
         describe: Callable[[], Beginning],
         where: seam.Here,
+        said: Carrier,
         remote: Any | None = None,
     ) -> None:
         self.span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
@@ -56,6 +59,7 @@ class Root:
         self._settings = settings
         self._describe = describe
         self._where = where
+        self._said = said
         self._remote = remote
         self._adopted: int | None = None  # the trace of another process that is kept open for the span
         self._promised_id: int | None = None
@@ -80,7 +84,7 @@ class Root:
                 return seam.INVALID_SPAN
             if self.span is None:
                 self.span = seam.INVALID_SPAN  # whatever goes wrong, once
-                self._begin()
+                self._said.run(self._begin)
             return self.span
 
     @guarded
@@ -116,7 +120,7 @@ class Root:
                 return self._open.trace_id
             if self._is_over or self.span is not None:
                 return None
-            return self._promise_id()
+            return self._said.run(self._promise_id)
 
     @guarded
     def _promise_id(self) -> str | None:

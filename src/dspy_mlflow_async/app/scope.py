@@ -15,6 +15,7 @@ from dspy_mlflow_async.app.record import Record
 from dspy_mlflow_async.app.root import Beginning, Root
 from dspy_mlflow_async.composition import current_settings, ensure_sampler, is_disabled
 from dspy_mlflow_async.context import frame as frames
+from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
@@ -23,6 +24,8 @@ from dspy_mlflow_async.spans.outcome import Failure, failure_of
 
 _numbers = itertools.count()
 _DEFAULTS = Settings()
+# What decides on a trace where it begins.
+_DECISIVE = (export.KEEPS, scope_seam.RATIO, scope_seam.DESTINATION, seam.TRACE_CONTEXT)
 
 
 class Scope:
@@ -67,10 +70,13 @@ class Scope:
         outer = frames.current()
         self.record = Record(outer.request if outer is not None else None, self._options.redact)
         self._values = self._options.values(*self._arguments[0], **self._arguments[1])
+        self._set_variables()
         if self._describe is not None and not is_disabled():
             self._where = seam.here()
-            self.root = Root(self.record, self._settings(), self._beginning, self._where, self._remote)
-        self._set_variables()
+            # Whatever an inner scope says by the time the span begins: it is this one's.
+            said = Carrier({variable: variable.get() for variable in _DECISIVE})
+            self.root = Root(self.record, self._settings(), self._beginning, self._where, said, self._remote)
+            seam.attach(self.root.promise, self._where)
 
     def _beginning(self) -> Beginning:
         beginning = self._describe() if self._describe is not None else Beginning("request")
@@ -96,8 +102,6 @@ class Scope:
             self._set(scope_seam.RATIO, how.ratio)
         elif how is not None:
             self._set(export.KEEPS, how.keeps)
-        if self.root is not None and self._where is not None:
-            seam.attach(self.root.promise, self._where)
 
     def _set(self, variable: Any, value: Any) -> None:
         self._before.append((variable, variable.get()))
