@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
@@ -112,7 +113,7 @@ def shape(trace):
 @pytest.fixture
 def elsewhere(store_uri):
     """An experiment that only the inner scope knows."""
-    return mlflow.create_experiment("elsewhere")
+    return mlflow.create_experiment(f"elsewhere-{uuid.uuid4()}")
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
