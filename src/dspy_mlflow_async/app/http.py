@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-import anyio
-
+from dspy_mlflow_async.app.inbox import Inbox, Message, Receive
 from dspy_mlflow_async.app.root import Beginning
 from dspy_mlflow_async.app.scope import Scope
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 
-Message = MutableMapping[str, Any]
 AsgiScope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[AsgiScope, Receive, Send], Awaitable[None]]
 
@@ -39,30 +35,18 @@ class Exchange:
     def __init__(self, asgi: AsgiScope, receive: Receive, send: Send, header: bytes) -> None:
         self.asgi = asgi
         self.scope: Scope | None = None
-        self._server_receive = receive
+        self._inbox = Inbox(receive, self._note_gone, may_ask=_header(asgi, b"expect") is None)
         self._server_send = send
         self._header = header
         self._root_path = asgi.get("root_path", "")
         self._status: int | None = None
+        self._is_finishing = False
         self._is_complete = False
         self._has_hung_up = False
-        self._is_receiving = 0
-        self._read_ahead: deque[Message] = deque()
+        self._may_have_hung_up = False
+        self.receive = self._inbox.receive
 
     # --- between the server and the app ---------------------------------------------------------------------------
-
-    async def receive(self) -> Message:
-        """What the app calls."""
-        if self._read_ahead:
-            return self._read_ahead.popleft()
-        self._is_receiving += 1
-        try:
-            message = await self._server_receive()
-        finally:
-            self._is_receiving -= 1
-        if message["type"] == "http.disconnect" and not self._is_complete:
-            self._has_hung_up = True
-        return message
 
     async def send(self, message: Message) -> None:
         """What the app calls."""
@@ -74,7 +58,7 @@ class Exchange:
             self._status = message.get("status")
             message = self._with_header(message)
         if is_last:
-            await self._look_for_hang_up()
+            await self._finish()
         try:
             await self._server_send(message)
         except OSError:  # what the ASGI specification has servers raise when the client has gone
@@ -83,25 +67,17 @@ class Exchange:
         if is_last and not self._has_hung_up:
             self._is_complete = True
 
-    async def _look_for_hang_up(self) -> None:
-        """Ask the server, without waiting, whether the client is still there.
+    async def _finish(self) -> None:
+        if self.scope is not None and self.scope.root is not None and self.scope.root.has_begun:
+            await self._inbox.settle()
+        self._is_finishing = True
 
-        Servers tell an app that a client hung up when it receives; few handlers do once they have the body.
-        """
-        if self.scope is None or self.scope.root is None or not self.scope.root.has_begun:
-            return
-        if self._is_receiving or self._has_hung_up or self._read_ahead or _header(self.asgi, b"expect"):
-            return
-        more = True
-        while more:
-            message: Message | None = None
-            with anyio.move_on_after(0):
-                message = await self._server_receive()
-            if message is None:
-                return
-            self._read_ahead.append(message)  # the app may still ask for it
-            self._has_hung_up = message["type"] == "http.disconnect"
-            more = message["type"] == "http.request" and not message.get("more_body") and len(self._read_ahead) == 1
+    def _note_gone(self) -> None:
+        """The server says that the client has gone; it also says so once the response is complete."""
+        if self._is_finishing:
+            self._may_have_hung_up = True  # unless the last message goes through
+        else:
+            self._has_hung_up = True
 
     def _with_header(self, message: Message) -> Message:
         headers = list(message.get("headers") or ())
@@ -123,6 +99,7 @@ class Exchange:
 
     def beginning(self, name: str | None) -> Beginning:
         """What is known when the span begins: the app is in its handler, so the route is found."""
+        self._inbox.watch()
         method = str(self.asgi.get("method", ""))
         route = route_of(self.asgi, self._root_path)
         attributes = {METHOD: method} if route is None else {METHOD: method, ROUTE: route}
@@ -130,15 +107,16 @@ class Exchange:
 
     def close(self, error: BaseException | None) -> None:
         """The app has returned or raised: so has everything that it does after the response."""
+        self._inbox.close()
         scope = self.scope
         if scope is None:
             return
         scope.leave()
-        attributes = {} if self._status is None else {STATUS: self._status}
-        scope.close(self._failure(error), attributes=attributes)
+        failure = self._failure(error)
+        scope.close(failure, attributes={} if self._status is None else {STATUS: self._status})
 
     def _failure(self, error: BaseException | None) -> Failure | None:
-        if self._has_hung_up and not self._is_complete:
+        if self._has_hung_up or (self._may_have_hung_up and not self._is_complete):
             return HUNG_UP
         if error is not None:
             return failure_of(error)
