@@ -7,7 +7,7 @@ import mlflow
 import pytest
 from apps import asking_app, attribute, client, fastapi, meta, program
 from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from dspy_mlflow_async import wrap
 from dspy_mlflow_async.asgi import TracingMiddleware
@@ -109,11 +109,75 @@ async def test_a_handler_that_raises(traces):
         await http.get("/404")
 
     assert error is raised.value
-    assert [("ERROR", "error", None), ("ERROR", "error", 503), ("OK", "ok", 404)] == [
+    assert [("ERROR", "error", 500), ("ERROR", "error", 503), ("OK", "ok", 404)] == [
         (trace.info.state.value, attribute(trace, "outcome"), attribute(trace, "http.response.status_code"))
         for trace in traces
     ]
     assert "RuntimeError: broken" in traces[0].data.spans[0].status.description
+
+
+class RefusedError(Exception):
+    pass
+
+
+async def test_an_error_that_is_handled_carries_the_id(traces):
+    """``HTTPException`` and exceptions with a handler are answered inside: header and status are the answer's."""
+    app = fastapi()
+
+    @app.exception_handler(RefusedError)
+    async def refuse(request, error):
+        return JSONResponse({"error": "refused"}, status_code=503)
+
+    @app.get("/{how}")
+    async def fail(how: str):
+        await program.acall(question="@a")
+        raise RefusedError if how == "refused" else HTTPException(418)
+
+    async with client(app) as http:
+        answers = [await http.get("/teapot"), await http.get("/refused")]
+
+    assert [418, 503] == [answer.status_code for answer in answers]
+    assert [trace.info.trace_id for trace in traces] == [answer.headers["x-trace-id"] for answer in answers]
+    assert [("ok", 418), ("error", 503)] == [
+        (attribute(trace, "outcome"), attribute(trace, "http.response.status_code")) for trace in traces
+    ]
+
+
+@pytest.mark.parametrize("is_around", [True, False], ids=["around", "added"])
+async def test_an_error_that_nobody_handles(traces, is_around):
+    """Starlette answers it outside of all ``add_middleware``; only around the whole app we see that answer."""
+    app = FastAPI() if is_around else fastapi()
+
+    @app.get("/fail")
+    async def fail():
+        await program.acall(question="@a")
+        raise RefusedError
+
+    async with client(TracingMiddleware(app) if is_around else app, raise_app_exceptions=False) as http:
+        answer = await http.get("/fail")
+
+    (trace,) = traces
+    assert 500 == answer.status_code == attribute(trace, "http.response.status_code")
+    assert "error" == attribute(trace, "outcome")
+    assert (trace.info.trace_id if is_around else None) == answer.headers.get("x-trace-id")
+
+
+async def test_a_response_that_breaks_after_its_start(traces):
+    """The status that went out stays, also where the rest never came."""
+    app = fastapi()
+
+    @app.get("/stream")
+    async def stream():
+        async def words():
+            yield (await program.acall(question="@a")).answer
+            raise RefusedError
+
+        return StreamingResponse(words())
+
+    async with client(app, raise_app_exceptions=False) as http:
+        await http.get("/stream")
+
+    assert ("error", 200) == (attribute(traces[0], "outcome"), attribute(traces[0], "http.response.status_code"))
 
 
 async def test_streams_and_background_tasks_belong_to_it(traces):

@@ -113,6 +113,8 @@ class Exchange:
             return
         scope.leave()
         failure = self._failure(error)
+        if self._status is None and isinstance(error, Exception) and failure is not HUNG_UP:
+            self._status = _SERVER_ERROR  # what whoever catches it makes of it: the framework, or the server
         scope.close(failure, attributes={} if self._status is None else {STATUS: self._status})
 
     def _failure(self, error: BaseException | None) -> Failure | None:
