@@ -1,13 +1,17 @@
 """WebSockets: a trace for each connection, or for each message."""
 
 import asyncio
+import contextlib
 
+import anyio
+import dspy
+import pytest
 from apps import attribute, fastapi, meta, program
-from fastapi import WebSocket
+from fastapi import WebSocket, WebSocketDisconnect
 
 from clean import assert_context_is_clean
 from dspy_mlflow_async.testing import tree
-from echo import chain_tree
+from echo import TIMEOUT, EchoLM, chain_tree
 
 
 def chatting_app(**options):
@@ -22,23 +26,41 @@ def chatting_app(**options):
     return app
 
 
+class Socket:
+    """A server's side of one connection, by hand."""
+
+    def __init__(self, *texts, code=1000, headers=()):
+        self.scope = {
+            "type": "websocket", "asgi": {"version": "3.0"}, "path": "/chat/lobby", "root_path": "",
+            "query_string": b"", "headers": [(b"x-session-id", b"s-1"), *headers], "subprotocols": [],
+        }  # fmt: skip
+        self.inbox, self.sent, self.is_gone = asyncio.Queue(), [], False
+        self.inbox.put_nowait({"type": "websocket.connect"})
+        for text in texts:
+            self.say(text)
+        if code is not None:
+            self.leave(code)
+
+    def say(self, text):
+        self.inbox.put_nowait({"type": "websocket.receive", "text": text})
+
+    def leave(self, code):
+        self.inbox.put_nowait({"type": "websocket.disconnect", "code": code})
+
+    async def send(self, message):
+        if self.is_gone:
+            raise OSError("gone")  # as uvicorn
+        self.sent.append(message)
+
+    async def run(self, app):
+        with anyio.fail_after(TIMEOUT):
+            await app(self.scope, self.inbox.get, self.send)
+        assert_context_is_clean()
+        return self.sent
+
+
 async def converse(app, *texts, code=1000):
-    inbox, sent = asyncio.Queue(), []
-    inbox.put_nowait({"type": "websocket.connect"})
-    for text in texts:
-        inbox.put_nowait({"type": "websocket.receive", "text": text})
-    inbox.put_nowait({"type": "websocket.disconnect", "code": code})
-    scope = {
-        "type": "websocket", "asgi": {"version": "3.0"}, "path": "/chat/lobby", "root_path": "", "query_string": b"",
-        "headers": [(b"x-session-id", b"s-1")], "subprotocols": [],
-    }  # fmt: skip
-
-    async def send(message):
-        sent.append(message)
-
-    await app(scope, inbox.get, send)
-    assert_context_is_clean()
-    return sent
+    return await Socket(*texts, code=code).run(app)
 
 
 async def test_a_connection_is_a_trace(traces):
@@ -66,3 +88,91 @@ async def test_a_connection_that_breaks(traces):
     await converse(chatting_app())
 
     assert ["cancelled"] == [attribute(trace, "outcome") for trace in traces]
+
+
+# --- clients that hang up while the handler works -----------------------------------------------------------------
+
+
+async def answer_each(socket):
+    while True:
+        await socket.send_text((await program.acall(question=await socket.receive_text())).answer)
+
+
+async def answer_each_and_catch(socket):
+    with contextlib.suppress(WebSocketDisconnect):
+        await answer_each(socket)
+
+
+async def answer_iterated(socket):
+    async for text in socket.iter_text():
+        await socket.send_text((await program.acall(question=text)).answer)
+
+
+async def answer_and_go_on(socket):
+    for _ in range(2):
+        text = await socket.receive_text()
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            await socket.send_text((await program.acall(question=text)).answer)
+
+
+@pytest.mark.parametrize("code", [1000, 1005, 1006], ids=["closes", "no-code", "aborts"])
+@pytest.mark.parametrize("mode", ["connection", "message"])
+@pytest.mark.parametrize("handler", [answer_each, answer_each_and_catch, answer_iterated, answer_and_go_on])
+async def test_hanging_up_while_the_handler_works(traces, handler, mode, code):
+    """Where an answer finds nobody, the trace is cancelled: whatever code the client gave, whoever catches what."""
+    app, socket = fastapi(websocket=mode), Socket("@a", "@gone", code=None)
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await websocket.accept()
+        await handler(websocket)
+
+    async def during(marker):
+        if marker == "@gone":
+            socket.is_gone = True
+            socket.leave(code)
+
+    with dspy.context(lm=EchoLM(aduring=during)), contextlib.suppress(WebSocketDisconnect):
+        await socket.run(app)
+
+    expected = ["cancelled"] if mode == "connection" else ["ok", "cancelled"]
+    assert expected == [attribute(trace, "outcome") for trace in traces]
+
+
+async def test_a_handler_that_closes(traces):
+    """The code that the app itself gives is no client's, and what it sends to one that has left is its own affair."""
+    app, socket = fastapi(), Socket("@a", code=None)
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await websocket.accept()
+        await program.acall(question=await websocket.receive_text())
+        await websocket.close(1011)
+        socket.leave(1011)
+        assert "websocket.disconnect" == (await websocket.receive())["type"]
+
+    await socket.run(app)
+
+    assert "ok" == attribute(traces[0], "outcome")
+
+
+@pytest.mark.parametrize("mode", ["connection", "message"])
+async def test_a_handler_that_raises(traces, mode):
+    """The exception passes unchanged, and is on the trace of what the handler was at."""
+    app, error = fastapi(websocket=mode), RuntimeError("broken")
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await websocket.accept()
+        for _ in range(2):
+            await program.acall(question=await websocket.receive_text())
+        raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        await converse(app, "@a", "@b")
+    assert_context_is_clean()
+
+    assert error is raised.value
+    expected = ["error"] if mode == "connection" else ["ok", "error"]
+    assert expected == [attribute(trace, "outcome") for trace in traces]
+    assert "RuntimeError: broken" in traces[-1].data.spans[0].status.description

@@ -38,12 +38,13 @@ class Connection:
         self._message_scope: Scope | None = None
         self._root_path = asgi.get("root_path", "")
         self._code: int | None = None
+        self._is_closed = self._has_hung_up = False
 
     async def receive(self) -> Message:
         """What the app calls. Who asks for the next message is done with the last."""
-        self._end_message(None)
+        self._end_message(HUNG_UP if self._has_hung_up else None)
         message = await self._server_receive()
-        if message["type"] == "websocket.disconnect":
+        if message["type"] == "websocket.disconnect" and not self._is_closed:
             self._code = message.get("code", 1005)
         elif message["type"] == "websocket.receive" and self.new_scope is not None:
             self._message_scope = self.new_scope()
@@ -52,12 +53,18 @@ class Connection:
 
     async def send(self, message: Message) -> None:
         """What the app calls."""
-        if message["type"] == "websocket.accept" and self._header and self.scope is not None and self.scope.root:
+        if message["type"] == "websocket.close":
+            self._is_closed = True
+        elif message["type"] == "websocket.accept" and self._header and self.scope is not None and self.scope.root:
             trace_id = self.scope.root.promised_trace_id()
             if trace_id is not None:
                 pair = (self._header, trace_id.encode("ascii"))
                 message = {**message, "headers": [*(message.get("headers") or ()), pair]}
-        await self._server_send(message)
+        try:
+            await self._server_send(message)
+        except OSError:  # the client has gone; frameworks make an exception of their own of it, which may be caught
+            self._has_hung_up |= not self._is_closed
+            raise
 
     def beginning(self, name: str | None) -> Beginning:
         """What is known when the span begins."""
@@ -80,6 +87,8 @@ class Connection:
             scope.close(failure)
 
     def _failure(self, error: BaseException | None) -> Failure | None:
+        if self._has_hung_up:
+            return HUNG_UP
         if self._code is not None and (error is None or type(error).__name__ == "WebSocketDisconnect"):
             return None if self._code in _FINE else HUNG_UP
         if isinstance(error, OSError):
