@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dspy_mlflow_async.app import lifespan, sampling
 from dspy_mlflow_async.app.http import App, AsgiScope, Exchange, Receive, Send, header
 from dspy_mlflow_async.app.options import Options, call
-from dspy_mlflow_async.app.root import Beginning
+from dspy_mlflow_async.app.root import Beginning, Turns
 from dspy_mlflow_async.app.scope import Scope
 from dspy_mlflow_async.app.websocket import Connection
 from dspy_mlflow_async.guard import guarded
@@ -113,8 +113,9 @@ class TracingMiddleware:
             if self._websocket == "connection":
                 connection.scope = self._begin(scope, connection.beginning)
             else:
-                connection.scope = self._begin(scope, None)
-                connection.new_scope = lambda: self._message_scope(scope, connection.beginning)
+                connection.scope = around = self._begin(scope, None, connection.turns)
+                if around is not None:
+                    connection.split(lambda: self._scope(_BARE, scope, connection.beginning, inside=around))
             await self._run(connection)
         elif kind == "lifespan":
             await lifespan.live(self.app, scope, receive, send, self._flush_timeout)
@@ -132,20 +133,25 @@ class TracingMiddleware:
             traffic.close(error)
 
     @guarded
-    def _begin(self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning] | None) -> Scope | None:
-        scope = self._scope(self._options, asgi, beginning)
+    def _begin(
+        self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning] | None, turns: Turns | None = None
+    ) -> Scope | None:
+        if beginning is None:
+            scope = Scope(self._options, (asgi,), turns=turns)
+        else:
+            scope = self._scope(self._options, asgi, beginning)
         scope.enter()
         return scope
 
-    def _message_scope(self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning]) -> Scope:
-        """What one message adds to what holds for its connection: a trace of its own."""
-        return self._scope(_BARE, asgi, beginning)
-
-    def _scope(self, options: Options, asgi: AsgiScope, beginning: Callable[[str | None], Beginning] | None) -> Scope:
-        if beginning is None:
-            return Scope(options, (asgi,))
+    def _scope(
+        self,
+        options: Options,
+        asgi: AsgiScope,
+        beginning: Callable[[str | None], Beginning],
+        inside: Scope | None = None,
+    ) -> Scope:
         remote = promise_seam.remote_parent(_trace_headers(asgi)) if self._traceparent else None
-        return Scope(options, (asgi,), None, lambda: beginning(self._name_of(asgi)), remote)
+        return Scope(options, (asgi,), None, lambda: beginning(self._name_of(asgi)), remote, inside=inside)
 
     def _name_of(self, asgi: AsgiScope) -> str | None:
         if not callable(self._name):

@@ -10,6 +10,7 @@ from apps import attribute, fastapi, meta, program
 from fastapi import WebSocket, WebSocketDisconnect
 
 from clean import assert_context_is_clean
+from dspy_mlflow_async.asgi import TracingMiddleware
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, EchoLM, chain_tree
 
@@ -176,3 +177,156 @@ async def test_a_handler_that_raises(traces, mode):
     expected = ["error"] if mode == "connection" else ["ok", "error"]
     assert expected == [attribute(trace, "outcome") for trace in traces]
     assert "RuntimeError: broken" in traces[-1].data.spans[0].status.description
+
+
+# --- a message, whoever receives it -------------------------------------------------------------------------------
+
+
+async def receive_elsewhere(websocket):
+    """As ``asyncio.wait_for`` does before Python 3.12."""
+    return await asyncio.create_task(websocket.receive_text())
+
+
+async def receive_here(websocket):
+    return await websocket.receive_text()
+
+
+ONE = ("WEBSOCKET /chat/{room}", [chain_tree()])
+TWO = ("WEBSOCKET /chat/{room}", [chain_tree(), chain_tree()])
+
+
+@pytest.mark.parametrize(
+    "receivers",
+    [
+        [receive_elsewhere] * 3,
+        [receive_here, receive_elsewhere, receive_elsewhere],
+        [receive_elsewhere, receive_here] * 2,
+    ],
+    ids=["elsewhere", "first-here", "in-turns"],
+)
+@pytest.mark.parametrize("how", ["task", "tasks", "thread"])
+async def test_a_message_that_another_task_receives(traces, receivers, how):
+    """What the handler, its tasks and its threads do for a message is one trace, whichever task received it."""
+    app = fastapi(websocket="message", session_id="x-session-id")
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await websocket.accept()
+        for receive in receivers[:3]:
+            text = await receive(websocket)
+            if how == "task":
+                await program.acall(question=text)
+                await program.acall(question=text)
+            elif how == "tasks":
+                await asyncio.gather(*(program.acall(question=text) for _ in range(2)))
+            else:
+                await asyncio.to_thread(program, question=text)
+                await asyncio.to_thread(program, question=text)
+            await websocket.send_text(text)
+
+    await converse(app, "@a", "@b", "@c")
+
+    assert [TWO] * 3 == [tree(trace) for trace in traces]
+    assert ["s-1"] * 3 == [meta(trace, "session") for trace in traces]
+
+
+async def test_what_comes_before_the_first_message(traces):
+    """It is a trace too, and told by the handshake where it has begun by then."""
+    app = fastapi(websocket="message", session_id="x-session-id")
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await program.acall(question="@before")
+        await websocket.accept()
+        await program.acall(question="@hello")
+        async for text in websocket.iter_text():
+            await program.acall(question=text)
+
+    sent = await converse(app, "@a")
+
+    assert [TWO, ONE] == [tree(trace) for trace in traces]
+    assert (b"x-trace-id", traces[0].info.trace_id.encode()) in sent[0]["headers"]
+    assert ["s-1", "s-1"] == [meta(trace, "session") for trace in traces]
+
+
+@pytest.mark.parametrize("receive", [receive_here, receive_elsewhere])
+async def test_what_comes_between_two_messages(traces, receive):
+    """What runs while the next message is waited for belongs to none; it makes traces of its own, with the session."""
+    app, socket = fastapi(websocket="message", session_id="x-session-id"), Socket("@a", code=None)
+    asked = asyncio.Event()
+
+    async def push():
+        await asyncio.wait_for(asked.wait(), TIMEOUT)
+        await program.acall(question="@pushed")
+        socket.say("@b")
+
+    async def server_receive():
+        if socket.inbox.empty():
+            asked.set()
+        return await socket.inbox.get()
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await websocket.accept()
+        await program.acall(question=await receive(websocket))
+        pushing = asyncio.create_task(push())
+        await program.acall(question=await receive(websocket))
+        await pushing
+
+    with anyio.fail_after(TIMEOUT):
+        await app(socket.scope, server_receive, socket.send)
+
+    assert [ONE, chain_tree(), ONE] == [tree(trace) for trace in traces]
+    assert ["s-1"] * 3 == [meta(trace, "session") for trace in traces]
+
+
+async def test_a_task_that_outlives_its_message(traces):
+    """It is not taken for the next one's."""
+    app, go = fastapi(websocket="message"), asyncio.Event()
+
+    async def later():
+        await asyncio.wait_for(go.wait(), TIMEOUT)
+        await program.acall(question="@later")
+
+    @app.websocket("/chat/{room}")
+    async def chat(websocket: WebSocket, room: str):
+        await websocket.accept()
+        await program.acall(question=await websocket.receive_text())
+        task = asyncio.create_task(later())
+        text = await websocket.receive_text()
+        go.set()
+        await task
+        await program.acall(question=text)
+
+    await converse(app, "@a", "@b")
+
+    assert [ONE, chain_tree(), ONE] == [tree(trace) for trace in traces]
+
+
+async def test_messages_in_middleware_of_messages(traces):
+    """Two of the middleware, one in the other, are two spans for each message."""
+    app = TracingMiddleware(chatting_app(websocket="message"), websocket="message")
+
+    await converse(app, "@a", "@b")
+
+    assert [("WEBSOCKET /chat/{room}", [ONE])] * 2 == [tree(trace) for trace in traces]
+
+
+async def test_messages_of_a_callers_trace(stored):
+    """With ``traceparent`` each message is a span of the caller's trace, with the connection's session."""
+    parent = (b"traceparent", f"00-{'6' * 32}-b7ad6b7169203331-01".encode())
+
+    await Socket("@a", "@b", headers=[parent]).run(chatting_app(websocket="message", session_id="x-session-id"))
+
+    (trace,) = stored()
+    roots = [span for span in trace.data.spans if span.name == "WEBSOCKET /chat/{room}"]
+    assert ["s-1", "s-1"] == [span.get_attribute("mlflow.trace.session") for span in roots]
+    assert 2 == sum(span.name == "Chain.forward" for span in trace.data.spans)
+
+
+async def test_sampling_of_messages(traces, sampled):
+    """A ratio decides on each message."""
+    await converse(chatting_app(websocket="message", sample=0.3), *["@a"] * 40)
+
+    assert 40 == len(traces) + sampled()
+    assert 0 < len(traces) < 40

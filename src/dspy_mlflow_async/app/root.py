@@ -41,6 +41,7 @@ class Root:
         where: What is current around the request.
         said: What holds in the request, and decides on its trace, whatever holds where the span begins.
         remote: The caller's span in another process, or None.
+        heir: Says who begins spans in its place when it is over, or None for nobody.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Root:
         where: seam.Here,
         said: Carrier,
         remote: Any | None = None,
+        heir: Callable[[], promise_seam.Promise | None] = lambda: None,
     ) -> None:
-        self.span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
+        self._span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
         self._open: seam.OpenSpan | None = None
         self._is_over = False
         self._record = record
@@ -61,6 +63,7 @@ class Root:
         self._where = where
         self._said = said
         self._remote = remote
+        self._heir = heir
         self._adopted: int | None = None  # the trace of another process that is kept open for the span
         self._promised_id: int | None = None
         # Tasks and threads of one request may want its span at once.
@@ -77,15 +80,22 @@ class Root:
         """Whether there is a span that is recorded."""
         return self._open is not None
 
+    @property
+    def span(self) -> Any | None:
+        """The span, if it has begun."""
+        heir = self._heir() if self._is_over else None
+        return self._span if heir is None else heir.span
+
     def begin(self) -> Any:
         """The span, begun now if it was not; INVALID_SPAN once the request is over."""
         with self._lock:
-            if self._is_over:
-                return seam.INVALID_SPAN
-            if self.span is None:
-                self.span = seam.INVALID_SPAN  # whatever goes wrong, once
-                self._said.run(self._begin)
-            return self.span
+            if not self._is_over:
+                if self._span is None:
+                    self._span = seam.INVALID_SPAN  # whatever goes wrong, once
+                    self._said.run(self._begin)
+                return self._span
+        heir = self._heir()
+        return seam.INVALID_SPAN if heir is None else heir.begin()
 
     @guarded
     def _begin(self) -> None:
@@ -108,9 +118,9 @@ class Root:
             tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
         begun = seam.start_span(beginning.name, seam.SpanType.CHAIN, where, parent, None, attributes, tracer_)
         if isinstance(begun, seam.Unsampled):
-            self.span = begun.otel
+            self._span = begun.otel
         elif begun is not None:
-            self._open, self.span = begun, begun.otel
+            self._open, self._span = begun, begun.otel
             self._record.saw(begun)
 
     def promised_trace_id(self) -> str | None:
@@ -118,7 +128,7 @@ class Root:
         with self._lock:
             if self._open is not None:
                 return self._open.trace_id
-            if self._is_over or self.span is not None:
+            if self._is_over or self._span is not None:
                 return None
             return self._said.run(self._promise_id)
 
@@ -165,3 +175,35 @@ class Root:
                 texts[seam.SpanAttributeKey.OUTPUTS] = plain.encode(plain(outputs))
         finally:
             tracer.end_span(span, self._settings, texts, failure)
+
+
+class Turns:
+    """The promise that is current in a WebSocket of which each message is a trace: that of the message's span.
+
+    A message holds in the context of the task that has received it, which need not be the handler's: before Python
+    3.12 ``asyncio.wait_for`` receives in a task of its own. The handler finds the message here.
+
+    Attributes:
+        root: That of the message that is being worked on, or None.
+        is_handed_on: Whether another task than the handler's has received, so that what holds in the handler's context
+            may be an earlier message.
+    """
+
+    def __init__(self) -> None:
+        self.root: Root | None = None
+        self.is_handed_on = False
+
+    @property
+    def span(self) -> Any | None:
+        """The message's, once it has begun."""
+        root = self.root
+        return None if root is None else root.span
+
+    def begin(self) -> Any:
+        """The message's span; between two messages INVALID_SPAN, so that calls begin traces of their own."""
+        root = self.root
+        return seam.INVALID_SPAN if root is None else root.begin()
+
+    def heir(self) -> Turns | None:
+        """Who begins spans where a message that is over is current."""
+        return self if self.is_handed_on else None

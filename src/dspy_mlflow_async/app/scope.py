@@ -12,13 +12,14 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.app import sampling
 from dspy_mlflow_async.app.options import Options, Text, Texts
 from dspy_mlflow_async.app.record import Record
-from dspy_mlflow_async.app.root import Beginning, Root
+from dspy_mlflow_async.app.root import Beginning, Root, Turns
 from dspy_mlflow_async.composition import current_settings, ensure_sampler, is_disabled
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
+from dspy_mlflow_async.seams.mlflow_promise import PromisedSpan
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 
@@ -40,6 +41,8 @@ class Scope:
         kwargs: The same by name.
         describe: What the span around it shows, if there is to be one.
         remote: The caller's span in another process, or nothing.
+        turns: Promises the span of whichever scope inside this one has its turn, if this one has none.
+        inside: The scope with the turns, of which this is one. What it says holds in whatever context this one begins.
     """
 
     def __init__(
@@ -49,11 +52,17 @@ class Scope:
         kwargs: Mapping[str, Any] | None = None,
         describe: Callable[[], Beginning] | None = None,
         remote: Any | None = None,
+        *,
+        turns: Turns | None = None,
+        inside: Scope | None = None,
     ) -> None:
         self._options = options
         self._arguments = args, dict(kwargs or {})
         self._describe = describe
         self._remote = remote
+        self._turns = turns
+        self._inside = inside
+        self._said = Carrier({})
         self.id = f"request-{next(_numbers)}"
         self._before: list[tuple[Any, Any]] = []
         self._where: seam.Here | None = None
@@ -68,22 +77,41 @@ class Scope:
     @guarded
     def _enter(self) -> None:
         outer = frames.current()
-        self.record = Record(outer.request if outer is not None else None, self._options.redact)
+        around = outer.request if outer is not None else None
+        self.record = Record(around if self._inside is None else self._inside.record, self._options.redact)
         self._values = self._options.values(*self._arguments[0], **self._arguments[1])
         self._set_variables()
-        if self._describe is not None and not is_disabled():
-            self._where = seam.here()
-            # Whatever an inner scope says by the time the span begins: it is this one's.
-            said = Carrier({variable: variable.get() for variable in _DECISIVE})
-            self.root = Root(self.record, self._settings(), self._beginning, self._where, said, self._remote)
-            seam.attach(self.root.promise, self._where)
+        # Whatever an inner scope says by the time a span begins: it is this one's.
+        self._said = Carrier({variable: variable.get() for variable in _DECISIVE})
+        if not is_disabled():
+            self._promise()
+
+    def _promise(self) -> None:
+        here = seam.here()
+        if self._describe is not None:
+            self.root = self._new_root(here)
+            promise = self.root.promise
+        elif self._turns is not None:
+            promise = PromisedSpan(self._turns)
+        else:
+            return
+        self._where = here
+        seam.attach(promise, here)
+
+    def _new_root(self, here: seam.Here) -> Root:
+        around = self._inside
+        if around is None or around._turns is None:
+            return Root(self.record, self._settings(), self._beginning, here, self._said, self._remote)
+        where, heir = around._where or here, around._turns.heir
+        return Root(self.record, self._settings(), self._beginning, where, around._said, self._remote, heir)
 
     def _beginning(self) -> Beginning:
         beginning = self._describe() if self._describe is not None else Beginning("request")
         if self._remote is None:
             return beginning
         # The caller's trace is the caller's; what we know of the request stays with its span.
-        return beginning._replace(attributes={**beginning.attributes, **self._values.metadata, **self._values.tags})
+        values = (self._inside or self)._values
+        return beginning._replace(attributes={**beginning.attributes, **values.metadata, **values.tags})
 
     def _settings(self) -> Settings:
         settings = current_settings() or _DEFAULTS
@@ -115,7 +143,7 @@ class Scope:
     def _leave(self) -> None:
         if frames.leave(self.id) is None:
             return
-        if self.root is not None and self._where is not None:
+        if self._where is not None:
             seam.reattach(self._where)
         for variable, value in reversed(self._before):
             variable.set(value)

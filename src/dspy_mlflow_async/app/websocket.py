@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dspy_mlflow_async.app.http import HUNG_UP, ROUTE, AsgiScope, Message, Receive, Send, route_of
-from dspy_mlflow_async.app.root import Beginning
+import anyio
+
+from dspy_mlflow_async.app.http import HUNG_UP, ROUTE, AsgiScope, Send, route_of
+from dspy_mlflow_async.app.inbox import Message, Receive
+from dspy_mlflow_async.app.root import Beginning, Turns
 from dspy_mlflow_async.app.scope import Scope
+from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 
 # Normal closure, going away, no code given. Source: RFC 6455, section 7.4.1.
@@ -25,46 +29,74 @@ class Connection:
 
     Attributes:
         scope: What holds for the connection.
-        new_scope: Makes a scope for one message; None where the connection is one trace.
+        turns: Stands for the span of the current message, where each message is a trace.
     """
 
     def __init__(self, asgi: AsgiScope, receive: Receive, send: Send, header: bytes) -> None:
         self.asgi = asgi
         self.scope: Scope | None = None
-        self.new_scope: Callable[[], Scope] | None = None
+        self.turns = Turns()
+        self._new_scope: Callable[[], Scope] | None = None
         self._server_receive = receive
         self._server_send = send
         self._header = header
+        self._task = anyio.get_current_task().id
         self._message_scope: Scope | None = None
         self._root_path = asgi.get("root_path", "")
         self._code: int | None = None
-        self._is_closed = self._has_hung_up = False
+        self._is_connected = self._is_closed = self._has_hung_up = False
+
+    def split(self, new_scope: Callable[[], Scope]) -> None:
+        """Make each message a trace, and one of what comes before the first."""
+        self._new_scope = new_scope
+        self._begin_message()
+        if self._message_scope is not None:
+            self._message_scope.leave()  # it holds by `turns` alone: nobody knows which task receives next
+
+    # --- between the server and the app ---------------------------------------------------------------------------
 
     async def receive(self) -> Message:
         """What the app calls. Who asks for the next message is done with the last."""
-        self._end_message(HUNG_UP if self._has_hung_up else None)
+        if self._is_connected:
+            self._end_message(HUNG_UP if self._has_hung_up else None)
         message = await self._server_receive()
-        if message["type"] == "websocket.disconnect" and not self._is_closed:
+        kind = message["type"]
+        if kind == "websocket.connect":
+            self._is_connected = True
+        elif kind == "websocket.disconnect" and not self._is_closed:
             self._code = message.get("code", 1005)
-        elif message["type"] == "websocket.receive" and self.new_scope is not None:
-            self._message_scope = self.new_scope()
-            self._message_scope.enter()  # in the app's task, which awaits us
+        elif kind == "websocket.receive" and self._new_scope is not None:
+            self.turns.is_handed_on |= anyio.get_current_task().id != self._task
+            self._begin_message()
         return message
 
     async def send(self, message: Message) -> None:
         """What the app calls."""
         if message["type"] == "websocket.close":
             self._is_closed = True
-        elif message["type"] == "websocket.accept" and self._header and self.scope is not None and self.scope.root:
-            trace_id = self.scope.root.promised_trace_id()
-            if trace_id is not None:
-                pair = (self._header, trace_id.encode("ascii"))
-                message = {**message, "headers": [*(message.get("headers") or ()), pair]}
+        elif message["type"] == "websocket.accept":
+            message = self._with_header(message)
         try:
             await self._server_send(message)
         except OSError:  # the client has gone; frameworks make an exception of their own of it, which may be caught
             self._has_hung_up |= not self._is_closed
             raise
+
+    def _with_header(self, message: Message) -> Message:
+        trace_id = self._trace_id() if self._header else None
+        if trace_id is None:
+            return message
+        return {**message, "headers": [*(message.get("headers") or ()), (self._header, trace_id.encode("ascii"))]}
+
+    @guarded
+    def _trace_id(self) -> str | None:
+        """The connection's, which may yet begin; of the first of many traces only what has begun."""
+        root = self.scope.root if self.scope is not None else None
+        if root is None and self.turns.root is not None and self.turns.root.has_begun:
+            root = self.turns.root
+        return None if root is None else root.promised_trace_id()
+
+    # --- for the spans --------------------------------------------------------------------------------------------
 
     def beginning(self, name: str | None) -> Beginning:
         """What is known when the span begins."""
@@ -80,8 +112,17 @@ class Connection:
             self.scope.leave()
             self.scope.close(failure)
 
+    @guarded
+    def _begin_message(self) -> None:
+        if self._new_scope is None:
+            return
+        scope = self._new_scope()
+        scope.enter()
+        self._message_scope, self.turns.root = scope, scope.root
+
     def _end_message(self, failure: Failure | None) -> None:
         scope, self._message_scope = self._message_scope, None
+        self.turns.root = None
         if scope is not None:
             scope.leave()
             scope.close(failure)

@@ -21,7 +21,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 class Promise(Protocol):
     """Who keeps a promise: begins the span when it is wanted."""
 
-    span: Any | None
+    @property
+    def span(self) -> Any | None:
+        """The span, if it has begun."""
 
     def begin(self) -> Any:
         """The span, begun now if it was not; INVALID_SPAN once it is too late."""
