@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dspy_mlflow_async.app import lifespan, sampling
 from dspy_mlflow_async.app.http import App, AsgiScope, Exchange, Receive, Send, header
-from dspy_mlflow_async.app.options import Options, call
+from dspy_mlflow_async.app.options import Options, call, refuse_async
 from dspy_mlflow_async.app.root import Beginning, Turns
 from dspy_mlflow_async.app.scope import Scope
 from dspy_mlflow_async.app.websocket import Connection
@@ -83,6 +83,9 @@ class TracingMiddleware:
             raise TypeError(f"flush_timeout must be a number of seconds, not {flush_timeout!r}")
         if not flush_timeout >= 0:
             raise ValueError(f"flush_timeout must be 0 or more seconds, not {flush_timeout}")
+        if not isinstance(traceparent, bool):
+            raise TypeError(f"traceparent must be True or False, not {traceparent!r}")
+        refuse_async("name", name)
         self.app = app
         self._name = name
         self._options = Options(

@@ -8,8 +8,13 @@ import pytest
 from apps import asking_app, attribute, client, fastapi, meta, program
 from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
 
 from dspy_mlflow_async import wrap
+from dspy_mlflow_async.app import options
 from dspy_mlflow_async.asgi import TracingMiddleware
 from dspy_mlflow_async.testing import tree
 from echo import chain_tree
@@ -318,7 +323,7 @@ async def test_an_app_that_fails_to_start():
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("settings", "error"),
     [
         ({"websocket": "frame"}, ValueError),
         ({"session_id": "not a header"}, ValueError),
@@ -326,24 +331,82 @@ async def test_an_app_that_fails_to_start():
         ({"response_header": "x: y"}, ValueError),
         ({"flush_timeout": -1}, ValueError),
         ({"flush_timeout": "1"}, TypeError),
+        ({"traceparent": "no"}, TypeError),
+        ({"traceparent": None}, TypeError),
+        ({"name": asking_app().__call__}, TypeError),
+        ({"session_id": asking_app().__call__}, TypeError),
         ({"sample": {"fast": 1}}, ValueError),
         ({"sample": 2}, ValueError),
         ({"experiment_id": "4711"}, ValueError),
     ],
 )
-def test_bad_settings_are_refused_at_the_start(options, error, store_uri):
+def test_bad_settings_are_refused_at_the_start(settings, error, store_uri):
     """A service does not start with a setting that cannot work."""
     with pytest.raises(error):
-        TracingMiddleware(knows_no_lifespan, **options)
+        TracingMiddleware(knows_no_lifespan, **settings)
 
 
-async def test_functions_that_raise_harm_nothing(traces, caplog):
+async def test_functions_that_raise_harm_nothing(traces, caplog, monkeypatch):
     """A request is answered and traced, whatever the service's own functions of the scope do."""
+    monkeypatch.setattr(options, "_warned", set())
     broken = {"name": lambda scope: 1 / 0, "user": lambda scope: scope["nothing"], "tags": lambda scope: 5}
 
     async with client(asking_app(**broken)) as http:
         with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
-            response = await http.post("/ask/a", headers={"x-session-id": "x" * 10240})
+            response = await http.post("/ask/a")
 
     assert 200 == response.status_code
+    assert ["KeyError", "ZeroDivisionError"] == [record.args[1] for record in caplog.records]
     assert ("POST /ask/{topic}", [chain_tree()]) == tree(traces[0])
+
+
+async def test_long_sessions_are_cut_and_told_apart(traces):
+    """A header of 10 KiB makes a session that is cut, with a mark, and two that begin alike stay two."""
+    async with client(asking_app(session_id="x-session-id")) as http:
+        for end in "ab":
+            assert 200 == (await http.post("/ask/a", headers={"x-session-id": "x" * 10240 + end})).status_code
+
+    first, second = (meta(trace, "session") for trace in traces)
+    assert (250, 250) == (len(first), len(second))
+    assert "… [cut: 10241 characters, sha256 " in first
+    assert first != second
+
+
+# --- other frameworks ---------------------------------------------------------------------------------------------
+
+
+async def test_a_bare_starlette_app(traces):
+    """Under Starlette alone the route's template is found, below a mount as well."""
+
+    async def ask(request):
+        return PlainTextResponse((await program.acall(question=f"@{request.path_params['topic']}")).answer)
+
+    routes = [Route("/ask/{topic}", ask), Mount("/sub/{tenant}", routes=[Route("/ask/{topic:path}", ask)])]
+    app = Starlette(routes=routes, middleware=[Middleware(TracingMiddleware, user="x-user")])
+
+    async with client(app) as http:
+        told = [
+            (await http.get(path, headers={"x-user": "ada"})).headers["x-trace-id"]
+            for path in ("/ask/a", "/sub/acme/ask/b/c")
+        ]
+
+    assert [("/ask/{topic}", "ada", 200), ("/sub/{tenant}/ask/{topic}", "ada", 200)] == [
+        (attribute(trace, "http.route"), meta(trace, "user"), attribute(trace, "http.response.status_code"))
+        for trace in traces
+    ]
+    assert told == [trace.info.trace_id for trace in traces]
+
+
+async def test_an_app_without_a_framework(traces):
+    """Any ASGI app will do; without a route the trace is named by its method."""
+
+    async def app(scope, receive, send):
+        await program.acall(question="@a")
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with client(TracingMiddleware(app)) as http:
+        response = await http.put("/some/where")
+
+    assert [("PUT", [chain_tree()])] == [tree(trace) for trace in traces]
+    assert traces[0].info.trace_id == response.headers["x-trace-id"]

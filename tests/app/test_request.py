@@ -2,6 +2,8 @@
 
 import asyncio
 import contextvars
+import functools
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +12,7 @@ import mlflow
 import pytest
 
 from dspy_mlflow_async import request
-from dspy_mlflow_async.app import record
+from dspy_mlflow_async.app import options, record
 from dspy_mlflow_async.cli.endpoint import LocalEndpoint
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, Chain, EchoLM, chain_tree, predict_tree
@@ -285,6 +287,16 @@ def test_redaction_of_one_request(traces):
     assert "@secret" == plain.data.spans[0].inputs["question"]
 
 
+def test_redaction_is_of_values(traces):
+    """Session, user, tags and metadata are stored as they were said: ``redact`` sees what spans hold."""
+    with request("answer", redact=lambda value: "[gone]", session_id="s", user="ada", tags={"tier": "gold"}):
+        Chain()(question="@secret")
+
+    (trace,) = traces
+    assert ("s", "ada", "gold") == (session(trace), user(trace), trace.info.tags["tier"])
+    assert "@secret" not in trace.to_json()
+
+
 def test_long_ids_are_cut_and_told_apart(traces):
     """A session of 10 KiB is cut, with a mark, and two that begin alike stay two."""
     for end in "ab":
@@ -295,6 +307,15 @@ def test_long_ids_are_cut_and_told_apart(traces):
     assert (250, 250) == (len(first), len(second))
     assert "… [cut: 10241 characters, sha256 " in first
     assert first != second
+
+
+async def never(*args):
+    return "nobody awaits it"
+
+
+class AlsoNever:
+    async def __call__(self, *args):
+        return "nor this"
 
 
 @pytest.mark.parametrize(
@@ -314,12 +335,29 @@ def test_long_ids_are_cut_and_told_apart(traces):
         ({"redact": "a"}, TypeError, "redact"),
         ({"experiment_id": ""}, ValueError, "experiment_id"),
         ({"name": 5}, TypeError, "name"),
+        ({"session_id": never}, TypeError, "session_id must not be async"),
+        ({"user": functools.partial(never, 1)}, TypeError, "user must not be async"),
+        ({"experiment_id": AlsoNever()}, TypeError, "experiment_id must not be async"),
+        ({"tags": never}, TypeError, "tags must not be async"),
+        ({"metadata": {"a": "1", "b": never}}, TypeError, "metadata\\['b'\\] must not be async"),
+        ({"redact": never}, TypeError, "redact must not be async"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, error, message):
     """What cannot work is refused where it is said, not inside a program."""
     with pytest.raises(error, match=message):
         request(**arguments)
+
+
+def test_each_function_that_raises_is_reported_once(traces, caplog, monkeypatch):
+    """Two lambdas of one place in the code are two; one that is made anew for each request is one."""
+    monkeypatch.setattr(options, "_warned", set())
+    with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
+        for _ in range(3):
+            with request(session_id=lambda: 1 / 0, user=lambda: {}["user"]):
+                pass
+
+    assert ["ZeroDivisionError", "KeyError"] == [record.args[1] for record in caplog.records]
 
 
 def test_values_that_are_not_texts(traces):

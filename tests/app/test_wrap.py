@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import logging
 import threading
 
@@ -147,6 +148,36 @@ def test_functions_can_be_wrapped(traces):
     assert "@a" == wrap(lambda question: predict(question=question).answer, session_id="s")(question="@a")
     assert "@b" == asyncio.run(wrap(answer, session_id="t")(question="@b"))
     assert ["s", "t"] == [session(trace) for trace in traces]
+
+
+class AsyncCall:
+    async def __call__(self, question):
+        return await Chain().acall(question=question)
+
+
+async def ask(question):
+    return await Chain().acall(question=question)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [AsyncCall(), functools.partial(AsyncCall()), functools.partial(ask), lambda question: ask(question)],  # noqa: PLW0108
+    ids=["object", "partial-of-object", "partial", "sync-that-gives-a-coroutine"],
+)
+async def test_whatever_gives_a_coroutine_is_awaited(traces, function):
+    """``acall`` gives the answer of async callables of every kind, within the request."""
+    answer = await wrap(function, session_id="s").acall(question="@a")
+
+    assert "@a" == answer.answer
+    assert [("s", chain_tree())] == [(session(trace), tree(trace)) for trace in traces]
+
+
+async def test_an_async_object_is_called_as_a_request(traces):
+    """Its plain call form gives a coroutine that is the whole request, as an async function's."""
+    answer = await wrap(AsyncCall(), name="ask")(question="@a")
+
+    assert "@a" == answer.answer
+    assert [("ask", [chain_tree()])] == [tree(trace) for trace in traces]
 
 
 def test_a_wrapped_program_in_an_evaluation(traces):

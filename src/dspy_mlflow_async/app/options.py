@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import logging
 import queue
 import threading
@@ -75,6 +77,8 @@ class Options:
                 raise TypeError(f"{name} must be a mapping or a function of the call's arguments, not {value!r}")
         if self.redact is not None and not callable(self.redact):
             raise TypeError(f"redact must be a function of one value, not {self.redact!r}")
+        for name in ("session_id", "user", "experiment_id", "tags", "metadata", "redact"):
+            refuse_async(name, getattr(self, name))
         if self.experiment_id == "":
             raise ValueError("experiment_id must not be empty")
         object.__setattr__(self, "sampling", sampling.parse(self.sample))
@@ -115,6 +119,27 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
+def refuse_async(name: str, value: Any) -> None:
+    """Refuse a function that would only give a coroutine, where nobody could await it.
+
+    Raises:
+        TypeError: For a coroutine function, and for a mapping with one.
+    """
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            refuse_async(f"{name}[{key!r}]", one)
+    elif is_coroutine_function(value):
+        raise TypeError(f"{name} must not be async: it is asked where nothing can be awaited, not {value!r}")
+
+
+def is_coroutine_function(value: Any) -> bool:
+    """Whether calling it gives a coroutine, as far as can be told: also of partials, and objects that are called."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    # `type(value)`: a method of the object itself would not be called.
+    return inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(getattr(type(value), "__call__", None))  # noqa: B004
+
+
 def _ask(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return call(value, args, kwargs) if callable(value) else value
 
@@ -128,16 +153,20 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return None
 
 
-_warned: set[str] = set()
+_warned: set[Any] = set()
 
 
 def _warn_once(function: Any, error: Exception) -> None:
-    name = getattr(function, "__qualname__", repr(function))
-    if name not in _warned and len(_warned) < 1000:  # noqa: PLR2004 - a bound
-        _warned.add(name)
+    while isinstance(function, functools.partial):
+        function = function.func
+    # The code, not the function: one that is made anew for each request is reported once. A name would not tell two
+    # lambdas apart.
+    key = getattr(function, "__code__", type(function))
+    if key not in _warned and len(_warned) < 1000:  # noqa: PLR2004 - a bound
+        _warned.add(key)
         logger.warning(
             "dspy-mlflow-async: %s raised %s: %s; its value is left out of the traces.",
-            name,
+            getattr(function, "__qualname__", repr(function)),
             type(error).__name__,
             error,
         )

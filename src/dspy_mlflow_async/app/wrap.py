@@ -9,7 +9,7 @@ from typing import Any, cast
 import dspy
 
 from dspy_mlflow_async.app import sampling
-from dspy_mlflow_async.app.options import Options, Text, Texts
+from dspy_mlflow_async.app.options import Options, Text, Texts, is_coroutine_function
 from dspy_mlflow_async.app.root import Beginning
 from dspy_mlflow_async.app.scope import Scope
 from dspy_mlflow_async.app.stream import stream_in
@@ -91,7 +91,7 @@ class Wrapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program, as a request."""
-        if inspect.iscoroutinefunction(self._program):
+        if is_coroutine_function(self._program):
             return self.acall(*args, **kwargs)
         scope = self._scope(args, kwargs)
         error: BaseException | None = None
@@ -191,11 +191,12 @@ class _Callee:
 
 async def call_async(program: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a program in whichever way does not block the event loop."""
-    if inspect.iscoroutinefunction(program):
+    if is_coroutine_function(program):
         return await program(*args, **kwargs)
     if is_async(program):
         return await program.acall(*args, **kwargs)
-    return await in_thread(program, *args, **kwargs)
+    result = await in_thread(program, *args, **kwargs)
+    return await result if inspect.isawaitable(result) else result  # a sync function may give a coroutine
 
 
 def is_async(program: Any) -> bool:
