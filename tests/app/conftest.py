@@ -1,5 +1,7 @@
 """Tests of the services: wrapped programs, requests, and real servers."""
 
+import shutil
+
 import pytest
 
 import dspy_mlflow_async
@@ -21,3 +23,11 @@ def sampled():
     """How many traces have been left out since the test began."""
     before = dspy_mlflow_async.stats().sampled
     return lambda: dspy_mlflow_async.stats().sampled - before
+
+
+@pytest.fixture
+def store(store_uri, tmp_path, request):
+    """A sqlite store of this test alone."""
+    path = tmp_path / "mlflow.db"
+    shutil.copyfile(request.getfixturevalue("_empty_store"), path)
+    return f"sqlite:///{path}"

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 from mlflow.tracing.client import TracingClient
 
+from dspy_mlflow_async.export import replay
 from mlflow_server import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -121,6 +122,13 @@ def stored(tracking_uri, experiment_id="0"):
         token = page.token
         if not token:
             return found
+
+
+def settled(store, folder):
+    """All traces of a process that has ended: those in its store, and those that it left in the spool."""
+    summary = replay(folder=folder / "spool")
+    assert (0, ()) == (summary.dead, summary.errors)
+    return stored(store)
 
 
 # --- clients ------------------------------------------------------------------------------------------------------

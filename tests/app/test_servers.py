@@ -14,10 +14,9 @@ from collections import Counter, defaultdict
 
 import pytest
 from mlflow.entities.trace_state import TraceState
-from servers import EXAMPLES, MARKER, environment, load, marker_of, running, script, stored
+from servers import EXAMPLES, MARKER, environment, load, marker_of, running, script, settled, stored
 
 from dspy_mlflow_async.cli.endpoint import LocalEndpoint
-from dspy_mlflow_async.export import replay
 from dspy_mlflow_async.testing import tree
 from mlflow_server import mlflow_server
 
@@ -31,23 +30,6 @@ GUNICORN = ["gunicorn", "fastapi_app:app", "-b", "127.0.0.1:{port}", "-w", "2", 
 def endpoint():
     with LocalEndpoint(script, latency=0.1) as endpoint:
         yield endpoint
-
-
-@pytest.fixture
-def store(store_uri, tmp_path, request):
-    """A sqlite store of this test alone."""
-    import shutil
-
-    path = tmp_path / "mlflow.db"
-    shutil.copyfile(request.getfixturevalue("_empty_store"), path)
-    return f"sqlite:///{path}"
-
-
-def settled(store, folder):
-    """All traces of a process that has ended: those in its store, and those that it left in the spool."""
-    summary = replay(folder=folder / "spool")
-    assert (0, ()) == (summary.dead, summary.errors)
-    return stored(store)
 
 
 def markers_of(trace):
