@@ -185,6 +185,21 @@ async def test_a_response_that_breaks_after_its_start(traces):
     assert ("error", 200) == (attribute(traces[0], "outcome"), attribute(traces[0], "http.response.status_code"))
 
 
+async def test_what_only_the_handler_knows(traces):
+    """A session that stands in the body can be told once DSPy has been called."""
+    app = fastapi()
+
+    @app.get("/ask")
+    async def ask():
+        await program.acall(question="@a")
+        mlflow.update_current_trace(metadata={"mlflow.trace.session": "from the body"})
+
+    async with client(app) as http:
+        await http.get("/ask")
+
+    assert "from the body" == meta(traces[0], "session")
+
+
 async def test_streams_and_background_tasks_belong_to_it(traces):
     """A stream that calls DSPy after its headers went out, and what runs after the last byte, are in the one trace."""
     app = fastapi()

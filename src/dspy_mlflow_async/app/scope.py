@@ -185,7 +185,7 @@ class request:  # noqa: N801 - used like a function
         tags: Trace tags by key.
         metadata: Trace metadata by key.
         experiment_id: The experiment that the traces go to.
-        redact: Sees each value before it is stored, as ``autolog``'s ``redact`` and before it.
+        redact: Sees each value of the spans before it is stored, as ``autolog``'s ``redact`` and before it.
 
     Yields:
         A ``Record`` with ``trace_id``, ``usage`` (tokens), ``cost`` (US dollars) and ``lm_calls``.
