@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dspy_mlflow_async.app import lifespan, sampling
-from dspy_mlflow_async.app.http import App, AsgiScope, Exchange, Receive, Send, header
+from dspy_mlflow_async.app.http import App, AsgiScope, Exchange, Send, header
+from dspy_mlflow_async.app.inbox import Receive
 from dspy_mlflow_async.app.options import Options, call, refuse_async
 from dspy_mlflow_async.app.root import Beginning, Turns
 from dspy_mlflow_async.app.scope import Scope

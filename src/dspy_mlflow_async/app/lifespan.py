@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from dspy_mlflow_async.app.http import App, AsgiScope, Message, Receive, Send
+from dspy_mlflow_async.app.http import App, AsgiScope, Send
+from dspy_mlflow_async.app.inbox import Message, Receive
 from dspy_mlflow_async.app.threads import in_thread
 from dspy_mlflow_async.guard import report
 from dspy_mlflow_async.health import secure
