@@ -265,6 +265,33 @@ def queueing_outcome(item):
     return Outcome(item, Verdict.AWAY, OSError("away"))
 
 
+@pytest.mark.parametrize("first", ["the process saves", "the store answers"])
+def test_the_process_ends_while_the_store_takes_a_batch(sqlite, monkeypatch, first):
+    """Whoever is first, each trace is counted once, nothing is called lost, and the disk keeps what is not stored."""
+    taking, go = threading.Event(), threading.Event()
+    write, queue = type(sqlite.queue._writer).write, sqlite.queue
+
+    def slow_write(self, items):
+        outcomes = write(self, items) if first == "the store answers" else None
+        taking.set()
+        assert go.wait(20)
+        return outcomes or write(self, items)
+
+    monkeypatch.setattr(type(queue._writer), "write", slow_write)
+    ids = [call() for _ in range(10)]
+    assert not export.flush(0.2)
+    assert taking.wait(20)
+    queue.save_everything()
+    saved = export.stats()
+    go.set()
+    queue._thread.join(20)
+
+    assert (10, 0) == (saved.spooled, saved.waiting)
+    assert export.ExportStats(started=10, ended=10, stored=10) == export.stats()
+    assert set(ids) == set(sqlite.read())
+    assert 0 == len(queue.backlog) == sum(info.records for info in export.spools())
+
+
 def test_two_threads_flush_at_once(sqlite):
     """Both return when everything is stored."""
     for _ in range(50):

@@ -55,6 +55,9 @@ class StoreQueue:
         self._waiting: deque[Item] = deque()
         self._waiting_bytes = 0
         self._in_flight: list[Item] = []
+        # Who has an item in flight says what becomes of it: the writer, or the end of the process, which does not
+        # wait for a store. Held while they do, and by nobody else.
+        self._fate = threading.Lock()
         self.backlog = Backlog()
         self._adopt_at = 0.0  # monotonic
         self._backoff = Backoff()
@@ -194,26 +197,33 @@ class StoreQueue:
         if not batch:
             return False
         outcomes = self._writer.write(batch)
-        if self._in_flight is not batch:  # the process ends, and `save_everything` did not wait for us
+        with self._fate:
+            if self._in_flight is not batch:
+                self._settle_saved(outcomes)
+                return False
+            again = [outcome.item for outcome in outcomes if outcome.verdict is Verdict.AWAY]
             for outcome in outcomes:
-                if outcome.verdict is Verdict.STORED:
-                    self._settle(outcome, "spooled")
-            return False
-        again = [outcome.item for outcome in outcomes if outcome.verdict is Verdict.AWAY]
-        for outcome in outcomes:
-            if outcome.verdict is Verdict.SUSPECT:
-                self._suspect(outcome)
-            elif outcome.verdict is not Verdict.AWAY:
-                self._settle(outcome, "waiting")
-        with self._lock:
-            self._waiting_bytes -= sum(item.size for item in batch) - sum(item.size for item in again)
-            self._waiting.extendleft(reversed(again))
-            self._in_flight = []
+                if outcome.verdict is Verdict.SUSPECT:
+                    self._suspect(outcome)
+                elif outcome.verdict is not Verdict.AWAY:
+                    self._settle(outcome, "waiting")
+            with self._lock:
+                self._waiting_bytes -= sum(item.size for item in batch) - sum(item.size for item in again)
+                self._waiting.extendleft(reversed(again))
+                self._in_flight = []
         if again:
             self._found_away(outcomes)
         else:
             self._found_there(outcomes)
         return True
+
+    def _settle_saved(self, outcomes: list[Outcome]) -> None:
+        """What `save_everything` has brought to the disk while it was being written."""
+        for outcome in outcomes:
+            reference = outcome.item.reference
+            if outcome.verdict is Verdict.STORED and reference is not None:
+                self._settle(outcome, "spooled")
+                self.backlog.finish([reference])
 
     def _found_there(self, outcomes: list[Outcome]) -> None:
         self._failures = 0
@@ -256,20 +266,21 @@ class StoreQueue:
 
     def _spool_waiting(self) -> None:
         """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return
-                item = self._waiting.popleft()
-                self._in_flight = [item]
-            is_safe = self._is_partial(item) or self._to_spool(item)
-            with self._lock:
-                self._in_flight = []
-                if is_safe:
-                    self._waiting_bytes -= item.size
-                else:
-                    self._waiting.appendleft(item)
-                    return
+        is_safe = True
+        while is_safe and self._waiting:
+            with self._fate:
+                with self._lock:
+                    if not self._waiting:
+                        return
+                    item = self._waiting.popleft()
+                    self._in_flight = [item]
+                is_safe = self._is_partial(item) or self._to_spool(item)
+                with self._lock:
+                    self._in_flight = []
+                    if is_safe:
+                        self._waiting_bytes -= item.size
+                    else:
+                        self._waiting.appendleft(item)
 
     def _write_backlog(self) -> bool:
         batch, is_suspect = self.backlog.take(_BATCH_ITEMS, _BATCH_BYTES)
@@ -395,13 +406,15 @@ class StoreQueue:
             How many operations lie in the spool.
         """
         self.stop()
-        with self._lock:
-            left = [*self._in_flight, *self._waiting]
-            self._waiting.clear()
-            self._in_flight = []
-        for item in left:
-            if not self._is_partial(item) and not self._to_spool(item):
-                self._drop(item)
+        with self._fate:
+            with self._lock:
+                left = [*self._in_flight, *self._waiting]
+                self._waiting.clear()
+                self._waiting_bytes = 0
+                self._in_flight = []
+            for item in left:
+                if not self._is_partial(item) and not self._to_spool(item):
+                    self._drop(item)
         with contextlib.suppress(OSError):
             self.spool.close()
         return len(self.backlog)
