@@ -65,7 +65,6 @@ class TracingCallback(seam.MlflowCallback):
         ValueError: For a ``max_value_bytes`` below 1.
     """
 
-    is_on = True
     can_be_switched = False  # whether its settings may change in the middle of a call
 
     def __new__(cls, *_: Any, **__: Any) -> TracingCallback:  # noqa: PYI034 - `Self` is newer than Python 3.10
@@ -101,6 +100,11 @@ class TracingCallback(seam.MlflowCallback):
     def settings(self) -> Settings | None:
         """The settings in force now, or None while this tracer is off."""
         return self._own_settings
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this tracer records anything."""
+        return True
 
     # --- names of MlflowCallback's that others read; the state behind them lives in the context -----------------
 

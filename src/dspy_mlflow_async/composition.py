@@ -46,7 +46,6 @@ class AutologCallback(TracingCallback):
     """
 
     can_be_switched = True
-    _own_settings: Settings | None = None  # until __init__ has run
 
     def __init__(self, settings: Settings, dependencies_schema: dict[str, Any] | None = None) -> None:
         self._dependencies_schema = dependencies_schema
@@ -63,7 +62,7 @@ class AutologCallback(TracingCallback):
     @property
     def is_on(self) -> bool:
         """Whether it records anything: not after ``autolog(disable=True)``."""
-        return self.settings is not None
+        return _installation.settings is not None or not _installation.was_disabled
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings in force, for a process where ``autolog`` is not called."""
@@ -122,15 +121,15 @@ def autolog(
 
     Source: ``mlflow.dspy.autolog`` for the first seven parameters.
     """
-    as_mlflow = {
+    as_mlflow: dict[str, Any] = {
         "log_traces": log_traces,
         "log_traces_from_compile": log_traces_from_compile,
         "log_traces_from_eval": log_traces_from_eval,
         "log_compiles": log_compiles,
         "log_evals": log_evals,
     }
-    for_spans = {"max_value_bytes": max_value_bytes, "redact": redact}
-    for_export = {
+    for_spans: dict[str, Any] = {"max_value_bytes": max_value_bytes, "redact": redact}
+    for_export: dict[str, Any] = {
         "durable": durable,
         "visible_after": visible_after,
         "children_timeout": children_timeout,
