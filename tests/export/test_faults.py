@@ -63,6 +63,24 @@ def test_a_server_that_is_killed_and_comes_back(make, server):
     assert [] == spools.segments(installed.queue.spool.folder) or export.stats().spooled == 0
 
 
+def test_a_server_that_is_down_at_start(make, server):
+    """What it takes is asked when it is there: spans go where they belong, in batches, and not into artifacts."""
+    installed = make(uri=server.uri)
+    server.kill()
+    try:
+        rest_store = type(installed.queue._writer.client.store)
+        rest_store._get_server_version.cache_clear()  # this process is new, and has never seen the server
+        ids = [call() for _ in range(10)]
+        assert not export.flush(20)
+    finally:
+        server.start()
+
+    wait_until(lambda: export.flush(5), 60)
+    assert arrived(installed, ids)
+    assert installed.queue._writer._takes_batches
+    assert installed.queue._writer._takes_spans
+
+
 @pytest.mark.parametrize("fault", [500, 429, 401, 503, "hang up"])
 def test_a_server_that_fails(make, proxy, fault):
     """Errors that may go away are retried until they have; a lost answer does not double anything."""

@@ -23,6 +23,11 @@ _AWAY_STATUSES = frozenset({401, 403, 407, 408, 425, 429, 502, 503, 504})
 _SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any failure, a busy database too
 
 
+def is_away(status: int) -> bool:
+    """Whether an HTTP status says that the server, or what is before it, is not there for us now."""
+    return status in _AWAY_STATUSES
+
+
 def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
     """What to do about an error of the store.
 

@@ -12,7 +12,7 @@ from mlflow.entities import Trace, TraceData
 
 from dspy_mlflow_async.export import gate, prepare
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
-from dspy_mlflow_async.export.retry import Verdict, judge
+from dspy_mlflow_async.export.retry import Verdict, is_away, judge
 from dspy_mlflow_async.seams import mlflow_export as seam
 
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
@@ -93,7 +93,7 @@ class Writer:
         statuses.clear()
         try:
             if self._takes_batches is None:
-                self._takes_batches = seam.supports_span_batches(self.client)
+                self._takes_batches = self._ask_for_batches(statuses)
         except Exception as error:  # noqa: BLE001 - the store decides what it raises; `judge` says what it means
             return bad + [Outcome(item, judge(error, statuses), error) for item in good]
         if self._takes_batches and self._takes_spans and self._all_at_once(good):
@@ -101,6 +101,17 @@ class Writer:
         if not self._takes_batches:
             return bad + self._one_by_one(good, self._write_spans_first, statuses)
         return bad + self._starts_then_spans(good, statuses)
+
+    def _ask_for_batches(self, statuses: Sequence[int]) -> bool:
+        """Whether the store takes spans of many traces together.
+
+        Raises:
+            ConnectionError: Where a server is away: what it takes is asked when it is back.
+        """
+        answer = seam.supports_span_batches(self.client)
+        if answer is None and (not statuses or is_away(statuses[-1])):
+            raise ConnectionError("the MLflow server does not tell its version")
+        return bool(answer)
 
     def _all_at_once(self, items: Sequence[Any]) -> bool:
         """The whole batch in one SQL transaction.

@@ -393,8 +393,10 @@ def reset_processor_locks(processor: Any) -> None:
 _FINALIZES = hasattr(TraceMetadataKey, "TRACE_INFO_FINALIZED")
 
 
-def supports_span_batches(client: TracingClient) -> bool:
-    """Whether ``start_trace`` may come first, and spans of many traces together.
+def supports_span_batches(client: TracingClient) -> bool | None:
+    """Whether ``start_trace`` may come first, and spans of many traces together; None where the server has not said.
+
+    MLflow would keep that answer for as long as the process lives, and take no spans: it is asked again.
 
     Before 3.12 a store adds the token counts of later spans to what ``start_trace`` wrote, and refuses spans of
     several traces in one call; then spans go first, trace by trace, and ``start_trace`` has the last word.
@@ -402,7 +404,10 @@ def supports_span_batches(client: TracingClient) -> bool:
     store = client.store
     if hasattr(store, "get_host_creds"):
         version = store._get_server_version(store.get_host_creds())
-        return version is not None and version >= Version("3.12.0.dev0")
+        if version is None:
+            getattr(store._get_server_version, "cache_clear", lambda: None)()
+            return None
+        return bool(version >= Version("3.12.0.dev0"))
     return _FINALIZES
 
 
