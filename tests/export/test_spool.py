@@ -101,6 +101,23 @@ def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkey
     assert 2 == len(spool.segments(written.folder))
 
 
+def test_a_full_segment_is_its_writers_until_it_is_done_with(tmp_path, monkeypatch):
+    """Nobody else may send or delete what its living writer still counts on; a new one is locked from its beginning."""
+    monkeypatch.setattr(spool, "_SEGMENT_BYTES", 1)
+    written = spool.Spool(tmp_path / "spool", "uri")
+    references = [written.put(b"{}", key=str(n), counted=1) for n in range(3)]
+    locks = [spool.Lock(segment) for segment in spool.segments(written.folder)]
+
+    assert [False] * 3 == [lock.acquire() for lock in locks]
+    written.done(references[:1])
+    assert [reference.segment for reference in references[1:]] == spool.segments(written.folder)
+    written.close()
+    assert [True] * 2 == [lock.acquire() for lock in locks[1:]]
+    assert b"{}" == written.read(references[1])
+    for lock in locks:
+        lock.release()
+
+
 def test_a_trace_survives_the_codec(sqlite):
     """Spans, events, links, status, attachments, previews, tags, assessments, prompts: all is there again."""
     from mlflow.tracing.attachments import Attachment

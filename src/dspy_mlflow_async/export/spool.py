@@ -153,6 +153,7 @@ class Spool:
         self._handle = -1
         self._written = self._synced = 0
         self._live: dict[Path, int] = {}  # our segments, and how many of their records are not done with
+        self._full: dict[Path, int] = {}  # handles of those that take no more; open, since that is what locks them
 
     def put(self, payload: bytes, *, key: str, counted: int, durable: bool = False) -> Reference:
         """Append a record.
@@ -203,32 +204,35 @@ class Spool:
         make_folder(self.folder, self.uri)
         name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(3)}{self._suffix}"
         segment = self.folder / name
-        handle = os.open(segment, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        nameless = segment.with_suffix(".new")  # nobody looks at it before it is locked
+        handle = os.open(nameless, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)  # says that its writer lives
+        nameless.rename(segment)
         self._segment, self._handle, self._written, self._synced = segment, handle, 0, 0
 
     def close(self) -> None:
-        """Sync and give up the current segment, so that others may drain it."""
+        """Sync and give up all segments, so that others may drain them."""
         with self._append:
             self._retire_segment()
+            for handle in self._full.values():
+                os.close(handle)
+            self._full.clear()
 
     def _retire_segment(self) -> None:
-        segment = self._close_segment(sync=True)
-        if segment is not None and not self._live.get(segment):
-            remove(segment)
-            self._live.pop(segment, None)
-
-    def _close_segment(self, *, sync: bool) -> Path | None:
+        """Write no more to the current segment. It stays locked, and so ours, while its records are not done with."""
         with self._sync:  # nobody syncs a handle that is closed, or is another file's by then
-            if self._handle < 0:
-                return None
-            if sync:
-                with contextlib.suppress(OSError):
-                    _sync_file(self._handle)
-            os.close(self._handle)
-            segment = self._segment
+            segment, handle = self._segment, self._handle
             self._handle, self._segment = -1, None
-            return segment
+            if segment is None:
+                return
+            if self._live.get(segment):
+                with contextlib.suppress(OSError):
+                    _sync_file(handle)
+                self._full[segment] = handle
+                return
+            os.close(handle)
+        remove(segment)
+        self._live.pop(segment, None)
 
     def read(self, reference: Reference) -> bytes | None:
         """The payload of a record; None if the disk has lost it."""
@@ -259,10 +263,12 @@ class Spool:
                 left = self._live.get(segment, 0) - len(offsets)
                 self._live[segment] = left
                 if left <= 0 and segment == self._segment and self._written >= _SEGMENT_BYTES_IF_EMPTY:
-                    self._close_segment(sync=False)
+                    self._retire_segment()
                 is_over = left <= 0 and segment != self._segment
                 if is_over:
                     self._live.pop(segment, None)
+                    if segment in self._full:
+                        os.close(self._full.pop(segment))
             if is_over:
                 remove(segment)
             elif not noted:
@@ -294,9 +300,10 @@ class Spool:
     def after_fork(self) -> None:
         """In a forked child: the parent's segment is the parent's."""
         self._append, self._sync = threading.Lock(), threading.Lock()
-        if self._handle >= 0:
-            os.close(self._handle)  # flock belongs to the open file, which the parent still has
-        self._segment, self._handle, self._written, self._live = None, -1, 0, {}
+        for handle in (*self._full.values(), self._handle):
+            if handle >= 0:
+                os.close(handle)  # flock belongs to the open file, which the parent still has
+        self._segment, self._handle, self._written, self._live, self._full = None, -1, 0, {}, {}
 
 
 def make_folder(folder: Path, uri: str) -> None:

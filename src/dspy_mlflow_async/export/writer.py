@@ -110,7 +110,8 @@ class Writer:
         """
         answer = seam.supports_span_batches(self.client)
         if answer is None and (not statuses or is_away(statuses[-1])):
-            raise ConnectionError("the MLflow server does not tell its version")
+            host = self.uri.rpartition("@")[2]  # without a password
+            raise ConnectionError(f"the MLflow server at {host} does not tell its version")
         return bool(answer)
 
     def _all_at_once(self, items: Sequence[Any]) -> bool:
