@@ -504,6 +504,33 @@ assert export.stats().started == 62, export.stats()
     assert ["in the child", "inherited", "shared"] == sorted(s.name for s in traces[ids[-1]].data.spans)
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(place, tmp_path, method):
+    """A child's traces are stored when it ends, though it leaves without ``atexit``."""
+    script = tmp_path / "program.py"
+    body = PROGRAM.replace("print(call(), flush=True)", "").replace("sys.argv[1:4]", repr((*place, "")))
+    script.write_text(
+        body
+        + f"""
+import multiprocessing
+
+def work():
+    for _ in range(5):
+        call()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    processes = [context.Process(target=work) for _ in range(2)]
+    [process.start() for process in processes]
+    [process.join(60) for process in processes]
+"""
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
+
+    assert 0 == done.returncode, done.stderr
+    assert 10 == len(read(*place)), done.stderr
+
+
 def test_the_format_is_as_documented(spooled):
     """A reader that knows only docs/export.md finds the traces."""
     import zlib

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dspy_mlflow_async")
 
 _first: list[Callable[[], None]] = []
+_kept: list[Callable[..., None]] = []
 
 
 def before_leaving(function: Callable[[], None]) -> None:
@@ -51,8 +54,19 @@ def save(pipeline: Pipeline) -> None:
 
 
 def at_exit(function: Callable[[], None]) -> None:
-    """Call ``function`` at the normal end of the process, an exception's included."""
+    """Call ``function`` at the normal end of the process, an exception's included, and of its ``multiprocessing`` ones.
+
+    Those leave by ``os._exit``, without ``atexit``; what they do call, they forget when they are forked.
+    """
     atexit.register(function)
+
+    def at_exit_of_child(_: object) -> None:
+        multiprocessing.util.Finalize(None, function, exitpriority=0)
+
+    multiprocessing.util.register_after_fork(at_exit_of_child, at_exit_of_child)
+    _kept.append(at_exit_of_child)  # it is registered weakly
+    if multiprocessing.parent_process() is not None:
+        at_exit_of_child(None)
 
 
 def on_sigterm(function: Callable[[], None], timeout: float) -> Callable[[], None]:
