@@ -133,4 +133,6 @@ def test_spark_line():
     assert "" == spark_line([])
     assert "▁█" == spark_line([0, 1])
     assert "▅▅" == spark_line([3, 3])
+    assert "▁█" == spark_line([0, float("nan"), 1, float("inf")])
+    assert "" == spark_line([float("nan")])
     assert "▁▂▃▄▅▆▇█" == spark_line(range(800), width=8)

@@ -237,3 +237,36 @@ class _heard:  # noqa: N801 - a with block
 
     def __exit__(self, *error):
         self.logger.removeHandler(self.handler)
+
+
+class Sayless(Exception):  # noqa: N818 - what it says is the point
+    """An exception that cannot be shown."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def fails_without_words(example, prediction, trace=None):
+    if example.question.endswith("-2"):
+        raise Sayless
+    return True
+
+
+async def test_an_exception_that_cannot_be_shown():
+    """It fails its example, as it does in ``dspy.Evaluate``, and not the evaluation."""
+    result = await AsyncEvaluate(devset=devset(size=4), metric=fails_without_words, display_progress=False).acall(
+        Chain()
+    )
+
+    assert 75.0 == result.score
+
+
+async def test_scores_are_rounded_alike():
+    """Of 160 examples 23 are right: 14.38 in DSPy's order of dividing and rounding, 14.37 in another."""
+    examples, right = devset(size=160), iter([True] * 23 + [False] * 137)
+    scores = {example.question: next(right) for example in examples}
+    options = {"devset": examples, "metric": lambda e, p: scores[e.question], "display_progress": False}
+    program = dspy.Module()
+    program.forward = lambda question: dspy.Prediction(answer="")
+
+    assert dspy.Evaluate(**options)(program).score == (await AsyncEvaluate(**options).acall(program)).score == 14.38

@@ -75,7 +75,9 @@ def check_program(program: Any, name: str = "program") -> None:
     if isinstance(program, type):
         raise TypeError(f"{name} is the class {program.__name__}; pass an instance of it: {program.__name__}(...)")
     if isinstance(program, dspy.Module):
-        if not (hasattr(type(program), "forward") or hasattr(program, "aforward")):
+        # Not `hasattr(program, "forward")`: DSPy warns of whoever looks at it from outside.
+        has_forward = hasattr(type(program), "forward") or "forward" in vars(program)
+        if not (has_forward or hasattr(program, "aforward")):
             raise TypeError(f"{name} is a {type(program).__name__}, which has neither forward nor aforward")
     elif not callable(program):
         raise TypeError(f"{name} must be a dspy.Module or another callable, not {type(program).__name__}")

@@ -158,9 +158,10 @@ class Examples:
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
         if self._rules.provide_traceback:
-            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {error}\n{traceback.format_exc()}")
+            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {_said(error)}\n{traceback.format_exc()}")
         else:
-            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {error}. Set `provide_traceback=True` for traceback.")
+            hint = "Set `provide_traceback=True` for traceback."
+            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {_said(error)}. {hint}")
         if self._has_too_many_errors():
             self._group.cancel_scope.cancel()
 
@@ -209,12 +210,19 @@ def _outcome_of(
         index,
         prediction=prediction,
         score=score,
-        error=None if error is None else f"{type(error).__name__}: {error}",
+        error=None if error is None else f"{type(error).__name__}: {_said(error)}",
         duration=noted.duration,
         trace_id=noted.trace_id,
         program_tokens=_tokens(noted.program_usage),
         metric_tokens=_tokens(noted.metric_usage),
     )
+
+
+def _said(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - somebody's own __str__
+        return "(its text cannot be had)"
 
 
 def _tokens(ledger: Ledger | None) -> Tokens:

@@ -45,11 +45,11 @@ def result_of(outcomes: Sequence[Outcome], devset: Sequence[Any], failure_score:
         for outcome in outcomes
     ]
     total, count = sum(score for *_, score in results), len(results)
-    share = total / count if count else math.nan
-    seam.EVALUATE_LOGGER.info(f"Average Metric: {total} / {count} ({round(100 * share, 1)}%)")
+    percent = 100 * total / count if count else math.nan  # in dspy.Evaluate's order, which rounds otherwise
+    seam.EVALUATE_LOGGER.info(f"Average Metric: {total} / {count} ({round(percent, 1)}%)")
     if count == len(devset):
-        return seam.EvaluationResult(score=round(100 * share, 2), results=results)
-    return PartialResult(round(100 * share, 2), results, [outcome.index for outcome in outcomes])
+        return seam.EvaluationResult(score=round(percent, 2), results=results)
+    return PartialResult(round(percent, 2), results, [outcome.index for outcome in outcomes])
 
 
 def show(evaluator: dspy.Evaluate, results: list[Row], metric: Any, rows: bool | int) -> None:

@@ -88,12 +88,21 @@ def with_differences(
     compared = []
     for case in cases:
         result = results[case.name]
-        is_pair = case is not base and case.devset == base.devset and case.metric is base.metric
+        is_pair = case is not base and case.metric == base.metric and _is_same(case.devset, base.devset)
         if is_pair and result.score is not None and results[baseline].score is not None:
             difference = statistics.paired_difference(result.scores, results[baseline].scores, seed=seed)
             result = replace(result, difference=difference)
         compared.append(result)
     return compared
+
+
+def _is_same(devset: Sequence[Any], other: Sequence[Any]) -> bool:
+    if devset is other:
+        return True
+    try:
+        return bool(devset == other)
+    except Exception:  # noqa: BLE001 - examples compare their fields, and arrays do not compare to one truth
+        return False
 
 
 def log(parent: RunHandle, comparison: Comparison) -> None:

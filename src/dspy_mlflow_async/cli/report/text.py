@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,8 @@ MAX_TEXT = 60  # characters of an example
 
 
 def spark_line(values: Sequence[float], width: int = _SPARKS) -> str:
-    """Values as bars between the lowest and the highest; many are averaged into ``width``."""
+    """Values as bars between the lowest and the highest; many are averaged into ``width``. What is no number is out."""
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     if len(values) > width:
