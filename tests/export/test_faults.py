@@ -1,6 +1,7 @@
 """Whatever happens to the store, everything is there afterwards, once."""
 
 import os
+import random
 import subprocess
 import threading
 import time
@@ -61,6 +62,17 @@ def test_a_server_that_is_killed_and_comes_back(make, server):
     assert ({"p": "v"}, "FINISHED", 1234) == (run.data.params, run.info.status, run.info.end_time)
     assert ["folder/table.json"] == [file.path for file in client.list_artifacts(run_id, "folder")]
     assert [] == spools.segments(installed.queue.spool.folder) or export.stats().spooled == 0
+
+
+def test_pauses_leave_the_programs_random_numbers_alone():
+    """A program that has seeded ``random`` gets the numbers that it gets without us."""
+    random.seed(1)
+    expected = [random.random() for _ in range(3)]  # noqa: S311 - no secret
+    random.seed(1)
+    backoff = queueing.Backoff()
+    seen = [(backoff.pause(), random.random())[1] for _ in range(3)]  # noqa: S311 - no secret
+
+    assert expected == seen
 
 
 def test_a_server_that_is_down_at_start(make, server):

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from mlflow.exceptions import MlflowException
 
+# One of our own: the shared one is the program's, which may have seeded it.
+_random = random.Random()  # noqa: S311 - no secret
+
 
 class Verdict(enum.Enum):
     """What became of one operation on the store."""
@@ -70,4 +73,4 @@ class Backoff:
         """Seconds to wait before the next attempt."""
         ceiling = self._ceiling
         self._ceiling = min(self._longest, ceiling * 2)
-        return ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        return ceiling * _random.uniform(0.5, 1.0)
