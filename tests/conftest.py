@@ -112,7 +112,7 @@ def _leaves_nothing_behind():
     config = dict(dspy_settings.main_thread_config)
     overrides = dspy_settings.thread_local_overrides.get()
     owner = dspy_settings.config_owner_thread_id, dspy_settings.config_owner_async_task
-    patched = _patched_functions()
+    _drop_patches()  # that a fixture of a wider scope has left
     errors = guard.internal_errors()
     dspy.configure(lm=EchoLM(), callbacks=[], track_usage=False)
 
@@ -125,11 +125,8 @@ def _leaves_nothing_behind():
     dspy_settings.config_owner_thread_id, dspy_settings.config_owner_async_task = owner
     try:
         assert [] == left
-        if patched != _patched_functions():  # a callback of the test's own still needs some
-            (config["trace"] or []).clear()  # DSPy keeps the last predictors that were called
-            gc.collect()
-            dspy_mlflow_async.autolog(disable=True)
-        assert patched == _patched_functions()
+        _drop_patches()
+        assert _patched_functions() == UNPATCHED
         assert errors == guard.internal_errors()
         assert_context_is_clean()
         tracer.end_abandoned()
@@ -152,6 +149,17 @@ def _patched_functions():
         mlflow.dspy.autolog,
         seam.own_autolog_module().safe_patch,
     )
+
+
+UNPATCHED = _patched_functions()
+
+
+def _drop_patches():
+    """Patches stay in while a tracer lives that somebody has made by hand; let those go that nobody holds."""
+    if _patched_functions() != UNPATCHED:
+        (dspy_settings.main_thread_config["trace"] or []).clear()  # DSPy keeps the last predictors that were called
+        gc.collect()
+        dspy_mlflow_async.autolog(disable=True)
 
 
 @pytest.fixture
