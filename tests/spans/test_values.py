@@ -5,9 +5,11 @@ import copy
 
 import dspy
 import mlflow.environment_variables
+import pydantic
 import pytest
 
 from dspy_mlflow_async import TracingCallback, autolog
+from dspy_mlflow_async.spans.serialize import Plain
 from dspy_mlflow_async.testing import tree
 from echo import Chain, EchoLM, marker, predict_tree
 
@@ -217,3 +219,24 @@ def test_callbacks_keyword(captured):
     (span,) = captured[0].data.spans
     assert {"question": "x", "kept": "@b"} == span.inputs
     assert "@b" == marker(span)
+
+
+class Wrapped(pydantic.RootModel[str]):
+    """A model that is a text."""
+
+
+class Counted(pydantic.RootModel[int]):
+    """A model that is a number."""
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (dspy.Image("https://x.y/z.png"), dspy.Image("https://x.y/z.png").model_dump()),
+        (Wrapped("hello"), "hello"),
+        (Counted(5), 5),
+    ],
+)
+def test_models_that_are_no_mappings(value, shown):
+    """What ``model_dump`` gives, as MLflow stores it, and not its characters one by one."""
+    assert shown == Plain(10_000)(value)

@@ -96,7 +96,7 @@ def with_differences(
     return compared
 
 
-def _is_same(devset: Sequence[Any], other: Sequence[Any]) -> bool:
+def _is_same(devset: Sequence[Any] | None, other: Sequence[Any] | None) -> bool:
     if devset is other:
         return True
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import dspy
@@ -55,4 +56,17 @@ def _storable(value: Any) -> Any:
     item = getattr(value, "item", None)  # a NumPy scalar
     if callable(item) and not isinstance(value, (str, bytes, dict, list, tuple)):
         value = item()
-    return Plain(MAX_FEEDBACK_BYTES)(value)
+    plain = Plain(MAX_FEEDBACK_BYTES)
+    shown = plain(value)
+    return _without_unusual_floats(shown) if plain.has_unusual_floats else shown
+
+
+def _without_unusual_floats(value: Any) -> Any:
+    """NaN and infinities as text: MLflow sends feedback as JSON, which has no numbers for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _without_unusual_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_unusual_floats(item) for item in value]
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,20 @@ from dspy_mlflow_async.spans import outcome as outcomes
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 _STATUS_BY_OUTCOME = {outcomes.CANCELLED: KILLED, outcomes.ABANDONED: KILLED, outcomes.ERROR: FAILED}
+MAX_KEY_LENGTH = 250  # mlflow.utils.validation.MAX_ENTITY_KEY_LENGTH
 MAX_PARAM_LENGTH = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+
+
+def storable_key(key: str) -> str:
+    """A key that MLflow takes: one that it does not would keep everything beside it from being stored.
+
+    ``hops[0].signature`` becomes ``hops.0.signature``, and any other odd character an underscore.
+    Source: ``mlflow.utils.validation``.
+    """
+    key = re.sub(r"\[(\w+)\]", r".\1", key)
+    key = re.sub(r"[^\w\-./: ]", "_", key)
+    parts = [part for part in key.split("/") if part not in {"", ".", ".."}]
+    return "/".join(parts)[:MAX_KEY_LENGTH] or "_"
 
 
 def run_status(exception: BaseException | None) -> str:
@@ -58,14 +72,19 @@ class RunHandle:
         self._note(
             self._writer.log(
                 self.run_id,
-                metrics=[Metric(key, float(value), now, step) for key, value in values.items() if value is not None],
+                metrics=[
+                    Metric(storable_key(key), float(value), now, step)
+                    for key, value in values.items()
+                    if value is not None
+                ],
             )
         )
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log params. In somebody else's run, those that it has already keep their value: MLflow refuses a second."""
         known = {} if self.is_own else self._stored_params()
-        fresh = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items() if key not in known]
+        named = {storable_key(key): value for key, value in values.items()}
+        fresh = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in named.items() if key not in known]
         for start in range(0, len(fresh), 100):  # the store takes 100 at once
             self._note(self._writer.log(self.run_id, params=fresh[start : start + 100]))
 

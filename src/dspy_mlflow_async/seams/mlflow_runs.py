@@ -89,10 +89,16 @@ def program_params(program: Any) -> dict[str, Any]:
     return {f"{type(program).__name__}.{key}": value for key, value in flat.items()}
 
 
+def _is_imported(name: str) -> bool:
+    """Whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
 def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
     """What MLflow reckons that these tokens cost, or None for a model without a known price."""
     provider, _, name = model.rpartition("/")
-    if "litellm" in sys.modules:
+    if _is_imported("litellm"):
         cost = calculate_cost_by_model_and_token_usage(model, dict(tokens), provider.partition("/")[0] or None)
         return None if cost is None else float(cost["total_cost"])
     # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.

@@ -190,7 +190,8 @@ class Plain:
         if isinstance(value, (dict, list, tuple)):
             return self._container(value, secrets=secrets)
         if isinstance(value, pydantic.BaseModel):
-            return self._container(value.model_dump(), secrets=secrets)
+            # A text for dspy.Image and the like, and whatever a RootModel holds.
+            return self._plain(value.model_dump(), secrets=secrets)
         if is_dataclass(value) and not isinstance(value, type):
             shown = {field.name: getattr(value, field.name) for field in fields(value)}
             return self._nested(value, shown, secrets=secrets)
