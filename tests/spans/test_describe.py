@@ -186,3 +186,32 @@ def test_the_hash_of_any_text(instructions):
     predictor.signature = predictor.signature.with_instructions(instructions)
 
     assert 12 == len(program_hash(predictor))
+
+
+class Unprintable:
+    """A value whose ``__repr__`` raises."""
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+def test_a_hash_of_demos_that_cannot_be_shown():
+    """The predictor keeps its span; objects without a text of their own hash alike in every process."""
+    predictor = dspy.Predict("question -> answer")
+    predictor.demos = [dspy.Example(question="q", answer="a", extra=Unprintable())]
+    assert 12 == len(describe.program_hash(predictor))
+    hashes = set()
+    for _ in range(2):
+        predictor.demos = [dspy.Example(question="q", extra=object())]
+        hashes.add(describe.program_hash(predictor))
+
+    assert 1 == len(hashes)
+
+
+def test_outputs_that_go_round_in_circles():
+    """What can be shown of a prediction is shown, whatever else is in it."""
+    circle = [1]
+    circle.append(circle)
+    prediction = dspy.Prediction(answer="@a", circle=circle)
+
+    assert {"answer": "@a", "circle": circle} == describe.describe_outputs(dspy.Predict("a -> b"), prediction)

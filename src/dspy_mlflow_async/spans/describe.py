@@ -7,6 +7,7 @@ The reference is ``mlflow.dspy.callback.MlflowCallback``. Nothing here changes w
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mlflow.dspy.util import EXCLUDE_LM_PARAMS
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, SpanType
 from dspy_mlflow_async.spans.signatures import texts_of
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # differs from process to process
 FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the user's
 
 
@@ -103,16 +105,27 @@ def describe_outputs(instance: Any, outputs: Any) -> Any:
     kind = type(instance)
     if f"{kind.__module__}.{kind.__qualname__.rpartition('.')[2]}" == "dspy.retrieve.databricks_rm.DatabricksRM":
         return _documents(outputs)
-    return outputs.toDict()
+    try:
+        return outputs.toDict()
+    except Exception:  # noqa: BLE001 - it runs through whatever the program has put there, circles too
+        return dict(outputs.items())
 
 
 def program_hash(predictor: Any) -> str:
     """Twelve hexadecimal digits that name a predictor's instructions and demos, so that a trace names its candidate."""
     digest = hashlib.sha256(str(predictor.signature.instructions).encode("utf-8", "backslashreplace"))
     for demo in getattr(predictor, "demos", None) or ():
-        items = sorted(demo.items(), key=str) if hasattr(demo, "items") else demo
-        digest.update(repr(items).encode("utf-8", "backslashreplace"))
+        items = sorted(demo.items(), key=_key) if hasattr(demo, "items") else demo
+        try:
+            text = repr(items)
+        except Exception:  # noqa: BLE001 - somebody's own __repr__
+            text = type(demo).__name__
+        digest.update(_ADDRESS.sub("", text).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:12]
+
+
+def _key(field: tuple[Any, Any]) -> str:
+    return str(field[0])
 
 
 def _module_type(instance: Any) -> str:
