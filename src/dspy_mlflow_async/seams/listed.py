@@ -146,6 +146,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.utils:providers", "reckons what an evaluation has cost"),
     Seam("mlflow.utils.providers:cost_per_token", "reckons what an evaluation has cost"),
     Seam("mlflow.utils.mlflow_tags:MLFLOW_AUTOLOGGING", _RUNS),
+    Seam("importlib.machinery:ModuleSpec._initializing", "does not wait for another thread's import", is_optional=True),
     Seam("mlflow.utils.mlflow_tags:MLFLOW_LOGGED_ARTIFACTS", _RUNS),
     Seam("mlflow.utils.mlflow_tags:MLFLOW_PARENT_RUN_ID", _RUNS),
     # MLflow, tests
