@@ -1,5 +1,6 @@
 """The pipeline, installed for one test, and stores to write to."""
 
+import threading
 import time
 
 import mlflow
@@ -21,8 +22,12 @@ def spool_dir(tmp_path, monkeypatch):
 
 
 def settle():
-    """Wait for pipelines of earlier tests, which count in the same books."""
+    """Wait for pipelines of earlier tests, which count in the same books: a writer may outlive its pipeline's end."""
     wait_until(lambda: not any(thread.is_alive() for thread in installing._closing), 30)
+    current = installing._pipeline
+    writers = {thread for thread in threading.enumerate() if thread.name == "dspy-mlflow-async-writer"}
+    for thread in writers - {queue._thread for queue in (current.queues.values() if current else ())}:
+        thread.join(30)
 
 
 @pytest.fixture
