@@ -4,12 +4,13 @@ import sys
 import types
 
 import dspy
+import mlflow
 import pytest
 from runtools import Program, evaluate
 
 import dspy_mlflow_async
 from dspy_mlflow_async.runs.feedback import feedback_of
-from dspy_mlflow_async.runs.handle import storable_key
+from dspy_mlflow_async.runs.handle import RunHandle, storable_key
 from dspy_mlflow_async.seams import mlflow_runs as seam
 
 
@@ -28,6 +29,10 @@ class Hops(Program):
         ("acc@5", "acc_5"),
         ("/a/../b//c", "a/b/c"),
         ("..", "_"),
+        ("..hidden", "__hidden"),
+        ("by['a b'].signature", "by.a b.signature"),
+        ("a\n", "a_"),
+        ("x" * 249 + "/y", "x" * 249),
         ("x" * 300, "x" * 250),
         ("precision at: 5", "precision at: 5"),
     ],
@@ -35,6 +40,24 @@ class Hops(Program):
 def test_keys(key, stored):
     """Readable, relative, bounded."""
     assert stored == storable_key(key)
+
+
+def test_no_two_keys_become_one(store):
+    """What MLflow takes keeps its name; of others that would be called the same, each has its own, always the same."""
+    dspy_mlflow_async.autolog(silent=True)
+    with mlflow.start_run(run_name="mine") as mine:
+        handle = RunHandle(mine, is_own=False)
+        for step in range(2):
+            handle.metrics({"acc@5": 1 + step, "acc_5": 3 + step, "acc#5": 5 + step}, step)
+        handle.params({"x" * 251: 1, "x" * 250 + "y": 2})
+        handle.tags({"best.acc@5": "z" * 9000})
+
+    run = store.run("mine")
+    assert {"acc_5": [(0, 3.0), (1, 4.0)], "acc_5_2": [(0, 1.0), (1, 2.0)], "acc_5_3": [(0, 5.0), (1, 6.0)]} == {
+        key: store.series(run, key) for key in run.data.metrics
+    }
+    assert {"x" * 250: "1", "x" * 244 + "_2": "2"} == run.data.params
+    assert "z" * 8000 == run.data.tags["best.acc_5"]
 
 
 def test_params_of_predictors_in_a_list(store):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
@@ -21,6 +22,8 @@ FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 _STATUS_BY_OUTCOME = {outcomes.CANCELLED: KILLED, outcomes.ABANDONED: KILLED, outcomes.ERROR: FAILED}
 MAX_KEY_LENGTH = 250  # mlflow.utils.validation.MAX_ENTITY_KEY_LENGTH
 MAX_PARAM_LENGTH = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+MAX_TAG_LENGTH = 8000  # mlflow.utils.validation.MAX_TAG_VAL_LENGTH
+_ODD_CHARACTER = r"[^\w\-./ ]" if os.name == "nt" else r"[^\w\-./: ]"
 
 
 def storable_key(key: str) -> str:
@@ -29,10 +32,28 @@ def storable_key(key: str) -> str:
     ``hops[0].signature`` becomes ``hops.0.signature``, and any other odd character an underscore.
     Source: ``mlflow.utils.validation``.
     """
-    key = re.sub(r"\[(\w+)\]", r".\1", key)
-    key = re.sub(r"[^\w\-./: ]", "_", key)
+    key = re.sub(r"\[(['\"]?)([^\]]*)\1\]", r".\2", key)
+    key = re.sub(_ODD_CHARACTER, "_", key)[:MAX_KEY_LENGTH]
     parts = [part for part in key.split("/") if part not in {"", ".", ".."}]
-    return "/".join(parts)[:MAX_KEY_LENGTH] or "_"
+    key = "/".join(parts) or "_"
+    return f"__{key[2:]}" if key.startswith("..") else key
+
+
+class _Keys:
+    """The keys under which a run holds one kind of thing. Threads share it: single operations on a dict are atomic."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, str] = {}
+
+    def of(self, keys: Iterable[str]) -> dict[str, str]:
+        """A key that MLflow takes for each of these: always the same one, and no two the same."""
+        ordered = sorted(keys, key=lambda key: storable_key(key) != key)  # what needs no other keeps its own
+        return {key: self._one(key) for key in ordered}
+
+    def _one(self, key: str) -> str:
+        wanted = storable_key(key)
+        numbered = (f"{wanted[: MAX_KEY_LENGTH - 6]}_{number}" for number in itertools.count(2))
+        return next(each for each in itertools.chain([wanted], numbered) if self._owners.setdefault(each, key) == key)
 
 
 def run_status(exception: BaseException | None) -> str:
@@ -46,14 +67,17 @@ class RunHandle:
     Args:
         run: MLflow's run.
         is_own: Whether it was created for this and ends with it; otherwise it is somebody else's.
+        is_new: Whether it holds nothing yet; by default what was created for this.
     """
 
-    def __init__(self, run: Any, *, is_own: bool) -> None:
+    def __init__(self, run: Any, *, is_own: bool, is_new: bool | None = None) -> None:
         self.run = run
         self.is_own = is_own
+        self._is_new = is_own if is_new is None else is_new
         self.is_complete = True
         self._process_id = os.getpid()
         self._tables: list[dict[str, str]] = []
+        self._metric_keys, self._param_keys, self._tag_keys = _Keys(), _Keys(), _Keys()
         self._writer = export.run_writer(None)
 
     @property
@@ -68,29 +92,24 @@ class RunHandle:
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Log metrics at ``step``; those that are None are left out."""
-        now = int(time.time() * 1000)
-        self._note(
-            self._writer.log(
-                self.run_id,
-                metrics=[
-                    Metric(storable_key(key), float(value), now, step)
-                    for key, value in values.items()
-                    if value is not None
-                ],
-            )
-        )
+        now, keys = int(time.time() * 1000), self._metric_keys.of(values)
+        metrics = [Metric(keys[key], float(value), now, step) for key, value in values.items() if value is not None]
+        self._note(self._writer.log(self.run_id, metrics=metrics))
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log params. In somebody else's run, those that it has already keep their value: MLflow refuses a second."""
-        known = {} if self.is_own else self._stored_params()
-        named = {storable_key(key): value for key, value in values.items()}
-        fresh = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in named.items() if key not in known]
+        """Log params. Those that the run held before keep their value: MLflow refuses a second."""
+        known = {} if self._is_new else self._stored_params()
+        keys = self._param_keys.of(values)
+        fresh = [
+            Param(keys[key], str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items() if keys[key] not in known
+        ]
         for start in range(0, len(fresh), 100):  # the store takes 100 at once
             self._note(self._writer.log(self.run_id, params=fresh[start : start + 100]))
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; those that are None are left out."""
-        tags = [RunTag(key, str(value)) for key, value in values.items() if value is not None]
+        keys = self._tag_keys.of(values)
+        tags = [RunTag(keys[key], str(value)[:MAX_TAG_LENGTH]) for key, value in values.items() if value is not None]
         self._note(self._writer.log(self.run_id, tags=tags))
 
     def artifact(self, path: str, content: bytes) -> None:
@@ -98,9 +117,9 @@ class RunHandle:
         self._note(self._writer.artifact(self.run_id, path, content))
 
     def table(self, path: str, columns: Mapping[str, list[Any]]) -> None:
-        """Store a table as ``mlflow.log_table`` does, below the rows that a run of somebody else's has already."""
+        """Store a table as ``mlflow.log_table`` does, below the rows that the run held before."""
         earlier = None
-        if not self.is_own and not getattr(self.run, "replaces_tables", False):
+        if not self._is_new and not getattr(self.run, "replaces_tables", False):
             try:
                 self._tables, earlier = ask(lambda: _stored_tables(self.run_id, path))
             except Exception:  # noqa: BLE001 - the store is away: rather a second table than one overwritten
