@@ -64,6 +64,14 @@ class Judge:
         return 2
 
 
+class Unwilling:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __call__(self, example, prediction):
+        return 1
+
+
 class Scoring(dspy.Module):
     def forward(self, example, prediction, trace=None):
         return dspy.Prediction(score=0.125)
@@ -77,6 +85,7 @@ SHAPES = {
     "partial of a partial": (functools.partial(functools.partial(parametrised), weight=3), "parametrised", 3, None),
     "callable object": (Judge(), "Judge", 1.0, None),
     "partial of an object": (functools.partial(Judge()), "Judge", 1.0, None),
+    "object that refuses to be looked at": (Unwilling(), "Unwilling", 1, None),
     "bound method": (Judge().method, "method", 2, None),
     "prediction": (explained, "explained", 0.25, "about @a-0"),
     "module": (Scoring(), "Scoring", 0.125, None),
@@ -160,6 +169,25 @@ def test_a_raising_metric_changes_nothing_and_says_so(store, num_threads):
     found = feedback_by_marker(store)
     assert [("picky", None, None, "no opinion on @a-1")] == found["@a-1"]
     assert {"@a-0", "@a-1", "@a-2", "@a-3"} == set(found)
+
+
+class TextlessError(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def test_an_error_without_a_text_is_told_all_the_same(runs):
+    """An exception whose ``__str__`` raises: error feedback on the trace, which is stored, and a word in the table."""
+
+    def metric(example, prediction):
+        raise TextlessError
+
+    with pytest.raises(ValueError, match="no text"):  # from Evaluate, which logs it
+        evaluate("a", 1, 1, metric=metric)
+
+    (trace,) = runs.traces()
+    (told,) = trace.info.assessments
+    assert ("TextlessError", "<no text: ValueError>") == (told.error.error_code, told.error.error_message)
 
 
 @pytest.mark.parametrize("metric", [lambda e, p: None, lambda e, p: "good", lambda e, p: object()])

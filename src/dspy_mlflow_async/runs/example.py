@@ -11,7 +11,7 @@ import dspy
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.runs.feedback import feedback_of, metric_name
+from dspy_mlflow_async.runs.feedback import feedback_of, metric_name, text_of
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.spans.usage import Ledger
 
@@ -114,7 +114,7 @@ class Example:
     def close(self, error: BaseException | None) -> None:
         """The example is over; ``error`` is what it raised, or None."""
         if error is not None:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = f"{type(error).__name__}: {text_of(error)}"
         self._release()
 
     @guarded

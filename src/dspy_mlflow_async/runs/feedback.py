@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any
 
 import dspy
-from mlflow.entities import AssessmentSource, AssessmentSourceType, Feedback
+from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Feedback
 
+from dspy_mlflow_async.spans.outcome import failure_of
 from dspy_mlflow_async.spans.serialize import Plain
 
 MAX_FEEDBACK_BYTES = 64 * 1024
@@ -18,8 +20,20 @@ def metric_name(metric: Any) -> str:
     """A metric's name, whatever its shape: function, lambda, partial, bound method, callable object."""
     while isinstance(metric, functools.partial):
         metric = metric.func
-    name = getattr(metric, "__name__", None) or type(metric).__name__
+    try:
+        name = getattr(metric, "__name__", None)
+    except Exception:  # noqa: BLE001 - its __getattr__ is the user's code
+        name = None
+    name = name or type(metric).__name__
     return "metric" if name == "<lambda>" else str(name)
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception; one without may come from the user's code."""
+    try:
+        return str(error)
+    except Exception as failure:  # noqa: BLE001 - as said
+        return f"<no text: {type(failure).__name__}>"
 
 
 def feedback_of(metric: Any, *, score: Any = None, error: Exception | None = None) -> Feedback:
@@ -38,7 +52,11 @@ def feedback_of(metric: Any, *, score: Any = None, error: Exception | None = Non
         source_id=metric_name(metric),
     )
     if error is not None:
-        return Feedback(name=metric_name(metric), error=error, source=source)
+        try:
+            return Feedback(name=metric_name(metric), error=error, source=source)
+        except Exception:  # noqa: BLE001 - its text is the user's code
+            told = AssessmentError(type(error).__name__, text_of(error), failure_of(error).stacktrace)
+            return Feedback(name=metric_name(metric), error=told, source=source)
     rationale = None
     if isinstance(score, dspy.Prediction):
         score, rationale = getattr(score, "score", None), getattr(score, "feedback", None)
@@ -53,9 +71,9 @@ def feedback_of(metric: Any, *, score: Any = None, error: Exception | None = Non
 def _storable(value: Any) -> Any:
     if value is None:
         return "None"  # MLflow takes no feedback without a value
-    item = getattr(value, "item", None)  # a NumPy scalar
-    if callable(item) and not isinstance(value, (str, bytes, dict, list, tuple)):
-        value = item()
+    if not isinstance(value, (str, bytes, dict, list, tuple)):
+        with contextlib.suppress(Exception):  # not one, or an array of several; and it may be the user's code
+            value = value.item()  # a NumPy scalar
     plain = Plain(MAX_FEEDBACK_BYTES)
     shown = plain(value)
     return _without_unusual_floats(shown) if plain.has_unusual_floats else shown
