@@ -274,6 +274,19 @@ def test_a_store_that_refuses_is_the_users_to_know(runs):
     assert [] == runs.tree()
 
 
+async def test_it_is_entered_once(runs):
+    """A second block of the same object is refused, while the first is open and after it."""
+    mine = dspy_mlflow_async.run("mine")
+    with mine, pytest.raises(RuntimeError, match="entered before"):
+        mine.__enter__()
+    with pytest.raises(RuntimeError, match="entered before"):
+        async with mine:
+            pass
+
+    assert mlflow.active_run() is None
+    assert [("mine", "FINISHED", [])] == runs.tree()
+
+
 def test_it_survives_a_worker_of_dspy(runs):
     """A block inside a program in DSPy's workers: each its own child of the evaluation's run."""
 

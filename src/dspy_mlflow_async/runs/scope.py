@@ -35,6 +35,7 @@ class run:  # noqa: N801 - used like a function
 
     Raises:
         MlflowException: Where the store refuses to create or end it.
+        RuntimeError: Where it is entered a second time: each block is a run of its own.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class run:  # noqa: N801 - used like a function
         self._parent_run_id = parent_run_id
         self._block: active.Block | None = None
         self._lock = threading.Lock()
+        self._was_entered = False
         self._handle: RunHandle | None = None
         self._status: str | None = None
 
     def __enter__(self) -> Any:
         """Create the run and make it active."""
+        self._enter_once()
         self._create()
         return self._activate()
 
@@ -71,6 +74,7 @@ class run:  # noqa: N801 - used like a function
 
     async def __aenter__(self) -> Any:
         """Create the run, without blocking the event loop, and make it active."""
+        self._enter_once()
         try:
             await anyio.to_thread.run_sync(self._create)
         except BaseException as error:
@@ -89,6 +93,12 @@ class run:  # noqa: N801 - used like a function
                 await anyio.to_thread.run_sync(self._end, status)
             finally:
                 self._end(status)  # a second cancellation may have come before the thread began
+
+    def _enter_once(self) -> None:
+        with self._lock:
+            was_entered, self._was_entered = self._was_entered, True
+        if was_entered:
+            raise RuntimeError(f"run({self._name!r}) was entered before; each block needs a run() of its own")
 
     def _create(self) -> None:
         parent = active.innermost()
