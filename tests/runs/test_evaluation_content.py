@@ -158,6 +158,33 @@ def test_one_prediction_object_for_all(runs):
     assert [traces[marker] for marker in markers("a", 4)] == [row["trace_id"] for row in rows]
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_failed_examples_of_a_devset_that_makes_them_anew(runs, num_threads):
+    """New objects at each iteration: the rows of those that failed have their error and trace all the same."""
+
+    class Anew:
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter(devset("a", 4, 4))
+
+        def __getitem__(self, index):
+            return devset("a", 4, 4)[index]
+
+    def during(question):
+        if question in {"@a-1", "@a-2"}:
+            raise ValueError(question)
+
+    dspy.Evaluate(devset=Anew(), metric=exact, num_threads=num_threads, max_errors=9)(Program(during))
+
+    run = runs.run("eval")
+    assert 2.0 == run.data.metrics["errors"]
+    rows = runs.table(run)
+    assert [None, "ValueError: @a-1", "ValueError: @a-2", None] == [row["error"] for row in rows]
+    assert all(row["trace_id"] for row in rows)
+
+
 def test_a_straggler_takes_no_row_of_its_own(runs, monkeypatch):
     """DSPy runs a slow example twice: one row, with the trace of the attempt that counted."""
     from dspy.utils import parallelizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dspy_mlflow_async.runs import artifacts
@@ -72,7 +72,8 @@ def quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def _matched(rows: Sequence[tuple[int, Any]], ended: Sequence[Example]) -> list[Example | None]:
-    """The noted example of each row: by its place where that is known, else by the prediction, else by the object.
+    """The noted example of each row: by its place where that is known, else by the prediction, else by the object,
+    else by what is in it.
 
     DSPy does not tell at which place of the devset a worker is, and one object may stand at several.
     """
@@ -91,12 +92,22 @@ def _matched(rows: Sequence[tuple[int, Any]], ended: Sequence[Example]) -> list[
         # A devset may make its items anew whenever it is read: then the prediction alone counts.
         found.append(same.popleft() if same else by_place.get(place) or by_prediction.get(id(prediction)))
     # What is left has failed, so that its row holds no prediction of the program's.
-    taken = {id(example) for example in found}
-    by_item: dict[int, deque[Example]] = defaultdict(deque)
-    for example in ended:
-        if example.index is None and id(example) not in taken:
-            by_item[id(example.item)].append(example)
-    for row, (_, (item, _, _)) in enumerate(rows):
-        if found[row] is None and by_item.get(id(item)):
-            found[row] = by_item[id(item)].popleft()
+    identities: tuple[Callable[[Any], Any], ...] = (id, _content)
+    for identity in identities:
+        taken = {id(example) for example in found}
+        by_item: dict[Any, deque[Example]] = defaultdict(deque)
+        for example in ended:
+            if example.index is None and id(example) not in taken:
+                by_item[identity(example.item)].append(example)
+        for row, (_, (item, _, _)) in enumerate(rows):
+            if found[row] is None and by_item and by_item.get(identity(item)):
+                found[row] = by_item[identity(item)].popleft()
     return found
+
+
+def _content(item: Any) -> Any:
+    """What is in an item, as text, to find it again in a devset that makes its items anew."""
+    try:
+        return repr(artifacts.fields_of(item))
+    except Exception:  # noqa: BLE001 - a repr is the user's code
+        return id(item)
