@@ -1,5 +1,6 @@
 """What a compile's run holds, and what DSPy's own optimizers make of it, one and two at a time."""
 
+import functools
 import json
 import re
 import threading
@@ -218,6 +219,55 @@ def test_an_lm_that_does_both_counts_as_the_tasks(runs):
             return student
 
     Both().compile(Program(), trainset=devset("t", 1, 1))
+
+    assert {"task": "2"} == tagged(roots(runs)[0], "dspy.lm_calls.")
+
+
+@pytest.mark.parametrize("shape", ["module", "function", "method", "partial"])
+def test_a_judge_with_an_lm_of_its_own_is_the_metrics(runs, shape):
+    """BootstrapFewShot calls its metric itself: what the judge's LM is asked there counts as the metric's."""
+    judging = EchoLM(model="echo/judge")
+
+    class Judge(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = dspy.Predict("answer -> rating")
+
+        def forward(self, example, prediction, trace=None):
+            self.rate(answer=prediction.answer)
+            return True
+
+        def method(self, example, prediction, trace=None):
+            return self(example, prediction)
+
+    module = Judge()
+    module.set_lm(judging)
+
+    def function(example, prediction, trace=None):
+        return module(example, prediction)
+
+    metric = {
+        "module": module,
+        "function": function,
+        "method": module.method,
+        "partial": functools.partial(function),
+    }[shape]
+    BootstrapFewShot(metric=metric, max_bootstrapped_demos=2).compile(Program(), trainset=devset("t", 2, 2))
+
+    assert {"task": "2", "metric": "2"} == tagged(roots(runs)[0], "dspy.lm_calls.")
+
+
+def test_a_judge_with_the_students_lm_cannot_be_told(runs):
+    """Outside of ``Evaluate`` nothing else shows that it judges: its calls count as the task's."""
+    student, judge = Program(), dspy.Predict("answer -> rating")
+    student.set_lm(EchoLM(model="echo/both"))
+    judge.set_lm(student.answer.lm)
+
+    def metric(example, prediction, trace=None):
+        judge(answer=prediction.answer)
+        return True
+
+    BootstrapFewShot(metric=metric, max_bootstrapped_demos=1).compile(student, trainset=devset("t", 1, 1))
 
     assert {"task": "2"} == tagged(roots(runs)[0], "dspy.lm_calls.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import threading
 from collections import defaultdict
@@ -45,6 +46,7 @@ class Compile:
         self._block: active.Block | None = None
         # MIPROv2 proposes with the LM that runs the program where it is given no other: then nobody can tell.
         self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
+        self._judges = _judges(optimizer, inputs)
         self._lock = threading.Lock()
         self._next_step: dict[str, int] = defaultdict(int)
         self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -98,6 +100,9 @@ class Compile:
         if is_judging:
             return self._ledgers[METRIC]
         if not in_example and lm is not self._task_lm:
+            # Some optimizers call their metric themselves, where nothing but its LM tells that it is at work.
+            if any(lm is judge for judge in self._judges):
+                return self._ledgers[METRIC]
             for attribute, role in _ROLES_BY_ATTRIBUTE.items():
                 if getattr(self._optimizer, attribute, None) is lm:
                     return self._ledgers[role]
@@ -174,6 +179,29 @@ class Compile:
     def _show_in_ui(self, run: RunHandle) -> None:
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
             ask(lambda: seam.log_dummy_model(run.run_id, mlflow_seam.FLAVOR))
+
+
+def _judges(optimizer: Any, inputs: dict[str, Any]) -> list[Any]:
+    """The LMs that the modules of an optimizer's metric alone have: it is one, or its function refers to some."""
+    try:
+        metric = optimizer.metric
+        while isinstance(metric, functools.partial):
+            metric = metric.func
+        owners = [metric, getattr(metric, "__self__", None)]
+        if inspect.isfunction(metric):
+            variables = inspect.getclosurevars(metric)
+            owners += [*variables.nonlocals.values(), *variables.globals.values()]
+        programs = [lm for name in ("student", "teacher") for lm in _lms_of(inputs.get(name))]
+        judges = [lm for owner in owners for lm in _lms_of(owner)]
+        return [judge for judge in judges if all(judge is not lm for lm in programs)]
+    except Exception:  # noqa: BLE001 - the optimizer and its metric may be the user's, and refuse to be looked at
+        return []
+
+
+def _lms_of(module: Any) -> list[Any]:
+    """The LMs of a module's own."""
+    predictors = module.predictors() if isinstance(module, dspy.Module) else ()
+    return [predictor.lm for predictor in predictors if predictor.lm is not None]
 
 
 def active_run_handle() -> RunHandle | None:
