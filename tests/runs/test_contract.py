@@ -1,6 +1,7 @@
 """Which run an evaluation or a compile logs into: every row of the table in docs/design.md."""
 
 import asyncio
+import contextlib
 
 import dspy
 import mlflow
@@ -13,6 +14,7 @@ from runtools import (
     copying_pool,
     devset,
     evaluate,
+    exact,
     in_threads,
     in_to_thread,
     markers,
@@ -143,6 +145,61 @@ def test_an_interrupted_evaluation_is_killed(runs):
         evaluate("a", metric=metric)
 
     assert [("eval", "KILLED", [])] == runs.tree()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_run_of_an_mlflow_project_is_the_first_ones(runs, monkeypatch, fails):
+    """``MLFLOW_RUN_ID``, as ``mlflow run`` sets it: that run, with what it holds, which ends with it."""
+    project = mlflow.MlflowClient().create_run(runs.experiment_id, run_name="project")
+    mlflow.MlflowClient().log_param(project.info.run_id, "lm_params", "the project's")
+    monkeypatch.setenv("MLFLOW_RUN_ID", project.info.run_id)
+    seen = []
+
+    def during(question):
+        seen.append(mlflow.active_run().info.run_id)
+        if fails:
+            raise ValueError(question)
+
+    evaluation = dspy.Evaluate(devset=devset("a", 1, 1), metric=exact, num_threads=1, max_errors=1)
+    with pytest.raises(Exception, match="cancelled") if fails else contextlib.nullcontext():
+        evaluation(Program(during), callback_metadata={"metric_key": "first"})
+    evaluate("b", metric_key="second")
+
+    assert [project.info.run_id] == seen
+    assert [("first", "FAILED" if fails else "FINISHED", []), ("second", "FINISHED", [])] == runs.tree()
+    assert "the project's" == runs.run("first").data.params["lm_params"]
+
+
+def test_a_compile_takes_the_run_of_an_mlflow_project(runs, monkeypatch):
+    """Its evaluations are below that run."""
+    project = mlflow.MlflowClient().create_run(runs.experiment_id, run_name="project")
+    monkeypatch.setenv("MLFLOW_RUN_ID", project.info.run_id)
+    Candidates([("a", 1)]).compile(Program(), **STUDENT)
+
+    assert [("project", "FINISHED", [("eval_0", "FINISHED", [])])] == runs.tree()
+    assert "best_model.json" in runs.artifacts(runs.run("project"))
+
+
+def test_of_evaluations_at_once_one_takes_the_run_of_a_project(runs, monkeypatch):
+    """The others get their own."""
+    project = mlflow.MlflowClient().create_run(runs.experiment_id, run_name="project")
+    monkeypatch.setenv("MLFLOW_RUN_ID", project.info.run_id)
+    meeting = Meeting(3)
+    in_threads(*(lambda n=name: evaluate(n, program=Program(meeting), metric_key=n) for name in "abc"))
+
+    assert [(name, "FINISHED", []) for name in "abc"] == runs.tree()
+    assert project.info.run_id in {run.info.run_id for run in runs.runs()}
+
+
+def test_a_project_run_that_is_deleted_is_none(runs, monkeypatch, caplog):
+    """The evaluation goes on and says so."""
+    project = mlflow.MlflowClient().create_run(runs.experiment_id, run_name="project")
+    mlflow.delete_run(project.info.run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", project.info.run_id)
+
+    assert 50.0 == evaluate("a").score
+    assert [] == runs.tree()
+    assert "is deleted" in caplog.text
 
 
 # --- inherited and taken runs -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dspy_mlflow_async.export import before_leaving
@@ -27,10 +27,16 @@ def create(name: str | None, *, parent: Any | None = None, tags: Mapping[str, st
     if parent is not None:
         tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
         experiment_id = parent.info.experiment_id
-    handle = ask(
-        lambda: RunHandle(seam.create_run(name, experiment_id, tags), is_own=True),
-        discard=lambda late: late.end(KILLED),
-    )
+    return _owned(lambda: RunHandle(seam.create_run(name, experiment_id, tags), is_own=True))
+
+
+def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> RunHandle:
+    """Take up a run that ends with what begins here, as ``mlflow.start_run`` does with ``MLFLOW_RUN_ID``."""
+    return _owned(lambda: RunHandle(seam.resume_run(run_id, name, tags or {}), is_own=True, is_new=False))
+
+
+def _owned(make: Callable[[], RunHandle]) -> RunHandle:
+    handle = ask(make, discard=lambda late: late.end(KILLED))
     _occupancy.claim(handle.run_id)  # it is this one's, in whichever thread and task
     register(handle)
     return handle
@@ -63,8 +69,9 @@ _occupancy = Occupancy()
 def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
     """The run that an evaluation or a compile which begins here logs into.
 
-    None open: its own. One that the user opened in this thread and task, and nobody else is in: that one, as MLflow
-    does. One that was inherited, or that somebody is in: a child of it.
+    None open: its own, or the one that ``mlflow run`` has made for this process. One that the user opened in this
+    thread and task, and nobody else is in: that one, as MLflow does. One that was inherited, or that somebody is in:
+    a child of it.
 
     Args:
         name: The name of a run of its own, or None for one that MLflow makes up.
@@ -76,7 +83,8 @@ def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[s
     """
     run = active.innermost()
     if run is None:
-        return create(name, tags=tags)
+        run_id = seam.take_run_id()
+        return create(name, tags=tags) if run_id is None else _resume(run_id, name, tags)
     if active.was_opened_here(run) and _occupancy.claim(run.info.run_id):
         return RunHandle(run, is_own=False)
     return create(child_name or name, parent=run, tags=tags)

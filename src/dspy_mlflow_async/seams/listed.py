@@ -133,6 +133,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("opentelemetry.sdk.trace:TracerProvider._tracers", _SCOPE, is_optional=True),
     # MLflow, runs
     Seam(f"{_FLUENT}:_active_run_stack", "makes MLflow's active run follow the context"),
+    Seam(f"{_FLUENT}:_active_experiment_id", _RUNS),
     Seam(f"{_FLUENT}:_create_logged_model", _RUNS),
     Seam(f"{_FLUENT}:_get_experiment_id", _RUNS),
     Seam(f"{_FLUENT}:_last_active_run_id", _RUNS),

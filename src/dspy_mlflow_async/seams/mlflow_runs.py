@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.dspy.util import _flatten_dspy_module_state, sanitize_params
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LifecycleStage, LoggedModelOutput, RunStatus, RunTag
+from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.constant import TokenUsageKey
 from mlflow.tracing.utils import calculate_cost_by_model_and_token_usage
@@ -23,6 +26,7 @@ __all__ = [
     "MLFLOW_PARENT_RUN_ID",
     "ActiveRun",
     "fluent",
+    "mlflow",
     "sanitize_params",
 ]
 
@@ -52,6 +56,32 @@ def create_run(name: str | None, experiment_id: str | None, tags: Mapping[str, s
         experiment_id = fluent._get_experiment_id()
     run = MlflowClient().create_run(experiment_id, run_name=name, tags=context_registry.resolve_tags(dict(tags)))
     return ActiveRun(run)
+
+
+def take_run_id() -> str | None:
+    """The run in ``MLFLOW_RUN_ID``, which ``mlflow run`` sets for its process. Taken out: the first gets it."""
+    try:
+        return os.environ.pop(MLFLOW_RUN_ID.name, None) or None
+    except KeyError:  # another thread was faster
+        return None
+
+
+def resume_run(run_id: str, name: str | None, tags: Mapping[str, str]) -> ActiveRun:
+    """Take a run up again as ``mlflow.start_run`` does, without making it active.
+
+    Raises:
+        MlflowException: Where it was deleted, or is in another experiment than the active one, or the store refuses.
+    """
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    if run.info.lifecycle_stage == LifecycleStage.DELETED:
+        raise MlflowException(f"run {run_id} of {MLFLOW_RUN_ID.name} is deleted")
+    if fluent._active_experiment_id not in (None, run.info.experiment_id):
+        raise MlflowException(f"run {run_id} of {MLFLOW_RUN_ID.name} is in another experiment than the active one")
+    client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING), name=name)
+    if tags:
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    return ActiveRun(client.get_run(run_id))
 
 
 def tracking_uri() -> str:
@@ -92,7 +122,7 @@ def program_params(program: Any) -> dict[str, Any]:
 def _is_imported(name: str) -> bool:
     """Whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
     module = sys.modules.get(name)
-    return module is not None and not getattr(module.__spec__, "_initializing", False)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
