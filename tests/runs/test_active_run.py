@@ -274,6 +274,21 @@ def test_a_later_mlflow_without_the_seam_costs_one_warning(store, monkeypatch, c
     assert {"eval": markers("a", 2)} == store.traces_by_run()
 
 
+def test_without_the_seam_the_users_run_is_seen(store, monkeypatch):
+    """There ``mlflow.active_run()`` tells of it: an evaluation logs into it, a run of ours is its child."""
+    monkeypatch.setattr(active.seam, "has_run_stack", lambda: False)
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    with mlflow.start_run(run_name="mine"):
+        evaluate("a", num_threads=2)
+        with dspy_mlflow_async.run("ours"):
+            evaluate("b")
+        between = active.VARIABLE.get()
+
+    assert between is None
+    assert [("mine", "FINISHED", [("ours", "FINISHED", [])])] == store.tree()
+    assert {"mine": markers("a", 2), "ours": markers("b", 2)} == store.traces_by_run()
+
+
 # --- MLflow's own examples ----------------------------------------------------------------------------------------
 
 
