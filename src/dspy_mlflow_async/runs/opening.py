@@ -37,6 +37,7 @@ def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> Ru
 
 def _owned(make: Callable[[], RunHandle]) -> RunHandle:
     handle = ask(make, discard=lambda late: late.end(KILLED))
+    active.notes(handle.run).is_ours = True
     _occupancy.claim(handle.run_id)  # it is this one's, in whichever thread and task
     register(handle)
     return handle

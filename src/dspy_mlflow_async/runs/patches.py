@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dspy_mlflow_async.runs import stack
+from dspy_mlflow_async.runs.nesting import replace_start_run
 from dspy_mlflow_async.seams import mlflow_runs as seam
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -84,11 +85,13 @@ def replace_stack(count_blocks: Callable[[int], None]) -> Undo:
     replacement = ContextRunStack(original)
     setattr(seam.fluent, seam.STACK_NAME, replacement)
     undo_blocks = _replace_blocks(replacement, count_blocks)
+    undo_start = replace_start_run()
 
     def undo() -> None:
         if seam.run_stack() is replacement:
             setattr(seam.fluent, seam.STACK_NAME, original)
         undo_blocks()
+        undo_start()
 
     return undo
 
