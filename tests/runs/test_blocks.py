@@ -8,7 +8,7 @@ import threading
 import dspy
 import mlflow
 import pytest
-from runtools import TIMEOUT, Program, Turns, evaluate, in_threads
+from runtools import TIMEOUT, Candidates, Program, Turns, devset, evaluate, in_threads
 
 import dspy_mlflow_async
 from dspy_mlflow_async.runs import active
@@ -51,10 +51,11 @@ def statuses(store):
 # --- not last in, first out ---------------------------------------------------------------------------------------
 
 
-@BLOCKS
-async def test_the_first_ends_first(runs, block):
+@pytest.mark.parametrize("one", [ours, mlflows])
+@pytest.mark.parametrize("other", [ours, mlflows])
+async def test_the_first_ends_first(runs, one, other):
     """Two generators in one task, closed in the order in which they began: what is active is what is open."""
-    first, second = held(block, "first"), held(block, "second")
+    first, second = held(one, "first"), held(other, "second")
     seen = []
     for step in (first.__anext__, second.__anext__, first.aclose, second.aclose):
         await step()
@@ -79,6 +80,29 @@ async def test_one_that_ends_in_another_tasks_block_leaves_that_alone(runs, bloc
     assert ("here", None) == (inside, active_name())
     assert {"elsewhere": "FINISHED", "here": "FINISHED"} == statuses(runs)
     assert {"x": 1.0} == runs.run("here").data.metrics
+
+
+def test_one_that_ends_inside_an_evaluation_leaves_that_alone(runs):
+    """The program closes a generator that is inside a run: the evaluation's own run goes on."""
+    seen = []
+
+    def during(question):
+        if question == "@a-0":
+            exits.close()
+        seen.append(active_name())
+
+    class Opens(Candidates):
+        def compile(self, student, *, trainset, teacher=None, valset=None, **kwargs):
+            evaluate("a", program=Program(during), metric_key="key")
+            return student
+
+    exits = contextlib.ExitStack()
+    exits.enter_context(mlflow.start_run(run_name="mine"))
+    Opens([]).compile(Program(), trainset=devset("t", 1, 1))
+
+    assert ["key_0", "key_0"] == seen
+    assert active_name() is None
+    assert [("mine", "FINISHED", [("key_0", "FINISHED", [])])] == runs.tree()
 
 
 @BLOCKS

@@ -81,6 +81,11 @@ class Run:
         self.run_id = None
 
 
+def without(runs, run):
+    """``runs`` less this one."""
+    return tuple(each for each in runs if each is not run)
+
+
 class Actor:
     """What the model knows of a task or thread."""
 
@@ -140,14 +145,18 @@ class Machine(RuleBasedStateMachine):
         actor.compile = compiling or actor.compile
         run.run_id = actor.do(lambda: mlflow.active_run().info.run_id)
 
-    @rule(data=st.data(), ours=st.booleans())
-    def open_run(self, data, ours):
+    @rule(data=st.data(), ours=st.booleans(), nested=st.booleans())
+    def open_run(self, data, ours, nested):
         actor = self.pick(data)
         name = f"run{next(self.numbers)}"
+        if not ours and not nested and any(run.opener is actor for run in actor.active):
+            with pytest.raises(Exception, match="already active"):
+                actor.do(lambda: mlflow.start_run(run_name=name))
+            return
         run = self.made(name, actor.active[-1] if actor.active else None, actor)
 
         def begin():
-            scope = dspy_mlflow_async.run(name) if ours else mlflow.start_run(run_name=name, nested=True)
+            scope = dspy_mlflow_async.run(name) if ours else mlflow.start_run(run_name=name, nested=nested)
             scope.__enter__()
             return scope
 
@@ -159,6 +168,7 @@ class Machine(RuleBasedStateMachine):
             run.status = STATUS[error] if ours or error is None else "FAILED"
 
         self.enter(actor, end, run)
+        actor.open[-1] = (*actor.open[-1], run)
 
     # --- evaluations and compiles
 
@@ -233,8 +243,27 @@ class Machine(RuleBasedStateMachine):
         actor = data.draw(st.sampled_from([each for each in self.actors if each.open]))
         self.end_one(actor, error)
 
+    @precondition(lambda self: any(self.blocks(actor) for actor in self.actors))
+    @rule(data=st.data())
+    def end_out_of_order(self, data):
+        """A run's block ends while others that began later go on; what logs into that run goes on, too."""
+        actor = data.draw(st.sampled_from([each for each in self.actors if self.blocks(each)]))
+        index = data.draw(st.sampled_from(self.blocks(actor)))
+        end, *_, run = actor.open.pop(index)
+        actor.active = without(actor.active, run)
+        for place, (later, active, *rest) in enumerate(actor.open):
+            if place >= index:
+                actor.open[place] = (later, without(active, run), *rest)
+        end(None)
+        self.check(actor)
+
+    @staticmethod
+    def blocks(actor):
+        """The places of the runs that the actor has opened itself, and in which nothing is going on."""
+        return [index for index, (*_, run) in enumerate(actor.open) if isinstance(run, Run) and not run.is_taken]
+
     def end_one(self, actor, error):
-        end, actor.active, actor.compile = actor.open.pop()
+        end, actor.active, actor.compile, *_ = actor.open.pop()
         end(error)
         self.check(actor)
 
@@ -297,7 +326,7 @@ def test_any_interleaving(store_uri, tmp_path, monkeypatch):
 
         class WithStore(Machine):
             def new_store(self):
-                name = f"interleaving{next(number)}"
+                name = f"{tmp_path.name}-{next(number)}"
                 experiment_id = mlflow.create_experiment(name, artifact_location=(tmp_path / name).as_uri())
                 monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", experiment_id)
                 return Store(experiment_id)

@@ -111,7 +111,7 @@ class Block:
         self._is_added = not around or around[-1] is not run
         if self._is_added:
             noted = notes(run)
-            noted.has_ended = False
+            noted.has_ended, noted.is_scoped = False, True
             if noted.opened_in is None:
                 mark_opened_here(run)
         VARIABLE.set((*around, run) if self._is_added else around)

@@ -149,7 +149,8 @@ def _is_elsewhere(run: Any) -> bool:
     # By id, as MLflow does: a tool may have ended the run and started it again.
     if all(each.info.run_id != run.info.run_id for each in runs):
         return True
-    return runs[-1].info.run_id != run.info.run_id and stack.notes(runs[-1]).holds_block
+    last = stack.notes(runs[-1])
+    return runs[-1].info.run_id != run.info.run_id and (last.holds_block or last.is_scoped)
 
 
 def _end_alone(run: Any, leave: Callable[..., Any], exception: tuple[Any, ...]) -> Any:

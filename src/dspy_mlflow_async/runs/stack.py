@@ -85,16 +85,17 @@ class Notes:
     Attributes:
         opened_in: The thread and task that opened it, or None where we have not seen that.
         is_ours: Whether it was made for an evaluation or a compile, and not opened by the user.
-        holds_block: Whether a ``with`` block of it is open.
+        holds_block: Whether a ``with`` block of MLflow's is open on it.
+        is_scoped: Whether a block of ours holds it, and takes it away.
         ends_in_place: Whether that block is just ending in the thread and task that opened it.
         has_ended: Whether it has been ended where it could not be taken out of the context that opened it.
     """
 
-    __slots__ = ("ends_in_place", "has_ended", "holds_block", "is_ours", "opened_in")
+    __slots__ = ("ends_in_place", "has_ended", "holds_block", "is_ours", "is_scoped", "opened_in")
 
     def __init__(self) -> None:
         self.opened_in: tuple[int, int | None] | None = None
-        self.is_ours = self.holds_block = self.ends_in_place = self.has_ended = False
+        self.is_ours = self.is_scoped = self.holds_block = self.ends_in_place = self.has_ended = False
 
 
 _notes: WeakKeyDictionary[Any, Notes] = WeakKeyDictionary()
