@@ -1,15 +1,19 @@
 """The command ``report``, on runs of real evaluations in a sqlite store."""
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 
 import dspy
 import mlflow
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all
 from dspy_mlflow_async.cli import app
+from dspy_mlflow_async.cli.report.scores import number_of
 from dspy_mlflow_async.cli.report.text import spark_line
 from echo import Chain
 
@@ -79,6 +83,61 @@ async def test_compare(comparison, report):
     line = next(line for line in text.splitlines() if "@e-1" in line)
     assert ["0 (failed)", "1", "question=@e-1, answer=@e-1"] == sorted(re.split(r"  +", line.strip()))
     assert "and 2 more" in apart
+
+
+def told(score):
+    """A score with what is to be said of it; the text looks like a field of its own."""
+    return dspy.Prediction(feedback=",\n    score=7,\n    so so", score=score)
+
+
+@pytest.mark.parametrize("kind", [told, np.float32, np.bool_, Fraction, lambda n: told(np.float64(n))])
+async def test_scores_of_any_kind(stored, report, kind):
+    """What ``dspy.Evaluate`` can add up is a number in a report, whatever the metric's type."""
+
+    def metric(example, prediction):
+        return kind(int(prediction.answer == example.answer))
+
+    with mlflow.start_run(experiment_id=stored.experiment_id):
+        comparison = await aevaluate_all(
+            {"good": Chain(), "half": Half()}, devset=examples(), metric=metric, display_progress=False, max_errors=9
+        )
+    text = report("--compare", comparison.run_id)
+    tree = report(comparison.run_id)
+
+    assert {"good": 100.0, "half": 50.0} == {case.name: case.score for case in comparison.cases}
+    assert "3 of 6 examples differ" in text
+    assert ["0", "1", "question=@e-3, answer=@e-3"] == sorted(re.split(r"  +", _line(text, "@e-3").strip()))
+    assert "█▁█▁█▁" in _line(tree, "half")
+
+
+def _line(text, part):
+    return next(line for line in text.splitlines() if part in line)
+
+
+@pytest.mark.parametrize(
+    ("stored", "number"),
+    [
+        (0.5, 0.5),
+        (True, 1.0),
+        ({"score": 0.25, "feedback": "x"}, 0.25),
+        ("0.5", 0.5),
+        ("False", 0.0),
+        ("1/4", 0.25),
+        (str(dspy.Prediction(score=0.5)), 0.5),
+        (str(dspy.Prediction(score=True, feedback="x")), 1.0),
+        (str(dspy.Prediction(score=Fraction(1, 4))), 0.25),
+        (str(dspy.Prediction(score=Decimal("0.5"))), 0.5),
+        (str(dspy.Prediction(feedback="score=0.5")), None),
+        ("1/0", None),
+        ("nan", None),
+        (float("inf"), None),
+        ("fine", None),
+        (None, None),
+    ],
+)
+def test_score_of_a_table(stored, number):
+    """A number as such, as the text of an object, or in the text of a prediction; else none."""
+    assert number == number_of(stored)
 
 
 async def test_page(comparison, report, tmp_path):

@@ -205,8 +205,8 @@ def outcome_of(record: Mapping[str, Any]) -> tuple[Outcome, str]:
 def _plain_score(score: Any, plain: Callable[[Any], Any]) -> Any:
     if score is None or isinstance(score, (bool, int, float)):
         return {"value": score}
-    if isinstance(score, dspy.Prediction):
-        return _plain_prediction(score, plain)
+    if isinstance(score, dspy.Prediction):  # its number as one: as a text it could not be added up
+        return {"fields": plain(dict(score.items()) | {"score": number_of(score)})}
     return {"value": number_of(score)}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dspy_mlflow_async.cli.report import reading
 from dspy_mlflow_async.cli.report.reading import EVALUATION, Node
+from dspy_mlflow_async.cli.report.scores import number_of
 
 _ALIKE = 1e-12
 
@@ -104,7 +105,7 @@ def _row(rows: Sequence[dict[str, Any] | None]) -> Row:
     known = [row or {} for row in rows]
     return Row(
         _fields(next(row for row in known if row), "example_"),
-        tuple(reading.number_of(row.get("score")) for row in known),
+        tuple(number_of(row.get("score")) for row in known),
         tuple(_fields(row, "pred_") for row in known),
         tuple(row.get("error") for row in known),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from dspy_mlflow_async.cli.report.scores import number_of
 from dspy_mlflow_async.evaluate import records
 from dspy_mlflow_async.seams import mlflow_artifacts
 
@@ -138,7 +139,7 @@ def _score(run: Any, kind: str) -> float | None:
         value = max((float(text) for key, text in run.data.tags.items() if key.startswith(_BEST_SCORE)), default=None)
     else:
         value = None
-    return None if value is None else float(value)
+    return number_of(value)
 
 
 def _series(run: Any, kind: str, children: tuple[Node, ...]) -> list[float]:
@@ -148,15 +149,9 @@ def _series(run: Any, kind: str, children: tuple[Node, ...]) -> list[float]:
     if kind == COMPILE:
         keys = [key.removeprefix(_BEST_SCORE) for key in run.data.tags if key.startswith(_BEST_SCORE)]
         history = [point for key in keys for point in MlflowClient().get_metric_history(run.info.run_id, key)]
-        return [point.value for point in sorted(history, key=lambda point: (point.timestamp, point.step))]
+        points = sorted(history, key=lambda point: (point.timestamp, point.step))
+        return [point.value for point in points if number_of(point.value) is not None]
     return [child.score for child in children if child.score is not None]
-
-
-def number_of(value: Any) -> float | None:
-    """A score of a result table as a number, or None where it is none."""
-    if isinstance(value, dict):  # a Prediction with score and feedback
-        value = value.get("score")
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _traces(run: Any) -> Traces:
