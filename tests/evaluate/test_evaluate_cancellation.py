@@ -1,15 +1,22 @@
 """Cancelling an evaluation, wherever it is: examples end, runs are KILLED, nothing is left behind."""
 
 import asyncio
+import threading
 
+import anyio
 import dspy
 import mlflow
 import pytest
+from mlflow import MlflowClient
 from small import examples
 
 import dspy_mlflow_async
 from clean import assert_context_is_clean
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
+from dspy_mlflow_async.evaluate import journal, local, records
+from dspy_mlflow_async.evaluate.journal import Journal, Stored
+from dspy_mlflow_async.evaluate.outcome import Outcome
+from dspy_mlflow_async.runs.evaluation import Evaluation
 from dspy_mlflow_async.testing import tree
 from echo import EchoLM
 
@@ -149,3 +156,134 @@ async def test_evaluations_side_by_side(traces, runs):
     assert 100.0 == result.score
     assert {"held": "KILLED", "free": "FINISHED"} == {name: run.info.status for name, run in runs().items()}
     assert mlflow.active_run() is None
+
+
+class Gate:
+    """Stands before a function of ours that a thread calls: tells when it is there, and lets it go on."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.reached, self.opened, self.passed = threading.Event(), threading.Event(), threading.Event()
+        function = getattr(owner, name)
+
+        def waiting(*args):
+            self.reached.set()
+            assert self.opened.wait(30)
+            try:
+                return function(*args)
+            finally:
+                self.passed.set()
+
+        monkeypatch.setattr(owner, name, waiting)
+
+    async def cancel_there(self, task):
+        assert await asyncio.to_thread(self.reached.wait, 30)
+        task.cancel()
+
+
+class Answers(dspy.Module):
+    async def aforward(self, question):
+        return dspy.Prediction(answer=question)
+
+
+def evaluate_two(**options):
+    return asyncio.ensure_future(
+        aevaluate_all(
+            {"one": Answers(), "two": Answers()},
+            devset=examples(size=2),
+            metric=is_right,
+            display_progress=False,
+            **options,
+        )
+    )
+
+
+async def test_cancelled_while_the_parent_is_created(traces, runs, monkeypatch):
+    """Nobody waits for the thread that creates the run; it ends the run KILLED."""
+    created, ended = Gate(monkeypatch, records, "open_parent"), Gate(monkeypatch, records, "end")
+    ended.opened.set()
+    task = evaluate_two()
+    await created.cancel_there(task)
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 30)
+    created.opened.set()
+    assert await asyncio.to_thread(ended.passed.wait, 30)
+
+    assert {"evaluate_all": "KILLED"} == {name: run.info.status for name, run in runs().items()}
+
+
+@pytest.mark.parametrize("name", ["open_case", "end"])
+async def test_cancelled_while_a_case_is_opened_or_ended(traces, runs, monkeypatch, name):
+    """The parent and what was open are KILLED once the await has raised, wherever the cancellation came."""
+    gate = Gate(monkeypatch, records, name)
+    task = evaluate_two(max_concurrency=1)
+    await gate.cancel_there(task)
+    gate.opened.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 30)
+    found = {name: run.info.status for name, run in runs().items()}
+
+    assert "KILLED" == found.pop("evaluate_all")
+    assert found.keys() <= {"one", "two"}
+    assert set(found.values()) <= {"FINISHED", "KILLED"}
+
+
+async def test_cancelled_while_the_parent_is_ended(traces, runs, monkeypatch):
+    """The caller gets no comparison, and so the run is not FINISHED; the cases are."""
+    first = Gate(monkeypatch, records, "end")
+    first.opened.set()
+    task = evaluate_two()
+    while not {"one", "two"} <= runs().keys() or "RUNNING" in {runs()[name].info.status for name in ("one", "two")}:
+        first.passed.clear()
+        assert await asyncio.to_thread(first.passed.wait, 30)
+    monkeypatch.undo()
+    last = Gate(monkeypatch, records, "end")
+    await last.cancel_there(task)
+    last.opened.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 30)
+
+    assert {"evaluate_all": "KILLED", "one": "FINISHED", "two": "FINISHED"} == {
+        name: run.info.status for name, run in runs().items()
+    }
+
+
+async def test_cancelled_while_an_evaluation_is_closed(traces, runs, monkeypatch):
+    """Its run ends KILLED, before the await raises, and not as what it was on the way to."""
+    dspy_mlflow_async.autolog(silent=True, log_evals=True)
+    gate = Gate(monkeypatch, Evaluation, "_close")
+    task = asyncio.ensure_future(AsyncEvaluate(devset=examples(size=2), metric=is_right).acall(Answers()))
+    await gate.cancel_there(task)
+    await asyncio.sleep(0)  # the cancellation is delivered while the thread is at work
+    gate.opened.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 30)
+
+    assert {"eval": "KILLED"} == {name: run.info.status for name, run in runs().items()}
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("is_native", [False, True])
+async def test_journal_keeps_what_has_ended(experiment, turns, is_native):
+    """Whenever the cancellation comes, a finished example is in the store in the end."""
+    devset = examples(size=1)
+    keys = [journal.fingerprint(example) for example in devset]
+    run = MlflowClient().create_run(experiment)
+    kept = Journal(run.info.run_id, keys, Stored())
+    kept.add(Outcome(0, prediction=dspy.Prediction(answer="x"), score=True))
+    if is_native:
+        task = asyncio.ensure_future(kept.keep())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=30)
+    else:
+        async with anyio.create_task_group() as group:
+            group.start_soon(kept.keep)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            group.cancel_scope.cancel()
+    kept.close()
+    await kept.end()
+
+    assert {0} == journal.read(run, keys).outcomes.keys()
+    assert [] == local.read(run.info.run_id)  # the store has it

@@ -9,15 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import dspy
 
 from dspy_mlflow_async.evaluate import calls, outputs
 from dspy_mlflow_async.evaluate.calls import METRIC_THREADS, Caller
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
+from dspy_mlflow_async.evaluate.lasting import to_the_end
 from dspy_mlflow_async.evaluate.progress import BOARD
 from dspy_mlflow_async.evaluate.slots import Slots
-from dspy_mlflow_async.runs.evaluation import begun_here
+from dspy_mlflow_async.runs.evaluation import Evaluation, begun_here
+from dspy_mlflow_async.runs.handle import KILLED
 from dspy_mlflow_async.seams import dspy_evaluate as seam
 
 
@@ -176,8 +177,9 @@ class AsyncEvaluate(dspy.Evaluate):
         )
         callers = Caller(program, num_threads), Caller(metric, min(num_threads, METRIC_THREADS))
         conditions, evaluation = self._conditions(num_threads), begun_here()
-        if evaluation is not None:
-            evaluation.postponed = _postponed.get()
+        closing = _closing.get()
+        if evaluation is not None and closing is not None:
+            evaluation.postponed, closing.evaluation = closing.postponed, evaluation
         name = getattr(program, "__name__", None) or type(program).__name__
         with BOARD.line(name, len(devset), self.failure_score, is_shown=display_progress) as line:
             if display_progress:
@@ -197,20 +199,39 @@ class AsyncEvaluate(dspy.Evaluate):
         return Conditions(Slots(limit))
 
 
-# Where the evaluation that runs in this task leaves what its end has to log.
-_postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("dspy_mlflow_async_postponed", default=None)
+class _Closing:
+    """What the evaluation that runs in this task leaves for its end, and the evaluation itself."""
+
+    def __init__(self) -> None:
+        self.postponed: list[Callable[[], None]] = []
+        self.evaluation: Evaluation | None = None
+
+    def close(self) -> None:
+        """Log what there is to log."""
+        for close in self.postponed:
+            close()
+
+    def kill(self) -> None:
+        """End the run once more, for a caller who was cancelled while it was closed and gets no result."""
+        if self.evaluation is not None and self.evaluation.run is not None:
+            self.evaluation.run.end(KILLED)
+
+
+_closing: ContextVar[_Closing | None] = ContextVar("dspy_mlflow_async_closing", default=None)
 
 
 @contextlib.asynccontextmanager
 async def _closing_in_threads() -> AsyncIterator[None]:
     """Log what the evaluation in this block has to log at its end, without blocking the loop, cancelled or not."""
-    before = _postponed.get()
-    postponed: list[Callable[[], None]] = []
-    _postponed.set(postponed)
+    before, closing = _closing.get(), _Closing()
+    _closing.set(closing)
     try:
         yield
     finally:
-        _postponed.set(before)
-        with anyio.CancelScope(shield=True):
-            for close in postponed:
-                await anyio.to_thread.run_sync(close)
+        _closing.set(before)
+        if closing.postponed:
+            try:
+                await to_the_end(closing.close)
+            except anyio.get_cancelled_exc_class():
+                await to_the_end(closing.kill)
+                raise

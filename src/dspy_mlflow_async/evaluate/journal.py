@@ -6,12 +6,13 @@ is written to two files in turn, and the fuller one that can be read counts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import dspy
 from mlflow import MlflowClient
 
 from dspy_mlflow_async.evaluate import local
+from dspy_mlflow_async.evaluate.lasting import to_the_end
 from dspy_mlflow_async.evaluate.local import LocalCopy
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
 from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
@@ -78,39 +80,41 @@ class Journal:
         self._news.set()
 
     async def keep(self) -> None:
-        """Write what is added until ``close``; also what is left when this is cancelled."""
+        """Write what is added, until ``close``."""
+        while not (self._is_closing and not self._waiting):
+            await self._news.wait()
+            self._news = anyio.Event()
+            began = time.monotonic()
+            is_written = await self._write(to_the_end)
+            if not self._is_closing:  # one fifth of the time at most
+                await anyio.sleep(4 * (time.monotonic() - began) if is_written else _RETRY_SECONDS)
+            elif not is_written:
+                return
+            if self._waiting or self._is_closing:
+                self._news.set()
+
+    async def end(self) -> None:
+        """Write what is left when ``keep`` was cancelled, perhaps before it began; then nothing more is kept."""
         try:
-            while not (self._is_closing and not self._waiting):
-                await self._news.wait()
-                self._news = anyio.Event()
-                began = time.monotonic()
-                is_written = await self._write()
-                if not self._is_closing:  # one fifth of the time at most
-                    await anyio.sleep(4 * (time.monotonic() - began) if is_written else _RETRY_SECONDS)
-                elif not is_written:
-                    return
-                if self._waiting or self._is_closing:
-                    self._news.set()
+            with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+                await self._write(functools.partial(anyio.to_thread.run_sync, abandon_on_cancel=True))
         finally:
-            if self._waiting:
-                with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
-                    await self._write()
             self._local.close(is_stored=not self._waiting)
 
-    async def _write(self) -> bool:
+    async def _write(self, in_thread: Callable[..., Awaitable[Any]]) -> bool:
         if not self._waiting:
             return True
-        taken, self._waiting = self._waiting, []
+        taken = list(self._waiting)
         lines = [*self._lines, *taken]
         path = f"{FOLDER}/{self._part:05}-{'ab'[self._turn]}.jsonl"
         try:
-            await anyio.to_thread.run_sync(_log_text, self._run_id, path, "\n".join(lines) + "\n")
+            await in_thread(_log_text, self._run_id, path, "\n".join(lines) + "\n")
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
-            self._waiting = [*taken, *self._waiting]
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning("Finished examples cannot be stored now, for a resume; trying again: %s", error)
             return False
+        del self._waiting[: len(taken)]  # not before: a cancellation may come in between
         self._lines, self._turn = lines, 1 - self._turn
         if len(lines) >= PART_SIZE:
             self._lines, self._part = [], self._part + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import FAILED, FINISHED, STOPPED, CaseResult, Comparison
 from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
 from dspy_mlflow_async.evaluate.examples import Conditions, is_cancelled_from_outside
+from dspy_mlflow_async.evaluate.held import HeldRun
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
 from dspy_mlflow_async.evaluate.outcome import Outcome
 from dspy_mlflow_async.evaluate.progress import BOARD, Line
@@ -92,11 +94,9 @@ class Session:
         Args:
             resume: The parent run of an earlier process, or None.
         """
-        plan = self._plan = await anyio.to_thread.run_sync(Plan.of, self._cases)
-        if resume is None:
-            self._parent = await anyio.to_thread.run_sync(records.open_parent, self._options.run_name, plan)
-        else:
-            self._parent, self._stored = await anyio.to_thread.run_sync(records.reopen_parent, resume, plan)
+        self._plan = await anyio.to_thread.run_sync(Plan.of, self._cases)
+        held = HeldRun(functools.partial(self._open_parent, self._plan, resume))
+        self._parent = await held.open()
         status = RUN_FAILED
         try:
             with records.entered(self._parent), _traced():
@@ -112,7 +112,13 @@ class Session:
         else:
             return comparison
         finally:
-            await _shielded(records.end, self._parent, status)
+            await held.end(status)
+
+    def _open_parent(self, plan: Plan, resume: str | None) -> RunHandle | None:
+        if resume is None:
+            return records.open_parent(self._options.run_name, plan)
+        parent, self._stored = records.reopen_parent(resume, plan)
+        return parent
 
     async def _evaluate(self) -> None:
         async with anyio.create_task_group() as group:
@@ -135,7 +141,8 @@ class Session:
         if stored is None and self._slots.is_closed:
             self._results[case.name] = summary.case_result(case, {}, STOPPED)
             return
-        handle = await anyio.to_thread.run_sync(records.open_case, self._parent, case.name, stored)
+        held = HeldRun(functools.partial(records.open_case, self._parent, case.name, stored))
+        handle = await held.open()
         outcomes = {} if stored is None else _kept(stored)
         status, result, failure = RUN_FAILED, None, None
         try:
@@ -150,7 +157,7 @@ class Session:
                 raise
             failure = error  # a case that fails is reported, and the others go on
         finally:
-            await _shielded(records.end, handle, status)
+            await held.end(status)
         is_whole = len(outcomes) == len(case.devset or ())
         self._results[case.name] = summary.case_result(
             case,
@@ -221,16 +228,19 @@ async def _kept_by(journal: Journal | None) -> AsyncIterator[None]:
         yield
         return
     failure: BaseException | None = None
-    async with anyio.create_task_group() as group:
-        group.start_soon(journal.keep)
-        try:
-            yield
-        except BaseException as error:
-            if is_cancelled_from_outside():
-                raise
-            failure = error  # the task group would wrap it
-        finally:
-            journal.close()
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(journal.keep)
+            try:
+                yield
+            except BaseException as error:
+                if is_cancelled_from_outside():
+                    raise
+                failure = error  # the task group would wrap it
+            finally:
+                journal.close()
+    finally:
+        await journal.end()
     if failure is not None:
         raise failure
 
@@ -244,9 +254,3 @@ def _traced() -> Iterator[None]:
         return
     with dspy.context(callbacks=[*callbacks, TracingCallback(log_traces=False)]):
         yield
-
-
-async def _shielded(function: Callable[..., Any], *args: Any) -> None:
-    """Call ``function`` in a thread, also while this task is being cancelled."""
-    with anyio.CancelScope(shield=True):
-        await anyio.to_thread.run_sync(function, *args)
