@@ -13,7 +13,7 @@ from small import examples
 import dspy_mlflow_async
 from clean import assert_context_is_clean
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
-from dspy_mlflow_async.evaluate import journal, local, records
+from dspy_mlflow_async.evaluate import identity, journal, local, records
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
 from dspy_mlflow_async.evaluate.outcome import Outcome
 from dspy_mlflow_async.runs.evaluation import Evaluation
@@ -266,7 +266,7 @@ async def test_cancelled_while_an_evaluation_is_closed(traces, runs, monkeypatch
 async def test_journal_keeps_what_has_ended(experiment, turns, is_native):
     """Whenever the cancellation comes, a finished example is in the store in the end."""
     devset = examples(size=1)
-    keys = [journal.fingerprint(example) for example in devset]
+    keys = [identity.fingerprint(example) for example in devset]
     run = MlflowClient().create_run(experiment)
     kept = Journal(run.info.run_id, keys, Stored())
     kept.add(Outcome(0, prediction=dspy.Prediction(answer="x"), score=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 import anyio
 import dspy
 import mlflow
+import numpy as np
 import pytest
 from small import examples, is_right
 
@@ -314,21 +315,59 @@ async def test_bad_input(experiment, options, error, text):
 
 
 async def test_resume_of_something_else(traces, runs):
-    """A resume that would mix two evaluations is refused."""
-    done = await evaluated({"good": Chain()})
+    """A resume that would mix two evaluations is refused, and says what differs."""
+    program, lm = Chain(), EchoLM()
+    metric = lambda example, prediction: 1  # noqa: E731 - two lambdas have one name
+    done = await evaluated([Case("good", program, lm=lm)], metric=metric)
 
-    for options, text in [
-        ({"programs": {"better": Chain()}}, "evaluates the cases good"),
-        ({"programs": {"good": Half()}}, "another program"),
+    for other, text in [
+        ({"programs": {"better": program}}, "evaluates the cases good"),
+        ({"programs": [Case("good", Half(), lm=lm)]}, r"another program \(Chain-\w+ then, Half-\w+ now\)"),
         ({"devset": examples("@other", 6)}, "another devset"),
-        ({"metric": lambda example, prediction: 1}, "another metric"),
+        ({"metric": lambda example, prediction: 0}, "another metric"),
+        ({"programs": [Case("good", program, lm=EchoLM(model="echo/two"))]}, "EchoLM echo/two"),
+        ({"programs": [Case("good", program, adapter=dspy.JSONAdapter())]}, "another adapter .*JSONAdapter"),
+        ({"programs": [Case("good", program, lm=lm, settings={"max_errors": 7})]}, "another settings .*max_errors"),
         ({"resume": done["good"].run_id}, "not one of evaluate_all"),
     ]:
+        options = {"programs": [Case("good", program, lm=lm)], "resume": done.run_id, "metric": metric, **other}
         with pytest.raises(ValueError, match=text):
-            await evaluated(
-                options.get("programs", {"good": Chain()}),
-                **{"resume": done.run_id, **{key: value for key, value in options.items() if key != "programs"}},
-            )
+            await evaluated(options.pop("programs"), **options)
+
+    assert 100.0 == (await evaluated([Case("good", program, lm=lm)], metric=metric, resume=done.run_id))["good"].score
+
+
+class Judge:
+    def judge(self, example, prediction):
+        return example.answer == prediction.answer
+
+
+async def test_devsets_and_metrics_that_are_equal(traces):
+    """Cases are compared where devset and metric are equal, also two lists of arrays, and a method looked up twice."""
+
+    def devset():
+        return [dspy.Example(**example, vector=np.arange(3)).with_inputs("question") for example in examples(size=4)]
+
+    judge = Judge()
+    comparison = await evaluated(
+        [Case("good", Chain(), devset(), judge.judge), Case("half", Half(), devset(), judge.judge)], metric=None
+    )
+
+    assert -50.0 == comparison["half"].difference.mean
+
+
+async def test_what_fails_in_comparing(traces, runs, monkeypatch):
+    """The results are there all the same."""
+
+    def fail(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("dspy_mlflow_async.evaluate.summary.with_differences", fail)
+    monkeypatch.setattr("dspy_mlflow_async.evaluate.summary.plot_of_cases", fail)
+    comparison = await evaluated({"good": Chain(), "half": Half()})
+
+    assert [100.0, 50.0] == [case.score for case in comparison.cases]
+    assert "FINISHED" == runs()["evaluate_all"].info.status
 
 
 async def test_ten_thousand_examples():

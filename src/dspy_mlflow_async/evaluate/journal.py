@@ -7,10 +7,8 @@ is written to two files in turn, and the fuller one that can be read counts.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ import dspy
 from mlflow import MlflowClient
 
 from dspy_mlflow_async.evaluate import local
+from dspy_mlflow_async.evaluate.identity import MAX_VALUE_BYTES
 from dspy_mlflow_async.evaluate.lasting import to_the_end
 from dspy_mlflow_async.evaluate.local import LocalCopy
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
@@ -33,17 +32,8 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 FOLDER = "examples"
 PART_SIZE = 256  # records; what is written again with each one that is added
-MAX_VALUE_BYTES = 64 * 1024 * 1024
 _RETRY_SECONDS = 1.0
 _CLOSE_SECONDS = 10.0
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-
-
-def fingerprint(example: Any) -> str:
-    """A short text that is the same for equal examples, in every process."""
-    fields = example.toDict() if hasattr(example, "toDict") else example
-    text = _ADDRESS.sub("", Plain(MAX_VALUE_BYTES).dumps(fields))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class Journal:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dspy
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from dspy_mlflow_async.evaluate import journal
+from dspy_mlflow_async.evaluate import identity, journal
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.journal import Stored
-from dspy_mlflow_async.runs import active, artifacts, opening
+from dspy_mlflow_async.runs import active, opening
 from dspy_mlflow_async.runs.asking import ask
-from dspy_mlflow_async.runs.feedback import metric_name
 from dspy_mlflow_async.runs.handle import KILLED, RunHandle
 from dspy_mlflow_async.seams import mlflow_runs as seam
 
@@ -44,7 +43,7 @@ class Plan:
 
     Attributes:
         keys: By case, the fingerprint of each example of its devset.
-        texts: By case, what must not have changed: devset, metric and program, each by name.
+        texts: By case, what must not have changed: devset, metric, program, LM, adapter and settings.
     """
 
     keys: Mapping[str, Sequence[str]]
@@ -58,13 +57,16 @@ class Plan:
         for case in cases:
             devset = case.devset or ()
             if id(devset) not in known:
-                known[id(devset)] = [journal.fingerprint(example) for example in devset]
+                known[id(devset)] = [identity.fingerprint(example) for example in devset]
             keys[case.name] = known[id(devset)]
         texts = {
             case.name: {
-                "devset": _digest(keys[case.name]),
-                "metric": metric_name(case.metric),
-                "program": f"{type(case.program).__name__}-{_digest(artifacts.program_params(case.program))}",
+                "devset": identity.digest(keys[case.name]),
+                "metric": identity.text_of_function(case.metric),
+                "program": identity.text_of_program(case.program),
+                "lm": identity.text_of_lm(_in_force(case, "lm"), case.program),
+                "adapter": identity.text_of_adapter(_in_force(case, "adapter")),
+                "settings": identity.text_of_settings(case.settings),
             }
             for case in cases
         }
@@ -81,9 +83,13 @@ class Plan:
                 f"run {run_id} evaluates the cases {', '.join(sorted(earlier))}, not {', '.join(sorted(self.texts))}"
             )
         for name, texts in self.texts.items():
-            changed = [what for what, text in texts.items() if earlier[name].get(what) != text]
+            changed = [
+                f"{what} ({before} then, {text} now)"
+                for what, text in texts.items()
+                if (before := earlier[name].get(what)) != text
+            ]
             if changed:
-                raise ValueError(f"run {run_id} cannot be resumed: case {name!r} has another {', '.join(changed)} now")
+                raise ValueError(f"run {run_id} cannot be resumed: case {name!r} has another {', '.join(changed)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,5 +227,7 @@ def _taken_up(run: Any) -> RunHandle:
     return handle
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _in_force(case: Case, name: str) -> Any:
+    """The LM or the adapter that a case runs with."""
+    own = getattr(case, name)
+    return case.settings.get(name, dspy.settings.get(name)) if own is None else own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED
 from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
 from dspy_mlflow_async.runs.handle import FINISHED as RUN_FINISHED
 from dspy_mlflow_async.runs.handle import RunHandle, run_status
+
+logger = logging.getLogger("dspy_mlflow_async")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,6 @@ class Session:
             with records.entered(self._parent), _traced():
                 await self._evaluate()
             comparison = await anyio.to_thread.run_sync(self._compare)
-            if self._parent is not None:
-                await anyio.to_thread.run_sync(summary.log, self._parent, comparison)
             if any(case.status != FAILED for case in comparison.cases):
                 status = RUN_FINISHED
         except BaseException as error:
@@ -205,9 +206,24 @@ class Session:
         return note
 
     def _compare(self) -> Comparison:
-        cases = summary.with_differences(self._cases, self._results, self._baseline, self._options.seed)
+        """Compare the cases; what fails in that must not lose what has been evaluated."""
+        assert self._plan is not None  # noqa: S101 - run has made it
+        devsets = {name: texts["devset"] for name, texts in self._plan.texts.items()}
+        cases = [self._results[case.name] for case in self._cases]
+        try:
+            cases = summary.with_differences(self._cases, self._results, self._baseline, self._options.seed, devsets)
+        except Exception:
+            logger.exception("The cases could not be compared; each has its result.")
         parent = self._parent
-        return Comparison(tuple(cases), self._baseline, None if parent is None else parent.run_id, self._budget.reached)
+        comparison = Comparison(
+            tuple(cases), self._baseline, None if parent is None else parent.run_id, self._budget.reached
+        )
+        if parent is not None:
+            try:
+                summary.log(parent, comparison)
+            except Exception:
+                logger.exception("The comparison could not be logged into the run %s.", parent.run_id)
+        return comparison
 
 
 def _kept(stored: StoredCase) -> dict[int, Outcome]:

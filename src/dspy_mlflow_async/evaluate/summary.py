@@ -81,14 +81,22 @@ def scores_of(outcomes: Mapping[int, Outcome], failure_score: float) -> dict[int
 
 
 def with_differences(
-    cases: Sequence[Case], results: Mapping[str, CaseResult], baseline: str, seed: int
+    cases: Sequence[Case], results: Mapping[str, CaseResult], baseline: str, seed: int, devsets: Mapping[str, str]
 ) -> list[CaseResult]:
-    """The results in the order of the cases, each with its difference from the baseline where that makes sense."""
+    """The results in the order of the cases, each with its difference from the baseline where that makes sense.
+
+    Args:
+        cases: The cases.
+        results: Their results by name.
+        baseline: The name of the case to compare with.
+        seed: Of the bootstrap.
+        devsets: By case, a text that is the same for equal devsets: examples that hold arrays cannot be compared.
+    """
     base = next(case for case in cases if case.name == baseline)
     compared = []
     for case in cases:
         result = results[case.name]
-        is_pair = case is not base and case.metric == base.metric and _is_same(case.devset, base.devset)
+        is_pair = case is not base and devsets[case.name] == devsets[baseline] and _is_same(case.metric, base.metric)
         if is_pair and result.score is not None and results[baseline].score is not None:
             difference = statistics.paired_difference(result.scores, results[baseline].scores, seed=seed)
             result = replace(result, difference=difference)
@@ -96,12 +104,13 @@ def with_differences(
     return compared
 
 
-def _is_same(devset: Sequence[Any] | None, other: Sequence[Any] | None) -> bool:
-    if devset is other:
+def _is_same(metric: Any, other: Any) -> bool:
+    """Whether two cases have one metric; a method of an object is another object each time it is looked up."""
+    if metric is other:
         return True
     try:
-        return bool(devset == other)
-    except Exception:  # noqa: BLE001 - examples compare their fields, and arrays do not compare to one truth
+        return bool(metric == other)
+    except Exception:  # noqa: BLE001 - somebody's own __eq__
         return False
 
 
