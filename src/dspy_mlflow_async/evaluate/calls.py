@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import dspy
+
+from dspy_mlflow_async.evaluate.stragglers import Threads
 
 # Sync metrics are short as a rule: this many threads are enough, however many examples are in flight.
 METRIC_THREADS = 64
@@ -32,16 +33,17 @@ class Caller:
         self._call = function.acall if self._is_async and isinstance(function, dspy.Module) else function
         self._limiter = anyio.CapacityLimiter(threads)
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    async def __call__(self, threads: Threads, /, *args: Any, **kwargs: Any) -> Any:
         """What it returns.
 
-        A thread that is cancelled goes on until its end, unheeded: Python cannot stop it. So it is with
-        ``dspy.asyncify``.
+        Args:
+            threads: Where the thread counts that it runs in; one that is cancelled goes on until its end, unheeded.
+            *args: What it is called with.
+            **kwargs: The same by name.
         """
         if self._is_async:
             return await self._call(*args, **kwargs)
-        call = functools.partial(self._call, *args, **kwargs)
-        result = await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+        result = await threads.run(functools.partial(self._call, *args, **kwargs), self._limiter)
         return await result if inspect.isawaitable(result) else result
 
 

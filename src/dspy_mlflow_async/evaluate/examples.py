@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import anyio
 from dspy_mlflow_async.evaluate.calls import Caller
 from dspy_mlflow_async.evaluate.outcome import NO_TOKENS, Outcome, Tokens
 from dspy_mlflow_async.evaluate.slots import Entrance, Slots
+from dspy_mlflow_async.evaluate.stragglers import Threads
 from dspy_mlflow_async.runs.evaluation import Evaluation
 from dspy_mlflow_async.runs.usage import restore, tokens_by_model
 from dspy_mlflow_async.seams import dspy_evaluate as seam
@@ -51,11 +53,14 @@ class Conditions:
         slots: How many examples may be in flight.
         finished: The outcomes of an earlier, interrupted evaluation, by place in the devset.
         note: Called with the outcome of each example that ends.
+        note_late: Called when the thread that an example has left behind ends: with the outcome as it is then, and with
+            one whose tokens are those alone that were used after the example.
     """
 
     slots: Slots
     finished: Mapping[int, Outcome] = field(default_factory=lambda: MappingProxyType({}))
     note: Callable[[Outcome], None] = lambda _: None
+    note_late: Callable[[Outcome, Outcome], None] = lambda _, __: None
 
 
 class Examples:
@@ -117,9 +122,14 @@ class Examples:
 
     async def _example(self, index: int, item: Any) -> None:
         """One example, in its task."""
+        threads = Threads()
         try:
             seam.isolate_settings()
-            outcome = await self._outcome(index, item)
+            outcome, noted = await self._outcome(index, item, threads)
+            self._outcomes[index] = outcome
+            self._conditions.note(outcome)
+            if threads.are_running:
+                threads.when_over(functools.partial(self._note_late, outcome, noted))
         except BaseException as error:
             if not is_cancelled_from_outside() and self._fatal is None:
                 # The program's own: it goes through as it is, where a task group would wrap or swallow it.
@@ -128,32 +138,42 @@ class Examples:
                 return
             raise
         finally:
-            self._conditions.slots.leave(self._entrance)
-        self._outcomes[index] = outcome
-        self._conditions.note(outcome)
+            # Not before what it has spent is counted, and its thread has ended: the limit is one of work.
+            threads.when_over(functools.partial(self._conditions.slots.leave, self._entrance))
 
-    async def _outcome(self, index: int, item: Any) -> Outcome:
+    async def _outcome(self, index: int, item: Any, threads: Threads) -> tuple[Outcome, Any]:
         noted: Any = None
         try:
             with self._watch(item, index) as noted:
-                prediction, score = await self._evaluate(noted, item)
+                prediction, score = await self._evaluate(noted, item, threads)
         except Exception as error:  # noqa: BLE001 - ParallelExecutor's rule: any is a failed example
             self._note_error(item, error)
-            return _outcome_of(index, noted, error=error)
-        return _outcome_of(index, noted, prediction=prediction, score=score)
+            return _outcome_of(index, noted, error=error), noted
+        return _outcome_of(index, noted, prediction=prediction, score=score), noted
 
-    async def _evaluate(self, noted: Any, item: Any) -> tuple[Any, Any]:
+    async def _evaluate(self, noted: Any, item: Any, threads: Threads) -> tuple[Any, Any]:
         timeout = self._rules.timeout
         with _time_limit(timeout) as scope:
             inputs = item.inputs()
             with noted.predicting(self._program.function):
-                prediction = await self._program(**inputs)
+                prediction = await self._program(threads, **inputs)
             with noted.judging(self._metric.function) as judge:
-                score = await self._metric(item, prediction)
+                score = await self._metric(threads, item, prediction)
                 judge(score)
             return prediction, score
         assert scope.cancelled_caught  # noqa: S101 - nothing else ends the block without a result
         raise TimeoutError(f"the example took longer than {timeout:g} seconds")
+
+    def _note_late(self, outcome: Outcome, noted: Any) -> None:
+        """The thread of an example that took too long has ended; what it used meanwhile counts too."""
+        whole = replace(outcome, program_tokens=_tokens(noted.program_usage), metric_tokens=_tokens(noted.metric_usage))
+        self._outcomes[outcome.index] = whole
+        late = replace(
+            outcome,
+            program_tokens=_difference(whole.program_tokens, outcome.program_tokens),
+            metric_tokens=_difference(whole.metric_tokens, outcome.metric_tokens),
+        )
+        self._conditions.note_late(whole, late)
 
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
@@ -227,6 +247,13 @@ def _said(error: Exception) -> str:
 
 def _tokens(ledger: Ledger | None) -> Tokens:
     return NO_TOKENS if ledger is None or not ledger.entries else tokens_by_model([ledger])
+
+
+def _difference(tokens: Tokens, earlier: Tokens) -> Tokens:
+    return {
+        model: {key: count - earlier.get(model, {}).get(key, 0) for key, count in counted.items()}
+        for model, counted in tokens.items()
+    }
 
 
 def _time_limit(seconds: float | None) -> anyio.CancelScope:

@@ -188,7 +188,9 @@ class Session:
         with line_of as line, case.context():
             for outcome in outcomes.values():
                 line.advance(outcome)
-            conditions = Conditions(self._slots, dict(outcomes), self._noting(outcomes, line, journal))
+            conditions = Conditions(
+                self._slots, dict(outcomes), self._noting(outcomes, line, journal), self._noting_late(outcomes, journal)
+            )
             evaluator = _CaseEvaluate(case, self._options, conditions)
             async with _kept_by(journal):
                 metadata = {"metric_key": case.name, ALWAYS_LOGGED: True}
@@ -202,6 +204,16 @@ class Session:
             line.advance(outcome)
             if journal is not None:
                 journal.add(outcome)
+
+        return note
+
+    def _noting_late(self, outcomes: dict[int, Outcome], journal: Journal | None) -> Callable[[Outcome, Outcome], None]:
+        @guarded
+        def note(whole: Outcome, late: Outcome) -> None:
+            outcomes[whole.index] = whole
+            self._budget.spend(late)
+            if journal is not None:
+                journal.add(whole)
 
         return note
 
