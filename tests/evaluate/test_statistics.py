@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspy_mlflow_async.evaluate.comparison import cost_text
 from dspy_mlflow_async.evaluate.statistics import paired_difference, standard_error
 
-SCORES = st.lists(st.floats(0, 1, allow_nan=False), min_size=1, max_size=60)
+SCORES = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=60)
 
 
 def test_standard_error():
@@ -51,6 +52,23 @@ def test_only_pairs_count():
 
     assert (50.0, 2) == (found.mean, found.pairs)
     assert paired_difference({0: 1.0}, {1: 1.0}, seed=0) is None
+
+
+def test_one_pair():
+    """One pair has a difference, and says nothing of how sure that is."""
+    found = paired_difference({3: 1.0}, {3: 0.0}, seed=0)
+
+    assert (100.0, None, None, 1) == (found.mean, found.low, found.high, found.pairs)
+    assert not found.is_clear
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [(None, ""), (0.0, "0.0000"), (0.0103, "0.0103"), (1.5, "1.5000"), (0.00012, "0.00012"), (0.0000305, "0.000030")],
+)
+def test_cost(cost, text):
+    """A small cost keeps two digits that say something."""
+    assert text == cost_text(cost)
 
 
 def test_many_examples_in_bounded_memory():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -10,6 +11,7 @@ import dspy
 import mlflow
 import numpy as np
 import pytest
+from dspy.utils.callback import BaseCallback
 from small import examples, is_right
 
 import dspy_mlflow_async
@@ -335,6 +337,86 @@ async def test_resume_of_something_else(traces, runs):
             await evaluated(options.pop("programs"), **options)
 
     assert 100.0 == (await evaluated([Case("good", program, lm=lm)], metric=metric, resume=done.run_id))["good"].score
+
+
+async def test_stopped_before_it_began(traces, runs):
+    """A case of which nothing was run has no score, and says what stopped it; so does one of which some was run."""
+    stopped = await evaluated({"one": Chain(), "two": Chain()}, max_concurrency=1, max_tokens=1)
+    before = {name: run.data for name, run in runs().items()}
+    whole = await evaluated({"one": Chain(), "two": Chain()}, resume=stopped.run_id)
+    after = {name: run.data for name, run in runs().items()}
+
+    late, begun = sorted(stopped.cases, key=lambda case: case.examples)
+
+    assert ["stopped", "stopped"] == [case.status for case in stopped.cases]
+    assert (None, None, 0, 6) == (late.score, late.result, late.examples, len(late.not_run))
+    assert {begun.name: 1, late.name: 0} == {name: before[name].metrics["examples"] for name in stopped}
+    assert "eval" not in before[late.name].metrics
+    assert {begun.name: "5", late.name: "6", "evaluate_all": "11"} == {
+        name: data.tags["dspy_mlflow_async.not_run"] for name, data in before.items()
+    }
+    assert {"max_tokens"} == {data.tags["dspy_mlflow_async.stopped_by"].partition(":")[0] for data in before.values()}
+    assert {"one": 6, "two": 6} == {name: after[name].metrics["examples"] for name in whole}
+    assert {("", "0")} == {
+        (data.tags["dspy_mlflow_async.stopped_by"], data.tags["dspy_mlflow_async.not_run"]) for data in after.values()
+    }
+    assert [100.0, 100.0] == [case.score for case in whole.cases]
+
+
+async def test_best_is_not_a_stopped_one(traces):
+    """A score over the examples that a budget left is not the best, unless there is no other."""
+    first = await evaluated({"half": Half(), "good": Chain()}, devset=examples(size=2))
+    cases = [replace(case, status="stopped" if case.name == "good" else "finished") for case in first.cases]
+    all_stopped = [replace(case, status="stopped") for case in first.cases]
+
+    assert "good" == first.best.name
+    assert "half" == replace(first, cases=tuple(cases)).best.name
+    assert "good" == replace(first, cases=tuple(all_stopped)).best.name
+
+
+async def test_no_price(traces):
+    """A limit in dollars that cannot count says so in the result."""
+    comparison = await evaluated({"good": Chain()}, max_cost=0.000001)
+
+    assert ("echo/one",) == comparison.unpriced
+    assert "MLflow knows no price for echo/one: max_cost has not counted that." in str(comparison)
+
+
+async def test_callbacks_of_a_case(traces, runs):
+    """Callbacks among a case's settings stand beside the tracer: its tokens count, and it has its run."""
+    heard = []
+
+    class Hears(BaseCallback):
+        def on_lm_start(self, call_id, instance, inputs):
+            heard.append(call_id)
+
+    comparison = await evaluated(
+        [Case("good", Chain(), settings={"callbacks": [Hears()]}), Case("none", Chain(), settings={"callbacks": []})]
+    )
+
+    assert 12 == len(heard)
+    assert [120, 120] == [case.input_tokens for case in comparison.cases]
+    assert 12 == len(traces)
+    assert {"evaluate_all", "good", "none"} == runs().keys()
+
+
+NAMES = [
+    (["good", "half, b/c"], ["good", "half_ b_c"]),
+    (["a/b", "a_b", "a?b"], ["a_b 2", "a_b", "a_b 3"]),
+    (["日本", "中国"], ["日本", "中国"]),
+    (["..", ".", "a:b"], ["__", "_", "a_b"]),
+    (["x" * 300 + "1", "x" * 300 + "2"], ["x" * 150, "x" * 150 + " 2"]),
+    (["A?", "a!"], ["A_", "a_ 2"]),
+]
+
+
+@pytest.mark.parametrize(("names", "expected"), NAMES)
+async def test_metric_names(traces, runs, names, expected):
+    """The metrics of each case are in the parent run, under a readable name of its own, and one that MLflow takes."""
+    await evaluated({name: Chain() for name in names}, devset=examples(size=1))
+    metrics = runs()["evaluate_all"].data.metrics
+
+    assert {f"{name}/score" for name in expected} == {key for key in metrics if key.endswith("/score")}
 
 
 class Judge:

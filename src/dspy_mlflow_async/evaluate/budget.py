@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dspy_mlflow_async.evaluate.outcome import Outcome
@@ -37,25 +38,24 @@ class Budget:
 
     Attributes:
         reached: Which limit was reached, in words, or None.
+        unpriced: The models that were used and whose price MLflow does not know, where there is a limit in dollars.
     """
 
     def __init__(self, limits: Limits, slots: Slots) -> None:
         self.reached: str | None = None
+        self.unpriced: dict[str, None] = {}
         self._limits = limits
         self._slots = slots
         self._cost = 0.0
         self._tokens = 0
-        self._has_warned = False
 
     def spend(self, outcome: Outcome) -> None:
         """Count an example that has ended."""
         for tokens in (outcome.program_tokens, outcome.metric_tokens):
             self._tokens += sum(counted.get(TokenUsageKey.TOTAL_TOKENS, 0) for counted in tokens.values())
-            if tokens and self._limits.cost is not None:
-                cost = cost_of(tokens)
-                self._cost += cost or 0.0
-                if cost is None:
-                    self._warn(", ".join(tokens))
+            if self._limits.cost is not None:
+                for model, counted in tokens.items():
+                    self._pay(model, counted)
         limits = self._limits
         if limits.cost is not None and self._cost >= limits.cost:
             self._stop(f"max_cost: {self._cost:.4g} of {limits.cost:g} US dollars are spent")
@@ -71,7 +71,9 @@ class Budget:
             self.reached = reason
             self._slots.close()
 
-    def _warn(self, models: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning("MLflow knows no price for %s: max_cost cannot count what it costs.", models)
+    def _pay(self, model: str, counted: Mapping[str, int]) -> None:
+        cost = cost_of({model: counted})
+        self._cost += cost or 0.0
+        if cost is None and model not in self.unpriced:
+            self.unpriced[model] = None
+            logger.warning("MLflow knows no price for %s: max_cost cannot count what it costs.", model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import dspy
 
+from dspy_mlflow_async.callback import TracingCallback
 from dspy_mlflow_async.evaluate import calls
 
 
@@ -35,9 +36,16 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def context(self) -> Any:
-        """``dspy.context`` with what is this case's own."""
-        own = {"lm": self.lm, "adapter": self.adapter}
-        return dspy.context(**self.settings, **{key: value for key, value in own.items() if value is not None})
+        """``dspy.context`` with what is this case's own.
+
+        Callbacks of its own stand beside the tracer in force: without that, neither a run nor a token would be noted.
+        """
+        own = {key: value for key, value in (("lm", self.lm), ("adapter", self.adapter)) if value is not None}
+        if "callbacks" in self.settings:
+            given = list(self.settings["callbacks"] or ())
+            tracers = [each for each in dspy.settings.callbacks if isinstance(each, TracingCallback)]
+            own["callbacks"] = [*given, *(each for each in tracers if each not in given)]
+        return dspy.context(**{**self.settings, **own})
 
 
 def cases_of(

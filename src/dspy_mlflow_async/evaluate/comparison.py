@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.statistics import Difference
+from dspy_mlflow_async.runs.feedback import text_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
+_MAX_ERROR = 200  # characters
 _WIDTH = 120  # columns of print(result)
 
 
@@ -24,13 +27,14 @@ class CaseResult:
     Attributes:
         name: Its name.
         status: ``finished``, ``failed``, or ``stopped`` where a budget left examples out.
-        result: What ``AsyncEvaluate`` returned, or None for a failed case.
+        result: What ``AsyncEvaluate`` returned, or None for a failed case, and for one of which nothing was run.
         error: What a failed case raised, or None.
         run_id: MLflow's id of its run, or None where the store did not create one.
         score: In percent, or None.
         standard_error: Of the score, in percentage points, or None.
         examples: How many were run, failed ones included.
         errors: How many failed.
+        first_error: What the first of these in the devset raised, as text, or None.
         not_run: The places in the devset of those that a budget left out.
         latency_p50: Median duration of a prediction, in seconds, or None.
         latency_p95: The 95th percentile of it.
@@ -50,6 +54,7 @@ class CaseResult:
     standard_error: float | None = None
     examples: int = 0
     errors: int = 0
+    first_error: str | None = None
     not_run: tuple[int, ...] = ()
     latency_p50: float | None = None
     latency_p95: float | None = None
@@ -79,7 +84,8 @@ class CaseResult:
             "output_tokens": self.output_tokens,
             "cost_usd": self.cost_usd,
             "run_id": self.run_id,
-            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+            "error": None if self.error is None else f"{type(self.error).__name__}: {text_of(self.error)}",
+            "first_error": self.first_error,
         }
 
 
@@ -92,12 +98,14 @@ class Comparison(Mapping[str, CaseResult]):
         baseline: The name of the case that the others are compared with.
         run_id: MLflow's id of the parent run, or None where the store did not create one.
         stopped_by: Which budget was reached, in words, or None.
+        unpriced: The models that ``max_cost`` could not count, since MLflow does not know their price.
     """
 
     cases: tuple[CaseResult, ...]
     baseline: str
     run_id: str | None = None
     stopped_by: str | None = None
+    unpriced: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> CaseResult:
         for case in self.cases:
@@ -113,8 +121,12 @@ class Comparison(Mapping[str, CaseResult]):
 
     @property
     def best(self) -> CaseResult | None:
-        """The case with the highest score, the first of equals; None where none has one."""
+        """The case with the highest score, the first of equals; None where none has one.
+
+        One that a budget has stopped is not the best by the examples that it got to, unless it is so with all.
+        """
         scored = [case for case in self.cases if case.score is not None]
+        scored = [case for case in scored if case.status != STOPPED] or scored
         return max(scored, key=lambda case: case.score or 0.0, default=None)
 
     @property
@@ -179,7 +191,13 @@ class Comparison(Mapping[str, CaseResult]):
         if self.stopped_by is not None:
             left_out = sum(map(len, self.not_run.values()))
             notes.append(f"Stopped by {self.stopped_by}; {left_out} examples were not run.")
-        notes += [f"{case.name} failed: {case.row()['error']}" for case in self.cases if case.error is not None]
+        if self.unpriced:
+            notes.append(f"MLflow knows no price for {', '.join(self.unpriced)}: max_cost has not counted that.")
+        for case in self.cases:
+            if case.error is not None:
+                notes.append(f"{case.name} failed: {case.row()['error']}")
+                if case.first_error is not None:
+                    notes.append(f"  {errors_text(case.errors, case.first_error)}")
         if self.run_id is not None:
             notes.append(f"Run: {self.run_id}")
         return notes
@@ -197,7 +215,7 @@ def _columns(cases: Sequence[CaseResult]) -> dict[str, list[str]]:
         "p50 s": [_number(case.latency_p50, ".2f") for case in cases],
         "p95 s": [_number(case.latency_p95, ".2f") for case in cases],
         "tokens": [_tokens(case) for case in cases],
-        "cost $": [_number(case.cost_usd, ".4f") for case in cases],
+        "cost $": [cost_text(case.cost_usd) for case in cases],
     }
     return {name: cells for name, cells in columns.items() if any(cells)}
 
@@ -212,7 +230,24 @@ def _score(case: CaseResult) -> str:
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return ""
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.1f}"
     return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+
+
+def cost_text(cost: float | None) -> str:
+    """US dollars with four digits after the point, and more where two of them would else not be seen."""
+    if cost is None:
+        return ""
+    digits = 4 if not 0 < cost < 0.001 else 1 - math.floor(math.log10(cost))  # noqa: PLR2004 - 0.0010 has two
+    return f"{cost:.{digits}f}"
+
+
+def errors_text(count: int, first: str) -> str:
+    """How many examples failed and what the first raised, in a sentence."""
+    said = " ".join(first.split())
+    said = said if len(said) <= _MAX_ERROR else f"{said[: _MAX_ERROR - 1]}…"
+    return f"One example failed: {said}" if count == 1 else f"{count} examples failed, the first with {said}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -185,6 +185,10 @@ class AsyncEvaluate(dspy.Evaluate):
             if display_progress:
                 conditions = replace(conditions, note=line.advance)
             outcomes = await Examples(*callers, rules, conditions, evaluation).run(devset)
+        if not outcomes:
+            raise outputs.NothingRun("a budget was reached before the first example")
+        if evaluation is not None:
+            evaluation.devset_size = len(outcomes)  # what its run has as `examples`: a budget may have left some out
         result = outputs.result_of(outcomes, devset, self.failure_score)
         if display_table:
             outputs.show(self, result.results, metric, display_table)

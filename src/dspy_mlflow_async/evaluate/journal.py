@@ -137,15 +137,34 @@ def read(run: Any, keys: Sequence[str]) -> Stored:
         run: MLflow's run.
         keys: The fingerprint of each example of the devset; records of other examples do not count.
     """
+    lines, next_part = _stored_lines(run)
+    found = {outcome.index: outcome for outcome, _ in _outcomes(lines, keys)}
+    here = {outcome.index: (outcome, line) for outcome, line in _outcomes(local.read(run.info.run_id), keys)}
+    unstored = [line for index, (_, line) in here.items() if index not in found]
+    return Stored({index: outcome for index, (outcome, _) in here.items()} | found, unstored, next_part)
+
+
+def errors(run: Any) -> list[str]:
+    """What the examples that are stored in a run have raised, in devset order."""
+    found: dict[int, str | None] = {}
+    for line in _stored_lines(run)[0]:
+        try:
+            record = json.loads(line)
+            place, error = int(record["index"]), record["error"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        found[place] = error
+    return [error for _, error in sorted(found.items()) if error is not None]
+
+
+def _stored_lines(run: Any) -> tuple[list[str], int]:
+    """The records in a run's artifacts, and the number of the first part that is not written."""
     lines: list[str] = []
     next_part = 0
     for path in artifacts.names(run, FOLDER):
         next_part = int(Path(path).name.partition("-")[0]) + 1
         lines += (artifacts.read(run, path) or b"").decode("utf-8", "replace").splitlines()
-    found = {outcome.index: outcome for outcome, _ in _outcomes(lines, keys)}
-    here = {outcome.index: (outcome, line) for outcome, line in _outcomes(local.read(run.info.run_id), keys)}
-    unstored = [line for index, (_, line) in here.items() if index not in found]
-    return Stored({index: outcome for index, (outcome, _) in here.items()} | found, unstored, next_part)
+    return lines, next_part
 
 
 def _outcomes(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[Outcome, str]]:

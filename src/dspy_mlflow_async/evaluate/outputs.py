@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,10 @@ from dspy_mlflow_async.evaluate.outcome import Outcome
 from dspy_mlflow_async.seams import dspy_evaluate as seam
 
 Row = tuple[Any, Any, Any]
+
+
+class NothingRun(Exception):  # noqa: N818 - not a mistake of anybody's
+    """A budget was reached before the first example of an evaluation: it has neither a score nor results."""
 
 
 class PartialResult(seam.EvaluationResult):
@@ -45,7 +48,7 @@ def result_of(outcomes: Sequence[Outcome], devset: Sequence[Any], failure_score:
         for outcome in outcomes
     ]
     total, count = sum(score for *_, score in results), len(results)
-    percent = 100 * total / count if count else math.nan  # in dspy.Evaluate's order, which rounds otherwise
+    percent = 100 * total / count  # in dspy.Evaluate's order, which rounds otherwise
     seam.EVALUATE_LOGGER.info(f"Average Metric: {total} / {count} ({round(percent, 1)}%)")
     if count == len(devset):
         return seam.EvaluationResult(score=round(percent, 2), results=results)

@@ -26,6 +26,8 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 KIND_TAG, KIND = "dspy_mlflow_async.kind", "evaluate_all"
 CASE_TAG = "dspy_mlflow_async.case"
+STOPPED_TAG = "dspy_mlflow_async.stopped_by"  # which budget ended it, in words; empty for none
+NOT_RUN_TAG = "dspy_mlflow_async.not_run"  # how many examples that left out
 PLAN_TAG = "dspy_mlflow_async.plan."  # and a number: a tag per case, there as soon as the run is
 RUNNING = "RUNNING"
 CREATION_SECONDS = 30.0  # longer than what a tracer may wait: without its run, a case cannot be resumed

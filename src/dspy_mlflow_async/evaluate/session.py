@@ -23,6 +23,7 @@ from dspy_mlflow_async.evaluate.examples import Conditions, is_cancelled_from_ou
 from dspy_mlflow_async.evaluate.held import HeldRun
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
 from dspy_mlflow_async.evaluate.outcome import Outcome
+from dspy_mlflow_async.evaluate.outputs import NothingRun
 from dspy_mlflow_async.evaluate.progress import BOARD, Line
 from dspy_mlflow_async.evaluate.records import Plan, StoredCase
 from dspy_mlflow_async.evaluate.slots import Slots
@@ -30,6 +31,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED
 from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
 from dspy_mlflow_async.runs.handle import FINISHED as RUN_FINISHED
+from dspy_mlflow_async.runs.handle import KILLED as RUN_KILLED
 from dspy_mlflow_async.runs.handle import RunHandle, run_status
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -147,11 +149,13 @@ class Session:
         outcomes = {} if stored is None else _kept(stored)
         status, result, failure = RUN_FAILED, None, None
         try:
-            with records.entered(handle):
+            with records.entered(handle), contextlib.suppress(NothingRun):
                 result = await self._evaluate_case(
                     case, handle, outcomes, Stored() if stored is None else stored.journal
                 )
-            status = RUN_FINISHED
+            if handle is not None:
+                await anyio.to_thread.run_sync(self._note_stop, handle, case, len(outcomes), stored is not None)
+            status = RUN_FINISHED if outcomes else RUN_KILLED
         except BaseException as error:
             status = run_status(error)
             if is_cancelled_from_outside():
@@ -196,6 +200,15 @@ class Session:
                 metadata = {"metric_key": case.name, ALWAYS_LOGGED: True}
                 return await evaluator.acall(case.program, callback_metadata=metadata)
 
+    def _note_stop(self, handle: RunHandle, case: Case, count: int, is_resumed: bool) -> None:
+        """Say in the run of a case what has stopped it, or that nothing has stopped it any more."""
+        left_out = len(case.devset or ()) - count
+        if left_out or is_resumed:
+            stopped_by = self._budget.reached if left_out else None
+            handle.tags({records.STOPPED_TAG: stopped_by or "", records.NOT_RUN_TAG: left_out})
+        if not count:
+            handle.metrics({"examples": 0})
+
     def _noting(self, outcomes: dict[int, Outcome], line: Line, journal: Journal | None) -> Callable[[Outcome], None]:
         @guarded
         def note(outcome: Outcome) -> None:
@@ -228,7 +241,11 @@ class Session:
             logger.exception("The cases could not be compared; each has its result.")
         parent = self._parent
         comparison = Comparison(
-            tuple(cases), self._baseline, None if parent is None else parent.run_id, self._budget.reached
+            tuple(cases),
+            self._baseline,
+            None if parent is None else parent.run_id,
+            self._budget.reached,
+            tuple(self._budget.unpriced),
         )
         if parent is not None:
             try:

@@ -17,20 +17,20 @@ class Difference:
 
     Attributes:
         mean: The mean difference of the scores, in percentage points.
-        low: The lower end of its bootstrap confidence interval.
+        low: The lower end of its bootstrap confidence interval; None for one pair, which says nothing of the others.
         high: The upper end.
         pairs: How many examples both have.
     """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pairs: int
 
     @property
     def is_clear(self) -> bool:
         """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def standard_error(scores: Sequence[float]) -> float | None:
@@ -64,6 +64,8 @@ def paired_difference(
     if not places:
         return None
     differences = np.array([scores[place] - baseline[place] for place in places], dtype=float)
+    if len(places) == 1:
+        return Difference(100 * float(differences[0]), None, None, 1)
     size, generator = len(places), np.random.default_rng(seed)
     means, block = [], max(1, _BLOCK // size)
     for start in range(0, resamples, block):

@@ -6,11 +6,11 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dspy_mlflow_async.evaluate import statistics
+from dspy_mlflow_async.evaluate import records, statistics
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
@@ -24,7 +24,9 @@ from dspy_mlflow_async.seams.mlflow import TokenUsageKey
 logger = logging.getLogger("dspy_mlflow_async")
 
 TABLE, PLOT = "comparison.json", "scores.png"
-_NO_METRIC_CHARACTER = re.compile(r"[^\w\-. :]", re.ASCII)  # "/" too: it separates the case from the metric
+# What mlflow.utils.validation takes in a metric's name on every system, without "/", which separates case and metric.
+_NO_METRIC_CHARACTER = re.compile(r"[^\w\-. ]")
+_MAX_METRIC_NAME = 150  # characters; MLflow takes 250, and a number and the metric follow
 
 
 def case_result(
@@ -62,6 +64,7 @@ def case_result(
         standard_error=None if score is None else statistics.standard_error(scores),
         examples=len(outcomes),
         errors=sum(outcome.has_failed for outcome in outcomes.values()),
+        first_error=next((outcomes[place].error for place in sorted(outcomes) if outcomes[place].has_failed), None),
         not_run=tuple(place for place in range(len(case.devset or ())) if place not in outcomes),
         latency_p50=quantile(durations, 0.5),
         latency_p95=quantile(durations, 0.95),
@@ -118,8 +121,7 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
     """Log the comparison as a table, metrics per case, and a plot."""
     parent.table(TABLE, columns_of(comparison.rows()))
     metrics: dict[str, float | None] = {}
-    for row in comparison.rows():
-        name = _NO_METRIC_CHARACTER.sub("_", row["case"])
+    for name, row in zip(metric_names(comparison), comparison.rows(), strict=True):
         metrics |= {f"{name}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
     parent.metrics(metrics)
     best = comparison.best
@@ -127,13 +129,36 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
         {
             "dspy_mlflow_async.baseline": comparison.baseline,
             "dspy_mlflow_async.best": None if best is None else best.name,
-            "dspy_mlflow_async.stopped_by": comparison.stopped_by or "",
+            records.STOPPED_TAG: comparison.stopped_by or "",
+            records.NOT_RUN_TAG: sum(map(len, comparison.not_run.values())),
         }
     )
     try:
         parent.artifact(PLOT, plot_of_cases(comparison.cases, comparison.baseline))
     except ImportError:
         logger.warning("The scores are not plotted: matplotlib is not installed.")
+
+
+def metric_names(names: Iterable[str]) -> list[str]:
+    """What the metrics of cases with these names begin with: readable, different, and such as MLflow takes."""
+    names = list(names)
+    plain = [_plain(name) for name in names]
+    # Who can be called as it is keeps its name, wherever it stands.
+    taken = {shown.casefold() for shown, name in zip(plain, names, strict=True) if shown == name}
+    found = []
+    for shown, name in zip(plain, names, strict=True):
+        number, free = 1, shown
+        while free != name and free.casefold() in taken:
+            number += 1
+            free = f"{shown} {number}"
+        taken.add(free.casefold())
+        found.append(free)
+    return found
+
+
+def _plain(name: str) -> str:
+    shown = _NO_METRIC_CHARACTER.sub("_", name)[:_MAX_METRIC_NAME]
+    return shown if shown.strip(".") else "_" * len(shown)  # not a folder's own name
 
 
 def _tokens(outcomes: Any) -> dict[str, dict[str, int]]:
