@@ -69,7 +69,8 @@ async def test_run_tree(comparison, report):
     assert ["evaluate_all", "evaluate_all", "FINISHED"] == rows["evaluate_all"][:3]
     assert ["good", "evaluation", "FINISHED", "100.0"] == rows["good"][:4]
     assert ["half", "evaluation", "FINISHED", "50.0"] == rows["half"][:4]
-    assert ["  good", "  half"] == sorted(line[:6] for line in lines[-2:])
+    assert ["  good", "  half"] == sorted(line[:6] for line in lines[-3:-1])
+    assert "half: One example failed: ValueError: <no> & nothing" == lines[-1]
     assert "6" == rows["good"][5]
     assert ["6", "1"] == rows["half"][5:7]
 
@@ -150,6 +151,36 @@ async def test_page(comparison, report, tmp_path):
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert "&lt;no&gt; &amp; nothing" in page
     assert "<no>" not in page
+
+
+class Broken(dspy.Module):
+    async def aforward(self, question):
+        raise ValueError(f"no {question}\n[red]at all")
+
+
+@pytest.mark.parametrize("how", ["text", "html"])
+async def test_stopped_and_failed(stored, report, tmp_path, how):
+    """What a budget has stopped says so, and what it left out; a failed case tells what its examples raised."""
+    options = {"devset": examples(), "metric": is_right, "display_progress": False, "max_concurrency": 1}
+    with mlflow.start_run(experiment_id=stored.experiment_id):
+        failed = await aevaluate_all({"broken": Broken()}, max_errors=2, **options)
+    with mlflow.start_run(experiment_id=stored.experiment_id):
+        stopped = await aevaluate_all({"good": Chain()}, max_tokens=1, **options)
+    stored()
+    file = tmp_path / "report.html"
+    text = report(failed.run_id, stopped.run_id, "--html", str(file))
+    page = file.read_text()
+
+    said = "2 examples failed, the first with ValueError: no @e-0 [red]at all"
+    assert said in str(failed)
+    assert f"broken: {said}" in (text if how == "text" else page)
+    assert 2 == (text if how == "text" else page).count("max_tokens, 5 not run")  # the case and its parent
+    assert re.search(r"good +evaluation +FINISHED +100\.0 +▅ +max_tokens", text)
+
+
+async def test_missing_folder(comparison, report, tmp_path):
+    """A sentence and exit code 2, no traceback."""
+    assert "cannot write" in report(comparison.run_id, "--html", str(tmp_path / "no" / "report.html"), code=2)
 
 
 def test_unknown_run(store_uri, report):

@@ -43,8 +43,17 @@ def report(
     except ValueError as error:
         typer.echo(f"dspy-mlflow-async report: {error}", err=True)
         raise typer.Exit(2) from None
-    for table in [text.changes_table(changes, limit)] if changes is not None else map(text.run_table, nodes):
-        console.print(table)
+    if changes is not None:
+        console.print(text.changes_table(changes, limit))
+    else:
+        for node in nodes:
+            console.print(text.run_table(node))
+            for said in text.failures_of(node):
+                console.print(said, markup=False, highlight=False, soft_wrap=True)
     if html is not None:
-        html.write_text(page.page(nodes, changes), encoding="utf-8")
+        try:
+            html.write_text(page.page(nodes, changes), encoding="utf-8")
+        except OSError as error:
+            typer.echo(f"dspy-mlflow-async report: cannot write {html}: {error.strerror}", err=True)
+            raise typer.Exit(2) from None
         console.print(f"Written: {html}", markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dspy_mlflow_async.cli.report.comparing import Changes
 from dspy_mlflow_async.cli.report.reading import COMPILE, EVALUATION, Node
-from dspy_mlflow_async.cli.report.text import run_cells, score_text, shortened, summary_of
+from dspy_mlflow_async.cli.report.text import failures_of, run_cells, score_text, shortened, summary_of
 from dspy_mlflow_async.evaluate.statistics import standard_error
 
 _Z = 1.96  # standard errors on each side of a 95% interval
@@ -32,6 +32,7 @@ def page(nodes: Sequence[Node], changes: Changes | None) -> str:
     parts = []
     for node in nodes:
         parts += [f"<h2>{escape(node.name)}</h2>", f"<p>Run {escape(node.run.info.run_id)}</p>", _runs(node)]
+        parts += [f"<p>{escape(said)}</p>" for said in failures_of(node)]
         parts += [f'<img alt="{escape(title)}" src="{_as_uri(png)}">' for title, png in _plots(node)]
     if changes is not None:
         parts += [f"<h2>{escape(summary_of(changes))}</h2>", _changes(changes)]

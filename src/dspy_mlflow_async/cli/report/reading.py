@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from dspy_mlflow_async.cli.report.scores import number_of
-from dspy_mlflow_async.evaluate import records
+from dspy_mlflow_async.evaluate import journal, records
 from dspy_mlflow_async.seams import mlflow_artifacts
 
 EVALUATE_ALL, COMPILE, EVALUATION, RUN = "evaluate_all", "compile", "evaluation", "run"
@@ -44,6 +44,7 @@ class Node:
         children: The runs directly below it, oldest first.
         traces: Its own traces, without its children's.
         score: In percent, or None.
+        failures: What examples of an evaluation have raised, in devset order.
         series: What its spark line shows: a compile's scores by step, an evaluation's in devset order, the children's.
     """
 
@@ -53,6 +54,7 @@ class Node:
     traces: Traces = field(default_factory=Traces)
     score: float | None = None
     series: tuple[float, ...] = ()
+    failures: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,7 +71,14 @@ class Node:
     def errors(self) -> int:
         """Failed examples where it is an evaluation, and traces with an error elsewhere."""
         counted = self.run.data.metrics.get("errors")
-        return int(counted) if counted is not None else self.traces.errors
+        return int(counted) if counted is not None else len(self.failures) or self.traces.errors
+
+    @property
+    def stopped(self) -> str:
+        """Which budget has stopped it, and how many examples that left out; empty where none has."""
+        tags = self.run.data.tags
+        budget = tags.get(records.STOPPED_TAG, "").partition(":")[0]
+        return f"{budget}, {tags.get(records.NOT_RUN_TAG, '?')} not run" if budget else ""
 
     @property
     def tokens(self) -> int | None:
@@ -119,8 +128,9 @@ def result_table(run: Any) -> list[dict[str, Any]]:
 def _node(run: Any) -> Node:
     children = tuple(_node(child) for child in records.children(run))
     kind = _kind(run)
-    series = _series(run, kind, children)
-    return Node(run, kind, children, _traces(run), _score(run, kind), tuple(series))
+    rows = result_table(run) if kind == EVALUATION else []
+    series = _series(run, kind, children, rows)
+    return Node(run, kind, children, _traces(run), _score(run, kind), tuple(series), tuple(_failures(run, kind, rows)))
 
 
 def _kind(run: Any) -> str:
@@ -142,9 +152,16 @@ def _score(run: Any, kind: str) -> float | None:
     return number_of(value)
 
 
-def _series(run: Any, kind: str, children: tuple[Node, ...]) -> list[float]:
+def _failures(run: Any, kind: str, rows: list[dict[str, Any]]) -> list[str]:
+    """From the result table; an evaluation of evaluate_all that failed as a whole has its finished examples instead."""
+    if kind != EVALUATION:
+        return []
+    return [str(row["error"]) for row in rows if row.get("error") is not None] if rows else journal.errors(run)
+
+
+def _series(run: Any, kind: str, children: tuple[Node, ...], rows: list[dict[str, Any]]) -> list[float]:
     if kind == EVALUATION:
-        scores = [number_of(row.get("score")) for row in result_table(run)]
+        scores = [number_of(row.get("score")) for row in rows]
         return [score for score in scores if score is not None]
     if kind == COMPILE:
         keys = [key.removeprefix(_BEST_SCORE) for key in run.data.tags if key.startswith(_BEST_SCORE)]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dspy_mlflow_async.cli.report.comparing import Changes
 from dspy_mlflow_async.cli.report.reading import Node
+from dspy_mlflow_async.evaluate.comparison import cost_text, errors_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters
@@ -42,10 +43,11 @@ def run_cells(node: Node, depth: int) -> dict[str, str]:
         "status": str(node.run.info.status),
         "score": "" if node.score is None else f"{node.score:.1f}",
         "scores": spark_line(node.series),
+        "stopped": node.stopped,
         "traces": str(node.traces.count or ""),
         "errors": str(node.errors or ""),
         "tokens": "" if node.tokens is None else f"{node.tokens:,}",
-        "cost $": "" if node.cost is None else f"{node.cost:.4f}",
+        "cost $": cost_text(node.cost),
         "seconds": "" if node.seconds is None else f"{node.seconds:.1f}",
     }
 
@@ -63,6 +65,13 @@ def run_table(node: Node) -> Table:
             *(Text(row[name], style=_STYLES.get(row[name], "") if name == "status" else "") for name in columns)
         )
     return table
+
+
+def failures_of(node: Node) -> list[str]:
+    """What examples have raised, a sentence for each evaluation that has such."""
+    return [
+        f"{each.name}: {errors_text(len(each.failures), each.failures[0])}" for _, each in node.walk() if each.failures
+    ]
 
 
 def changes_table(changes: Changes, limit: int) -> Table:
