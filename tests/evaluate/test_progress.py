@@ -1,5 +1,6 @@
 """Progress of many evaluations at once, in terminals and logs."""
 
+import asyncio
 import io
 import threading
 
@@ -57,6 +58,23 @@ def test_now_and_then(console, monkeypatch):
         text.getvalue().splitlines()[:2]
     )
     assert 4 == len(text.getvalue().splitlines())
+
+
+async def test_now_and_then_without_an_end(console, monkeypatch):
+    """In a log, a line is written also while no example ends."""
+    text = console(is_terminal=False)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.01)
+    written = threading.Event()
+    monkeypatch.setattr(text, "write", lambda said: written.set() or io.StringIO.write(text, said))
+
+    class Waits(dspy.Module):
+        async def aforward(self, question):
+            assert await asyncio.to_thread(written.wait, 30)
+            return dspy.Prediction(answer=question)
+
+    await AsyncEvaluate(devset=examples(size=1), metric=is_right, display_progress=True).acall(Waits())
+
+    assert text.getvalue().startswith("Waits: 0/1, score -,")
 
 
 async def test_terminal(console):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
@@ -64,6 +64,7 @@ class Board:
         self._live: Progress | None = None
         self._total: Any = None
         self._last_plain = 0.0
+        self._ticker: _Ticker | None = None
 
     @contextlib.contextmanager
     def line(self, name: str, size: int, failure_score: float, *, is_shown: bool) -> Iterator[Line]:
@@ -90,6 +91,8 @@ class Board:
             if not self._lines:
                 self._live, self._total, self._ended = _live(), None, []
                 self._last_plain = time.monotonic()
+                if self._live is None:
+                    self._ticker = _Ticker(self._tick)
             self._lines[line] = None
             if self._live is not None:
                 if self._total is None and len(self._lines) + len(self._ended) > 1:
@@ -105,9 +108,8 @@ class Board:
                 return
             if self._live is not None:
                 self._update(line)
-            elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
-                self._last_plain = time.monotonic()
-                self._print([*self._lines])
+            else:
+                self._print_if_due()
 
     @guarded
     def end(self, line: Line) -> None:
@@ -123,10 +125,24 @@ class Board:
             self._ended.append(line)
             if not self._lines:
                 live, self._live = self._live, None
+                if self._ticker is not None:
+                    self._ticker.stop()
+                    self._ticker = None
                 if live is not None:
                     live.stop()
                 elif len(self._ended) > 1:
                     self._print([])
+
+    @guarded
+    def _tick(self) -> None:
+        with self._lock:
+            if self._lines and self._live is None:
+                self._print_if_due()
+
+    def _print_if_due(self) -> None:
+        if time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self._print([*self._lines])
 
     def _update(self, line: Line) -> None:
         live = self._live
@@ -151,6 +167,27 @@ class Board:
         if len(lines) != 1 and len(self._lines) + len(self._ended) > 1:
             done, size, _ = self._sums()
             console.print(f"{_TOTAL}: {done}/{size}", markup=False, highlight=False)
+
+
+class _Ticker:
+    """Calls a function now and then, from a thread of its own: an example may take longer than that, or block the loop.
+
+    Args:
+        tick: The function.
+    """
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self._tick = tick
+        self._is_over = threading.Event()
+        threading.Thread(target=self._run, name="dspy-mlflow-async-progress", daemon=True).start()
+
+    def stop(self) -> None:
+        """Call it no more."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(PLAIN_SECONDS):
+            self._tick()
 
 
 class _NoBoard(Board):
