@@ -1,7 +1,9 @@
 """``evaluate_all``: one limit, a run per case, a comparison, budgets, and errors before anything runs."""
 
 import asyncio
+import copy
 import json
+import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +275,33 @@ def test_under_a_run_of_the_users(traces, runs):
     assert mine.info.run_id == runs()["evaluate_all"].data.tags["mlflow.parentRunId"]
 
 
+def test_in_trio():
+    """Where the loop is trio's, the error names what to await instead."""
+
+    async def main():
+        evaluate_all({"good": Chain()}, devset=examples(size=1), metric=is_right)
+
+    with pytest.raises(RuntimeError, match=r"await aevaluate_all\(...\)"):
+        anyio.run(main, backend="trio")
+
+
+async def test_iterator_as_devset(traces):
+    """An iterator that cases share is read once, and each has all its examples."""
+    shared = iter(examples(size=3))
+    comparison = await evaluated([Case("a", Chain(), devset=shared), Case("b", Chain(), devset=shared)], devset=None)
+
+    assert [3, 3] == [case.examples for case in comparison.cases]
+    assert 0.0 == comparison["b"].difference.mean
+
+
+def test_case_is_a_value():
+    """A case can be hashed, pickled and copied, with what it holds."""
+    case = Case("a", len, devset=[1], settings={"max_errors": 1})
+
+    assert 1 == len({case, Case("a", len, devset=[1], settings={"max_errors": 1})})
+    assert case == pickle.loads(pickle.dumps(case)) == copy.deepcopy(case)  # noqa: S301 - its own
+
+
 class NoForward(dspy.Module):
     pass
 
@@ -299,6 +328,13 @@ BAD = [
     ({"max_cost": -1}, ValueError, "US dollars"),
     ({"max_tokens": "many"}, TypeError, "tokens"),
     ({"seed": -1}, ValueError, "seed"),
+    ({"devset": 5}, TypeError, "list of dspy.Example, not 5"),
+    ({"failure_score": "x"}, TypeError, "failure_score must be a number"),
+    ({"max_errors": "x"}, TypeError, "max_errors must be a number"),
+    ({"max_errors": -1}, ValueError, "0 or more"),
+    ({"run_name": 5}, TypeError, "run_name"),
+    ({"programs": [Case("a", Chain(), settings=5)]}, TypeError, "must be a mapping"),
+    ({"programs": [Case("a", Chain(), lm=EchoLM(), settings={"lm": EchoLM()})]}, TypeError, "lm of its own"),
     ({"resume": "no-such-run"}, ValueError, "there is no run"),
     ({"resume": 7}, TypeError, "run id"),
 ]

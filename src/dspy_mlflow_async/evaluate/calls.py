@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -109,6 +110,8 @@ def check_devset(devset: Any) -> list[Any]:
         raise ValueError("there is no devset: pass devset=, a list of dspy.Example")
     if isinstance(devset, (str, bytes, Mapping)):
         raise TypeError(f"devset must be a list of dspy.Example, not {type(devset).__name__}")
+    if not isinstance(devset, Iterable):
+        raise TypeError(f"devset must be a list of dspy.Example, not {devset!r}")
     if not isinstance(devset, list):
         devset = list(devset)
     if not devset:
@@ -127,6 +130,29 @@ def check_limit(value: Any, name: str = "max_concurrency") -> int:
         raise TypeError(f"{name} must be a whole number of examples in flight, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
+    return value
+
+
+def check_number(value: Any, name: str) -> Any:
+    """What can be added up and compared: any real number.
+
+    Raises:
+        TypeError: For what is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    return value
+
+
+def check_max_errors(value: Any) -> Any:
+    """How many failed examples end an evaluation, or None for DSPy's setting.
+
+    Raises:
+        TypeError: For what is no number.
+        ValueError: Below 0, or for NaN.
+    """
+    if value is not None and not check_number(value, "max_errors") >= 0:
+        raise ValueError(f"max_errors must be 0 or more, not {value!r}")
     return value
 
 

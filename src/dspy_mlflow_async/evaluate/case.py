@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import dspy
@@ -15,7 +14,7 @@ from dspy_mlflow_async.evaluate import calls
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One evaluation of ``evaluate_all``.
+    """One evaluation of ``evaluate_all``. Its hash is that of its name: the rest need have none.
 
     Attributes:
         name: What the run, the progress and the comparison call it.
@@ -28,12 +27,12 @@ class Case:
     """
 
     name: str
-    program: Any
-    devset: Sequence[Any] | None = None
-    metric: Callable[..., Any] | None = None
-    lm: Any = None
-    adapter: Any = None
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    program: Any = field(hash=False)
+    devset: Sequence[Any] | None = field(default=None, hash=False)
+    metric: Callable[..., Any] | None = field(default=None, hash=False)
+    lm: Any = field(default=None, hash=False)
+    adapter: Any = field(default=None, hash=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def context(self) -> Any:
         """``dspy.context`` with what is this case's own.
@@ -69,23 +68,34 @@ def cases_of(
         cases = list(programs)
     if not cases:
         raise ValueError("there is nothing to evaluate: programs is empty")
-    checked = [_checked(case, devset, metric) for case in cases]
+    devsets: dict[int, list[Any]] = {}
+    checked = [_checked(case, devset, metric, devsets) for case in cases]
     names = [case.name for case in checked]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"case names must differ; there is more than one {', '.join(map(repr, twice))}")
     return checked
 
 
-def _checked(case: Any, devset: Sequence[Any] | None, metric: Callable[..., Any] | None) -> Case:
+def _checked(
+    case: Any, devset: Sequence[Any] | None, metric: Callable[..., Any] | None, devsets: dict[int, list[Any]]
+) -> Case:
+    """``devsets`` has those that were read, by their identity: an iterator that cases share gives its examples once."""
     if not isinstance(case, Case):
         raise TypeError(f"each of a list of cases must be a Case, not a {type(case).__name__}")
     if not isinstance(case.name, str) or not case.name.strip():
         raise ValueError(f"a case needs a name, not {case.name!r}")
+    if not isinstance(case.settings, Mapping):
+        raise TypeError(f"case {case.name!r}: settings must be a mapping, not {case.settings!r}")
     if unknown := sorted(name for name in case.settings if name not in dspy.settings):
         raise TypeError(f"case {case.name!r}: dspy.settings has no {', '.join(unknown)}")
+    if twice := [name for name in ("lm", "adapter") if getattr(case, name) is not None and name in case.settings]:
+        raise TypeError(f"case {case.name!r} has {' and '.join(twice)} of its own, and another in its settings")
     calls.check_program(case.program, f"the program of case {case.name!r}")
     try:
-        own_devset = calls.check_devset(devset if case.devset is None else case.devset)
+        given = devset if case.devset is None else case.devset
+        if id(given) not in devsets:
+            devsets[id(given)] = calls.check_devset(given)
+        own_devset = devsets[id(given)]
         own_metric = metric if case.metric is None else case.metric
         calls.check_metric(own_metric)
     except (TypeError, ValueError) as error:

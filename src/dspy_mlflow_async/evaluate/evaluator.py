@@ -50,7 +50,7 @@ class AsyncEvaluate(dspy.Evaluate):
         **kwargs: As ``dspy.Evaluate``'s.
 
     Raises:
-        TypeError: For a limit or a timeout that is no number.
+        TypeError: For a limit, a timeout, ``max_errors`` or ``failure_score`` that is no number.
         ValueError: For a limit below 1, or a timeout that is not above 0.
     """
 
@@ -77,9 +77,9 @@ class AsyncEvaluate(dspy.Evaluate):
             num_threads=num_threads,
             display_progress=display_progress,
             display_table=display_table,
-            max_errors=max_errors,
+            max_errors=calls.check_max_errors(max_errors),
             provide_traceback=provide_traceback,
-            failure_score=failure_score,
+            failure_score=calls.check_number(failure_score, "failure_score"),
             save_as_csv=save_as_csv,
             save_as_json=save_as_json,
             **kwargs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -90,12 +91,14 @@ async def aevaluate_all(
     limit = dspy.settings.async_max_workers if max_concurrency is None else max_concurrency
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number, 0 or more, not {seed!r}")
+    if not isinstance(run_name, str):
+        raise TypeError(f"run_name must be a text, not {run_name!r}")
     options = Options(
         max_concurrency=calls.check_limit(limit),
         timeout=calls.check_positive(timeout, "timeout", "seconds"),
-        max_errors=max_errors,
+        max_errors=calls.check_max_errors(max_errors),
         provide_traceback=provide_traceback,
-        failure_score=failure_score,
+        failure_score=calls.check_number(failure_score, "failure_score"),
         raise_on_error=raise_on_error,
         limits=Limits(
             cost=calls.check_positive(max_cost, "max_cost", "US dollars"),
@@ -115,6 +118,8 @@ def _without_await(function: Callable[_Arguments, Coroutine[Any, Any, _Result]])
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         begin = functools.partial(function, *args, **kwargs)
+        if _is_in_trio():
+            raise RuntimeError(f"in trio, use `await {function.__name__}(...)` in place of {call.__name__}(...)")
         if not _is_loop_running():
             return anyio.run(begin)
         # A notebook: its loop is blocked while this runs, so the evaluations get a thread with a loop of their own.
@@ -134,3 +139,8 @@ def _is_loop_running() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _is_in_trio() -> bool:
+    trio = sys.modules.get("trio")
+    return trio is not None and bool(trio.lowlevel.in_trio_task())
