@@ -3,10 +3,12 @@
 import csv
 import json
 import logging
+from collections import Counter
 
 import dspy
 import mlflow
 import pytest
+from dspy.utils.callback import BaseCallback
 from small import examples as devset
 from small import is_right
 
@@ -270,3 +272,49 @@ async def test_scores_are_rounded_alike():
     program.forward = lambda question: dspy.Prediction(answer="")
 
     assert dspy.Evaluate(**options)(program).score == (await AsyncEvaluate(**options).acall(program)).score == 14.38
+
+
+class Hears(BaseCallback):
+    """Notes who began and who ended, and what an evaluation was told and gave."""
+
+    def __init__(self):
+        self.heard, self.evaluations = Counter(), []
+
+    def on_evaluate_start(self, call_id, instance, inputs):
+        given = {key: inputs[key] for key in ("program", "callback_metadata")}
+        self.evaluations.append((given, inputs["metric"] or instance.metric, inputs["devset"] or instance.devset))
+
+    def on_evaluate_end(self, call_id, outputs, exception=None):
+        self.evaluations.append((outputs.score, [score for *_, score in outputs.results], exception))
+
+
+def _noting(event):
+    def note(self, call_id, instance=None, inputs=None, outputs=None, exception=None):
+        self.heard[event, type(instance).__name__, type(exception).__name__] += 1
+
+    return note
+
+
+for _event in ("module", "lm", "adapter_format", "adapter_parse"):
+    for _end in ("start", "end"):
+        setattr(Hears, f"on_{_event}_{_end}", _noting(f"{_event}_{_end}"))
+
+
+@pytest.mark.parametrize("metric", [is_right, fails_once])
+async def test_callbacks(metric):
+    """A callback of the user's, given to the evaluator or set, is told the same by both."""
+    program, examples = Chain(), devset(size=4)
+    told = {}
+    for cls in (dspy.Evaluate, AsyncEvaluate):
+        own, everywhere = Hears(), Hears()
+        evaluator = cls(devset=examples, metric=metric, num_threads=2)
+        evaluator.callbacks = [own]
+        with dspy.context(callbacks=[everywhere]):
+            call = getattr(evaluator, "acall", evaluator)(program, callback_metadata={"metric_key": "mine"})
+            if cls is AsyncEvaluate:
+                await call
+        told[cls] = own.evaluations, own.heard, everywhere.evaluations, everywhere.heard
+
+    assert told[dspy.Evaluate] == told[AsyncEvaluate]
+    assert 2 == len(told[AsyncEvaluate][0]) == len(told[AsyncEvaluate][2])
+    assert told[AsyncEvaluate][3]["lm_start", "EchoLM", "NoneType"] > 0
