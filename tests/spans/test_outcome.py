@@ -1,6 +1,7 @@
 """How a call ended, and what is told of its exception."""
 
 import asyncio
+import builtins
 import concurrent.futures
 
 import pytest
@@ -25,6 +26,61 @@ from dspy_mlflow_async.spans.outcome import failure_of
 def test_outcomes(error, outcome):
     """Cancellation and interrupts are no errors of the program; a closed coroutine was abandoned."""
     assert outcome == failure_of(error).outcome
+
+
+def group(*errors):
+    """A group of exceptions, as a nursery raises it."""
+    own = getattr(builtins, "BaseExceptionGroup", None)
+    return (own or pytest.importorskip("exceptiongroup").BaseExceptionGroup)("several", errors)
+
+
+@pytest.mark.parametrize(
+    ("errors", "outcome"),
+    [
+        ([asyncio.CancelledError(), KeyboardInterrupt()], "cancelled"),
+        ([asyncio.CancelledError(), GeneratorExit()], "cancelled"),
+        ([GeneratorExit(), GeneratorExit()], "abandoned"),
+        ([asyncio.CancelledError(), ValueError()], "error"),
+        ([ValueError(), KeyError()], "error"),
+    ],
+)
+def test_groups(errors, outcome):
+    """A group is cancelled where all that is in it is, however deep it is nested."""
+    deep = group(*errors)
+    for _ in range(3):
+        deep = group(errors[0], deep)
+
+    assert outcome == failure_of(group(*errors)).outcome
+    assert outcome == failure_of(deep).outcome
+
+
+def test_an_exception_that_only_looks_like_a_group():
+    """Somebody's own attribute ``exceptions`` makes no group."""
+
+    class OwnError(Exception):
+        exceptions = (asyncio.CancelledError(),)
+
+    assert "error" == failure_of(OwnError()).outcome
+
+
+def test_a_cancelled_nursery():
+    """Trio's nursery groups the cancellations of its tasks."""
+    trio = pytest.importorskip("trio")
+    caught = []
+
+    async def main():
+        with trio.move_on_after(0):
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(trio.sleep_forever)
+                    await trio.sleep_forever()
+            except BaseException as error:
+                caught.append(failure_of(error).outcome)
+                raise
+
+    trio.run(main)
+
+    assert ["cancelled"] == caught
 
 
 def test_trio_cancellation():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import sys
 import traceback
 from concurrent.futures import CancelledError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OK = "ok"
 ERROR = "error"
@@ -51,7 +52,17 @@ ABANDONED_FAILURE = Failure(
 
 
 def outcome_of(error: BaseException) -> str:
-    """``error``, ``cancelled`` or ``abandoned``."""
+    """``error``, ``cancelled`` or ``abandoned``.
+
+    A group is what all of its exceptions are: a nursery that is cancelled raises a group of cancellations.
+    """
+    outcomes = {_outcome_of_one(leaf) for leaf in _leaves(error)}
+    if len(outcomes) == 1:
+        return outcomes.pop()
+    return ERROR if ERROR in outcomes else CANCELLED
+
+
+def _outcome_of_one(error: BaseException) -> str:
     if isinstance(error, GeneratorExit):  # its coroutine was closed, or collected, before it could end
         return ABANDONED
     if isinstance(error, (asyncio.CancelledError, CancelledError, KeyboardInterrupt)):
@@ -60,3 +71,22 @@ def outcome_of(error: BaseException) -> str:
     if trio is not None and isinstance(error, trio.Cancelled):
         return CANCELLED
     return ERROR
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions of a group and of the groups in it, without recursion; any other exception by itself."""
+    group = _group_type()
+    leaves, waiting = [], [error]
+    while waiting:
+        each = waiting.pop()
+        if group is not None and isinstance(each, group):
+            waiting.extend(each.exceptions)
+        else:
+            leaves.append(each)
+    return leaves
+
+
+def _group_type() -> Any:
+    """``BaseExceptionGroup``; on Python 3.10 that of the backport, if anybody has imported it."""
+    own = getattr(builtins, "BaseExceptionGroup", None)
+    return own or getattr(sys.modules.get("exceptiongroup"), "BaseExceptionGroup", None)
