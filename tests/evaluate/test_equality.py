@@ -274,6 +274,20 @@ async def test_scores_are_rounded_alike():
     assert dspy.Evaluate(**options)(program).score == (await AsyncEvaluate(**options).acall(program)).score == 14.38
 
 
+class Nameless:
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+async def test_example_without_a_text():
+    """An example that cannot be printed fails like another; the evaluation goes on."""
+    examples = devset(size=3)
+    examples[1] = dspy.Example(**examples[1], thing=Nameless()).with_inputs("question", "thing")
+    result = await AsyncEvaluate(devset=examples, metric=is_right).acall(Chain())
+
+    assert [True, 0.0, True] == [score for *_, score in result.results]
+
+
 class Hears(BaseCallback):
     """Notes who began and who ended, and what an evaluation was told and gave."""
 

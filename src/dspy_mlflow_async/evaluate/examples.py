@@ -178,10 +178,10 @@ class Examples:
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
         if self._rules.provide_traceback:
-            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {_said(error)}\n{traceback.format_exc()}")
+            seam.PARALLELIZER_LOGGER.error(f"Error for {_said(item)}: {_said(error)}\n{traceback.format_exc()}")
         else:
             hint = "Set `provide_traceback=True` for traceback."
-            seam.PARALLELIZER_LOGGER.error(f"Error for {item}: {_said(error)}. {hint}")
+            seam.PARALLELIZER_LOGGER.error(f"Error for {_said(item)}: {_said(error)}. {hint}")
         if self._has_too_many_errors():
             self._group.cancel_scope.cancel()
 
@@ -238,9 +238,9 @@ def _outcome_of(
     )
 
 
-def _said(error: Exception) -> str:
+def _said(value: Any) -> str:
     try:
-        return str(error)
+        return str(value)
     except Exception:  # noqa: BLE001 - somebody's own __str__
         return "(its text cannot be had)"
 
