@@ -28,6 +28,11 @@ USAGE = "mlflow.chat.tokenUsage"
         ([{"total_tokens": 5}], (0, 0, 5)),
         ([{"prompt_tokens": 1, "completion_tokens": None}], (1, 0, 1)),
         ([{"prompt_tokens": 1, "completion_tokens": 2}] * 3, (3, 6, 9)),
+        ([{"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}], (1, 2, 3)),
+        ([{"input_tokens": 1, "output_tokens": 2}], (1, 2, 3)),
+        ([{"prompt_tokens": 1, "completion_tokens": 2, "input_tokens": 1, "output_tokens": 2}], (1, 2, 3)),
+        ([{"prompt_tokens": None, "input_tokens": 1, "completion_tokens": 2}], (1, 2, 3)),
+        ([{"input_tokens": 1, "output_tokens": 2}, {"prompt_tokens": 3, "completion_tokens": 4}], (4, 6, 10)),
         ([{"prompt_tokens": True, "completion_tokens": "2"}], None),
         ([{"prompt_tokens": float("nan"), "completion_tokens": 1}], None),
         ([{"prompt_tokens": float("inf"), "completion_tokens": 1}], None),
@@ -44,19 +49,30 @@ def test_token_usage(entries, expected):
         assert (dict(zip(keys, expected, strict=True)) if expected else {}) == found
 
 
-def test_cached_tokens():
-    """What a provider read from and wrote to its prompt cache."""
-    found = token_usage(
-        [
-            {
-                "prompt_tokens": 10,
-                "completion_tokens": 1,
-                "prompt_tokens_details": {"cached_tokens": 7, "cache_creation_tokens": 2},
-            }
-        ]
-    )
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 7, "cache_creation_tokens": 2}},
+        {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 7, "cache_creation_tokens": 2}},
+        {"input_tokens": 10, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 2},
+        {
+            "prompt_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 7, "cache_creation_tokens": 2},
+            "cache_read_input_tokens": 7,
+            "cache_creation_input_tokens": 2,
+        },
+    ],
+    ids=["chat", "responses", "anthropic", "litellm"],
+)
+def test_cached_tokens(usage):
+    """What a provider read from and wrote to its prompt cache, wherever it says so, and counted once."""
+    found = token_usage([usage])
 
-    assert (7, 2) == (found["cache_read_input_tokens"], found["cache_creation_input_tokens"])
+    assert (10, 7, 2) == (
+        found["input_tokens"],
+        found["cache_read_input_tokens"],
+        found["cache_creation_input_tokens"],
+    )
 
 
 def usages(trace, name="EchoLM.__call__"):

@@ -34,8 +34,8 @@ def token_usage(entries: Iterable[Usage]) -> dict[str, int]:
     """Sum DSPy's usage entries under MLflow's keys.
 
     Args:
-        entries: Usage as providers report it: ``prompt_tokens``, ``completion_tokens``, ``total_tokens``, and
-            details such as ``prompt_tokens_details.cached_tokens``.
+        entries: Usage as providers report it: ``prompt_tokens`` or ``input_tokens``, ``completion_tokens`` or
+            ``output_tokens``, ``total_tokens``, and what was read from and written to a prompt cache.
 
     Returns:
         ``input_tokens``, ``output_tokens``, ``total_tokens`` and, where reported, the cached ones; empty where
@@ -47,19 +47,31 @@ def token_usage(entries: Iterable[Usage]) -> dict[str, int]:
         total[key] = total.get(key, 0) + count
 
     for usage in entries:
-        inputs, outputs = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+        inputs = _first_count(usage, "prompt_tokens", "input_tokens")  # OpenAI's two APIs; LiteLLM may give both
+        outputs = _first_count(usage, "completion_tokens", "output_tokens")
         both = _count(usage.get("total_tokens"))
         if inputs is None and outputs is None and both is None:
             continue
         add(TokenUsageKey.INPUT_TOKENS, inputs or 0)
         add(TokenUsageKey.OUTPUT_TOKENS, outputs or 0)
         add(TokenUsageKey.TOTAL_TOKENS, both or (inputs or 0) + (outputs or 0))
-        details = _mapping(usage.get("prompt_tokens_details"))
-        if cached := _count(details.get("cached_tokens")):
+        details = _mapping(usage.get("prompt_tokens_details")) or _mapping(usage.get("input_tokens_details"))
+        cached = _first_count(details, "cached_tokens") or _first_count(usage, "cache_read_input_tokens")
+        if cached:
             add(TokenUsageKey.CACHE_READ_INPUT_TOKENS, cached)
-        if written := _count(details.get("cache_creation_tokens")):
+        written = _first_count(details, "cache_creation_tokens") or _first_count(usage, "cache_creation_input_tokens")
+        if written:
             add(TokenUsageKey.CACHE_CREATION_INPUT_TOKENS, written)
     return total
+
+
+def _first_count(usage: Usage, *names: str) -> int | None:
+    """The first of these that is a count."""
+    for name in names:
+        count = _count(usage.get(name))
+        if count is not None:
+            return count
+    return None
 
 
 def _count(value: Any) -> int | None:
