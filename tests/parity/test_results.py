@@ -238,6 +238,30 @@ def test_with_a_tracker_of_the_users(state):
     assert total("@a", "@a") == outer.get_total_tokens()
 
 
+def test_a_tracker_that_is_configured(state):
+    """``dspy.configure(usage_tracker=...)`` sees every call: in modules, directly, in worker threads."""
+    tracker = dspy.utils.usage_tracker.UsageTracker()
+    dspy.configure(usage_tracker=tracker)
+    Chain()(question="@a")
+    dspy.settings.lm("@bb")
+    dspy.Parallel(num_threads=2, disable_progress_bar=True)([(Chain(), example) for example in EXAMPLES])
+    with dspy.context(usage_tracker=None):
+        dspy.settings.lm("@nobody")
+
+    assert tracker is dspy.settings.usage_tracker
+    assert total("@a", "@a", "@bb", *(f"@q{n}" for n in range(3) for _ in range(2))) == tracker.get_total_tokens()
+
+
+def test_a_tracker_that_is_configured_beside_track_usage(state):
+    """DSPy counts for the results only where nobody has a tracker: with a tracer, too."""
+    tracker = dspy.utils.usage_tracker.UsageTracker()
+    dspy.configure(usage_tracker=tracker, track_usage=True)
+    result = Chain()(question="@a")
+
+    assert result.get_lm_usage() is None
+    assert total("@a", "@a") == tracker.get_total_tokens()
+
+
 def test_with_nested_trackers_of_the_users(state):
     """Nested ``dspy.track_usage()`` blocks see what they see without a tracer."""
     with dspy.track_usage() as outer:

@@ -168,6 +168,19 @@ def test_a_failing_call_is_counted_as_far_as_it_reported(traces):
     assert 2 * 12 == traces[0].info.token_usage["total_tokens"]
 
 
+def test_a_tracker_of_the_users_beside_ours(traces):
+    """Whether it stands in the context or in the configuration, the spans have their tokens as well."""
+    tracker = dspy.utils.usage_tracker.UsageTracker()
+    dspy.configure(usage_tracker=tracker)
+    Chain()(question="@a")
+    with dspy.track_usage() as inner:
+        Chain()(question="@a")
+
+    assert [2 * 12] * 2 == [trace.info.token_usage["total_tokens"] for trace in traces]
+    assert {12} == {usage["total_tokens"] for trace in traces for usage in [*usages(trace).values()]}
+    assert [["echo/one"]] * 2 == [list(each.usage_data) for each in (tracker, inner)]
+
+
 def test_suppressed_calls_count_for_the_module_that_made_them(traces):
     """They have no span, and are in the sum of the module around them, as in DSPy's own ``get_lm_usage()``."""
 

@@ -94,6 +94,13 @@ def restore_overrides(before: Any) -> None:
     thread_local_overrides.set(before)
 
 
+def usage_tracker() -> UsageTracker | None:
+    """The tracker in force here: that of ``dspy.context``, or else of ``dspy.configure``."""
+    here = thread_local_overrides.get()
+    tracker: UsageTracker | None = (here if "usage_tracker" in here else main_thread_config).get("usage_tracker")
+    return tracker
+
+
 def override_usage_tracker(tracker: UsageTracker | None) -> None:
     """``dspy.context(usage_tracker=...)`` from here on, without a block and without freezing other settings."""
     before = thread_local_overrides.get()

@@ -22,6 +22,7 @@ from dspy_mlflow_async.seams.dspy import (
     override_usage_tracker,
     overrides,
     restore_overrides,
+    usage_tracker,
 )
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, TokenUsageKey
 from dspy_mlflow_async.spans.outcome import OK, outcome_of
@@ -179,7 +180,7 @@ class LmUsage:
         self._before = overrides()
         for ledger in ledgers:
             ledger.begin()
-        present = self._before.get("usage_tracker")
+        present = usage_tracker()
         self._tracker = CallUsage(ledgers, present.inner if isinstance(present, CallUsage) else present)
         override_usage_tracker(self._tracker)
 
@@ -220,7 +221,7 @@ class ModuleUsage:
     """The usage of all LM calls below one outermost module call; MLflow shows it on that call's span.
 
     It stands in DSPy's setting too, for usage that is reported outside of any LM call that DSPy tells us of.
-    Where the user has switched on DSPy's own tracking, DSPy finds no tracker of ours in its place.
+    Where the user has a tracker, or has switched on DSPy's own tracking, there is none of ours.
     """
 
     __slots__ = ("_before", "ledger")
@@ -228,7 +229,7 @@ class ModuleUsage:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self._before = overrides()
-        if self._before.get("usage_tracker") is None and not is_tracking_usage():
+        if usage_tracker() is None and not is_tracking_usage():
             override_usage_tracker(CallUsage([self.ledger]))
 
     def close(self, outputs: Any = None, exception: BaseException | None = None) -> None:  # noqa: ARG002 - the interface of its kind
@@ -271,7 +272,7 @@ def module_usage(ledger: Ledger | None) -> tuple[ModuleUsage | HandsOff | None, 
         usage = ModuleUsage()
         return usage, usage.ledger
     if is_tracking_usage():
-        present = overrides().get("usage_tracker")
+        present = usage_tracker()
         if isinstance(present, CallUsage) and present.inner is None:
             return HandsOff(), ledger
     return None, ledger
