@@ -318,6 +318,30 @@ def test_a_tracker_that_raises(state):
         dspy.settings.lm("@a")
 
 
+@pytest.mark.parametrize("has_tracker", [False, True])
+@pytest.mark.parametrize("place", ["module", "lm"])
+def test_settings_that_are_saved_inside_a_call(state, tmp_path, place, has_tracker):
+    """``dspy.settings.save`` stores the user's tracker or none, and nothing of ours but the callback."""
+    path = tmp_path / "settings.pkl"
+
+    def save():
+        dspy.settings.save(str(path), exclude_keys=["lm", "callbacks", "caller_modules", "caller_predict"])
+
+    class Program(dspy.Module):
+        def forward(self, question):
+            if place == "module":
+                save()
+            return dspy.Prediction(answer=dspy.settings.lm(question))
+
+    tracker = dspy.utils.usage_tracker.UsageTracker() if has_tracker else None
+    dspy.configure(lm=EchoLM(during=lambda marker: save() if place == "lm" else None), usage_tracker=tracker)
+    Program()(question="@a")
+
+    saved = dspy.load_settings(str(path), allow_pickle=True)
+    assert type(tracker) is type(saved["usage_tracker"])
+    assert b"dspy_mlflow_async" not in path.read_bytes()
+
+
 def test_the_settings_an_lm_sees(state):
     """An LM that asks for ``dspy.settings.usage_tracker`` and has none finds what it would find: falsy or usable."""
     seen = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -157,6 +158,10 @@ class CallUsage(UsageTracker):
         copied = CallUsage(self._ledgers, copy.deepcopy(self.inner, memo))
         copied.entries = self.entries
         return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the user's tracker in our place: ``dspy.settings.save`` inside a call stores what it would store."""
+        return operator.getitem, ((self.inner,), 0)
 
 
 class LmUsage:
