@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import cloudpickle
+
 Redact = Callable[[Any], Any]
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+
+def mask_everything(value: Any) -> str:  # noqa: ARG001 - whatever it is
+    """What stands in for a ``redact`` that did not survive pickling."""
+    return "[masked]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +56,36 @@ class Settings:
             raise ValueError(f"max_value_bytes must be at least 1, not {self.max_value_bytes}")
         if self.redact is not None and not callable(self.redact):
             raise TypeError(f"redact must be a function of one value, not {self.redact!r}")
+
+    def __copy__(self) -> Settings:
+        """Itself: it never changes."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        """Itself: it never changes, and a hook may hold what cannot be copied."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle ``redact`` by itself, so that one that cannot be pickled keeps nothing else from it."""
+        plain = tuple(getattr(self, field.name) for field in fields(self) if field.name != "redact")
+        return _unpickled, (plain, None if self.redact is None else _pickled(self.redact))
+
+
+def _pickled(redact: Redact) -> bytes:
+    try:
+        pickled: bytes = cloudpickle.dumps(redact)
+    except Exception:  # noqa: BLE001 - it may hold anything: a lock, a client, a model
+        logger.warning("redact cannot be pickled (%r): the pickled tracer will mask every value.", redact)
+        return cloudpickle.dumps(mask_everything)
+    return pickled
+
+
+def _unpickled(plain: tuple[Any, ...], redact: bytes | None) -> Settings:
+    settings = Settings(*plain)
+    if redact is None:
+        return settings
+    try:
+        return replace(settings, redact=cloudpickle.loads(redact))
+    except Exception:  # what it is made of may be missing here; nothing may pass for that
+        logger.warning("redact cannot be unpickled: every value will be masked.", exc_info=True)
+        return replace(settings, redact=mask_everything)

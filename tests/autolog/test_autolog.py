@@ -1,6 +1,7 @@
 """``autolog()``: put in once, changed at will, taken out without a trace, and never two tracers at once."""
 
 import asyncio
+import copy
 import logging
 import threading
 
@@ -364,6 +365,30 @@ def test_cloudpickle(captured):
     with dspy.context(callbacks=[copy]):
         call()
     assert [predict_tree("@a")] == forests(captured)
+
+
+class Locked:
+    """A hook that holds what cannot be pickled."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, value):
+        return mask(value)
+
+
+def test_a_hook_that_cannot_be_pickled(captured, caplog):
+    """It keeps nothing from being pickled or copied; the pickled tracer stores a mask in place of every value."""
+    hidden = TracingCallback(redact=Locked(), max_value_bytes=1000)
+    assert hidden.settings is copy.deepcopy(hidden).settings
+    pickled = cloudpickle.loads(cloudpickle.dumps(hidden))
+    with dspy.context(callbacks=[pickled]):
+        call("@secret")
+
+    assert 1 == len([record for record in caplog.records if "cannot be pickled" in record.message])
+    assert 1000 == pickled.settings.max_value_bytes
+    assert [predict_tree()] == [tree(trace) for trace in captured]
+    assert "@secret" not in repr([trace.to_dict() for trace in captured])
 
 
 def test_an_unpickled_copy_works_without_autolog(captured):
