@@ -2,6 +2,7 @@
 
 import gc
 import tracemalloc
+import warnings
 
 import dspy
 import pytest
@@ -12,6 +13,7 @@ from dspy_mlflow_async.cli.endpoint import LocalEndpoint
 from dspy_mlflow_async.evaluate import summary
 from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
 from dspy_mlflow_async.evaluate.outcome import Outcome
+from dspy_mlflow_async.evaluate.plot import plot_of_cases
 from dspy_mlflow_async.evaluate.statistics import Difference
 
 COMPARISON = Comparison(
@@ -101,6 +103,17 @@ def test_table():
     assert "RuntimeError: boom" == table.loc["broken", "error"]
     assert "OSError: gone" == table.loc["broken", "first_error"]
     assert 40_000 == table.loc["direct", "input_tokens"]
+
+
+def test_plot():
+    """However long the names are, and whatever is in them, there is room for the scores."""
+    cases = [CaseResult("$x" * 200, "finished", score=50.0), CaseResult("b", "finished", score=60.0)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot = plot_of_cases(cases, "$x" * 200)
+
+    assert plot.startswith(b"\x89PNG")
 
 
 def test_latency():
