@@ -199,7 +199,10 @@ def test_a_hash_of_demos_that_cannot_be_shown():
     """The predictor keeps its span; objects without a text of their own hash alike in every process."""
     predictor = dspy.Predict("question -> answer")
     predictor.demos = [dspy.Example(question="q", answer="a", extra=Unprintable())]
-    assert 12 == len(describe.program_hash(predictor))
+    unprintable = describe.program_hash(predictor)
+    assert 12 == len(unprintable)
+    predictor.demos = [dspy.Example(question="q", answer="b", extra=Unprintable())]
+    assert unprintable != describe.program_hash(predictor)
     hashes = set()
     for _ in range(2):
         predictor.demos = [dspy.Example(question="q", extra=object())]

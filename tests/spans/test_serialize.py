@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracing.utils import TraceJSONEncoder
 
-from dspy_mlflow_async.spans.serialize import CIRCULAR, MASK, MAX_DEPTH, Plain, dump, is_secret
+from dspy_mlflow_async.spans.serialize import CIRCULAR, MASK, MAX_DEPTH, Plain, _names_secret, dump, is_secret
 
 MiB = 1024 * 1024
 
@@ -556,6 +556,14 @@ def test_redact_does_not_change_the_value_itself():
     plain(value, redact=lambda each: "x" if each == "b" else each)
 
     assert {"a": ["b"]} == value
+
+
+def test_long_keys_are_not_kept():
+    """A dict key of a program may be large, and is nobody's secret."""
+    before = _names_secret.cache_info().currsize
+    assert not is_secret("x" * 100_000 + "_password")
+
+    assert before == _names_secret.cache_info().currsize
 
 
 # --- properties -------------------------------------------------------------------------------------------------

@@ -115,17 +115,24 @@ def program_hash(predictor: Any) -> str:
     """Twelve hexadecimal digits that name a predictor's instructions and demos, so that a trace names its candidate."""
     digest = hashlib.sha256(str(predictor.signature.instructions).encode("utf-8", "backslashreplace"))
     for demo in getattr(predictor, "demos", None) or ():
-        items = sorted(demo.items(), key=_key) if hasattr(demo, "items") else demo
-        try:
-            text = repr(items)
-        except Exception:  # noqa: BLE001 - somebody's own __repr__
-            text = type(demo).__name__
-        digest.update(_ADDRESS.sub("", text).encode("utf-8", "backslashreplace"))
+        for text in _texts_of_demo(demo):
+            digest.update(_ADDRESS.sub("", text).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:12]
 
 
-def _key(field: tuple[Any, Any]) -> str:
-    return str(field[0])
+def _texts_of_demo(demo: Any) -> list[str]:
+    try:
+        fields = [(_text(key), _text(value)) for key, value in demo.items()]
+    except Exception:  # noqa: BLE001 - no mapping, or one that fails
+        return [_text(demo)]
+    return [text for field in sorted(fields) for text in field]
+
+
+def _text(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - somebody's own __repr__
+        return type(value).__name__
 
 
 def _module_type(instance: Any) -> str:

@@ -27,6 +27,7 @@ _SECRET_KEYS = frozenset({
     "proxy_authorization", "refresh_token", "secret", "secret_key", "session_token", "set_cookie", "token",
     "x_amz_security_token", "x_api_key",
 })  # fmt: skip
+_LONGEST_SECRET_KEY = 64  # characters; what is longer is no name
 _SECRET_ENDINGS = ("_api_key", "_password", "_secret", "_secret_key", "_access_token", "_auth_token")
 # Below these, secrets are masked whatever the span: HTTP headers, and the LM arguments that modules hand on.
 _GUARDED_KEYS = frozenset(
@@ -36,9 +37,13 @@ _GUARDED_KEYS = frozenset(
 _ATTACHMENT_KEYS = frozenset({"data", "b64_json", "result"})
 
 
-@functools.lru_cache(maxsize=4096)
 def is_secret(key: str) -> bool:
     """Whether ``key`` as a whole names a secret. ``max_tokens`` does not."""
+    return len(key) <= _LONGEST_SECRET_KEY and _names_secret(key)
+
+
+@functools.lru_cache(maxsize=4096)  # of short keys: longer ones are the program's data, and may be large
+def _names_secret(key: str) -> bool:
     name = key.lower().replace("-", "_")
     return name in _SECRET_KEYS or name.endswith(_SECRET_ENDINGS)
 
