@@ -20,7 +20,6 @@ OUTSIDE = {
     "dspy_mlflow_async.export.codec": {"_attachments", "_attributes", "_dict", "_span"},
     "dspy_mlflow_async.export.prepare": {"_attachments", "_links", "_span"},
     "dspy_mlflow_async.export.writer": {"_attachments"},
-    "dspy_mlflow_async.runs.active": {"_opened_in"},  # ours, left on MLflow's run object
     "dspy_mlflow_async.spans.describe": {"mlflow.dspy.util:EXCLUDE_LM_PARAMS"},
 }
 

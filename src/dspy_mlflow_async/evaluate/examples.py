@@ -19,6 +19,7 @@ from dspy_mlflow_async.evaluate.outcome import NO_TOKENS, Outcome, Tokens
 from dspy_mlflow_async.evaluate.slots import Entrance, Slots
 from dspy_mlflow_async.evaluate.stragglers import Threads
 from dspy_mlflow_async.runs.evaluation import Evaluation
+from dspy_mlflow_async.runs.feedback import text_of
 from dspy_mlflow_async.runs.usage import restore, tokens_by_model
 from dspy_mlflow_async.seams import dspy_evaluate as seam
 from dspy_mlflow_async.spans.usage import Ledger
@@ -178,10 +179,10 @@ class Examples:
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
         if self._rules.provide_traceback:
-            seam.PARALLELIZER_LOGGER.error(f"Error for {_said(item)}: {_said(error)}\n{traceback.format_exc()}")
+            seam.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}\n{traceback.format_exc()}")
         else:
             hint = "Set `provide_traceback=True` for traceback."
-            seam.PARALLELIZER_LOGGER.error(f"Error for {_said(item)}: {_said(error)}. {hint}")
+            seam.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}. {hint}")
         if self._has_too_many_errors():
             self._group.cancel_scope.cancel()
 
@@ -230,19 +231,12 @@ def _outcome_of(
         index,
         prediction=prediction,
         score=score,
-        error=None if error is None else f"{type(error).__name__}: {_said(error)}",
+        error=None if error is None else f"{type(error).__name__}: {text_of(error)}",
         duration=noted.duration,
         trace_id=noted.trace_id,
         program_tokens=_tokens(noted.program_usage),
         metric_tokens=_tokens(noted.metric_usage),
     )
-
-
-def _said(value: Any) -> str:
-    try:
-        return str(value)
-    except Exception:  # noqa: BLE001 - somebody's own __str__
-        return "(its text cannot be had)"
 
 
 def _tokens(ledger: Ledger | None) -> Tokens:

@@ -6,7 +6,6 @@ import dis
 import functools
 import hashlib
 import json
-import re
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -17,11 +16,10 @@ import pydantic
 
 from dspy_mlflow_async.runs import artifacts
 from dspy_mlflow_async.runs.feedback import metric_name
-from dspy_mlflow_async.spans.serialize import Plain
+from dspy_mlflow_async.spans.serialize import Plain, without_addresses
 
 MAX_VALUE_BYTES = 64 * 1024 * 1024
 _MAX_DEPTH = 100
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
@@ -161,4 +159,4 @@ def _shown(value: Any, path: frozenset[int]) -> Any:
 
 
 def _text(value: Any) -> Any:
-    return _ADDRESS.sub("", Plain(MAX_VALUE_BYTES).dumps(value))
+    return without_addresses(Plain(MAX_VALUE_BYTES).dumps(value))

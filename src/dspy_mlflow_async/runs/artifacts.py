@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import dspy
 
 from dspy_mlflow_async.seams import mlflow_runs as seam
-from dspy_mlflow_async.spans.serialize import MASK, Plain, dump, is_secret
+from dspy_mlflow_async.spans.serialize import MASK, Plain, dump, is_secret, with_floats_replaced
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -104,17 +103,7 @@ def table_json(columns: Mapping[str, list[Any]], earlier: Mapping[str, Any] | No
     rows += [[plain(columns[name][index]) if name in columns else None for name in names] for index in range(length)]
     content = {"columns": names, "data": rows}
     # pandas writes what is not a finite number as null, and reads nothing else.
-    return dump(_without_unusual_floats(content) if plain.has_unusual_floats else content).encode()
-
-
-def _without_unusual_floats(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_unusual_floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_unusual_floats(item) for item in value]
-    return value
+    return dump(with_floats_replaced(content, lambda _: None) if plain.has_unusual_floats else content).encode()
 
 
 def plot_of_series(series: Mapping[str, Iterable[tuple[int, float]]]) -> bytes:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from typing import Any
 
 import dspy
 from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Feedback
 
 from dspy_mlflow_async.spans.outcome import failure_of
-from dspy_mlflow_async.spans.serialize import Plain
+from dspy_mlflow_async.spans.serialize import Plain, with_floats_replaced
 
 MAX_FEEDBACK_BYTES = 64 * 1024
 
@@ -28,10 +27,10 @@ def metric_name(metric: Any) -> str:
     return "metric" if name == "<lambda>" else str(name)
 
 
-def text_of(error: BaseException) -> str:
-    """The text of an exception; one without may come from the user's code."""
+def text_of(value: Any) -> str:
+    """The text of an exception or an example, whose ``__str__`` may be the user's, and raise."""
     try:
-        return str(error)
+        return str(value)
     except Exception as failure:  # noqa: BLE001 - as said
         return f"<no text: {type(failure).__name__}>"
 
@@ -76,15 +75,5 @@ def _storable(value: Any) -> Any:
             value = value.item()  # a NumPy scalar
     plain = Plain(MAX_FEEDBACK_BYTES)
     shown = plain(value)
-    return _without_unusual_floats(shown) if plain.has_unusual_floats else shown
-
-
-def _without_unusual_floats(value: Any) -> Any:
-    """NaN and infinities as text: MLflow sends feedback as JSON, which has no numbers for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _without_unusual_floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_unusual_floats(item) for item in value]
-    return value
+    # MLflow sends feedback as JSON.
+    return with_floats_replaced(shown, str) if plain.has_unusual_floats else shown

@@ -7,7 +7,6 @@ The reference is ``mlflow.dspy.callback.MlflowCallback``. Nothing here changes w
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ import dspy
 from mlflow.dspy.util import EXCLUDE_LM_PARAMS
 
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, SpanType
+from dspy_mlflow_async.spans.serialize import without_addresses
 from dspy_mlflow_async.spans.signatures import texts_of
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # differs from process to process
 FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the user's
 
 
@@ -116,7 +115,7 @@ def program_hash(predictor: Any) -> str:
     digest = hashlib.sha256(str(predictor.signature.instructions).encode("utf-8", "backslashreplace"))
     for demo in getattr(predictor, "demos", None) or ():
         for text in _texts_of_demo(demo):
-            digest.update(_ADDRESS.sub("", text).encode("utf-8", "backslashreplace"))
+            digest.update(without_addresses(text).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:12]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ MASK = "[masked]"
 CIRCULAR = "[circular]"
 MAX_DEPTH = 200
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SHORT = 64  # characters
 _LARGE = 10_000  # bits; Python refuses to write integers of more than 4,300 digits
 
@@ -55,6 +58,22 @@ def dump(value: Any) -> str:
     except (TypeError, ValueError):  # an integer beyond 64 bits, or a lone surrogate
         text = json.dumps(value, ensure_ascii=False)
         return text.encode("utf-8", "backslashreplace").decode()
+
+
+def with_floats_replaced(value: Any, replace: Callable[[float], Any]) -> Any:
+    """A plain value with what ``replace`` makes of NaN and the infinities, for which JSON has no numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else replace(value)
+    if isinstance(value, dict):
+        return {key: with_floats_replaced(item, replace) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_floats_replaced(item, replace) for item in value]
+    return value
+
+
+def without_addresses(text: str) -> str:
+    """The text of objects without the places in memory that Python shows, which differ from process to process."""
+    return _ADDRESS.sub("", text)
 
 
 class Plain:
