@@ -23,7 +23,7 @@ def spool_dir(tmp_path, monkeypatch):
 
 def settle():
     """Wait for pipelines of earlier tests, which count in the same books: a writer may outlive its pipeline's end."""
-    wait_until(lambda: not any(thread.is_alive() for thread in installing._closing), 30)
+    wait_until(lambda: not any(thread.is_alive() for _, thread in installing._closing), 30)
     current = installing._pipeline
     writers = {thread for thread in threading.enumerate() if thread.name == "dspy-mlflow-async-writer"}
     for thread in writers - {queue._thread for queue in (current.queues.values() if current else ())}:

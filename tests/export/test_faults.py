@@ -5,6 +5,7 @@ import random
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -15,6 +16,10 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.export import backlog
 from dspy_mlflow_async.export import queue as queueing
 from dspy_mlflow_async.export import spool as spools
+from dspy_mlflow_async.export.pipeline import Pipeline
+from dspy_mlflow_async.export.retry import Verdict
+from dspy_mlflow_async.export.writer import Outcome
+from dspy_mlflow_async.seams import mlflow_export as seam
 
 
 @pytest.fixture(autouse=True)
@@ -289,9 +294,6 @@ def test_run_operations_keep_their_order(sqlite):
 
 
 def queueing_outcome(item):
-    from dspy_mlflow_async.export.retry import Verdict
-    from dspy_mlflow_async.export.writer import Outcome
-
     return Outcome(item, Verdict.AWAY, OSError("away"))
 
 
@@ -335,3 +337,182 @@ def test_two_threads_flush_at_once(sqlite):
 
     assert [True, True] == results
     assert 50 == export.stats().stored
+
+
+def test_what_follows_a_suspect_stays_behind_it(sqlite, monkeypatch):
+    """Feedback that waits in memory behind a trace that fails for no clear reason is not sent first, and refused."""
+    writer = type(sqlite.queue._writer)
+    write_traces, failures = writer._write_traces, iter([ValueError("once")])
+
+    def fail_once(self, items, statuses):
+        if error := next(failures, None):
+            return [Outcome(item, Verdict.SUSPECT, error) for item in items]
+        return write_traces(self, items, statuses)
+
+    monkeypatch.setattr(writer, "_write_traces", fail_once)
+    sqlite.stop_writing()
+    ids = [call() for _ in range(queueing._BATCH_ITEMS)]
+    for trace_id in ids:
+        export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
+    del sqlite.queue._start
+
+    wait_until(lambda: export.flush(5), 60)
+    assert export.ExportStats(started=len(ids), ended=len(ids), stored=len(ids)) == export.stats()
+    assert [1] * len(ids) == [len(trace.info.assessments) for trace in sqlite.read().values()]
+    assert 0 == sum(info.dead for info in export.spools())
+
+
+def test_a_clock_that_goes_backwards_between_segments(make, monkeypatch):
+    """Feedback in a later segment is sent after its trace, whatever the clock says."""
+    monkeypatch.setattr(spools, "_SEGMENT_BYTES", 1)
+    installed = make(max_waiting_bytes=0)
+    installed.stop_writing()
+    trace_id = call()
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() - 86_400 * 10**9)
+    export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
+    installed.queue.save_everything()
+    folder = installed.queue.spool.folder
+    assert 2 == len(spools.segments(folder))
+
+    assert (2, 0) == ((summary := export.replay(folder=folder)).stored, summary.dead)
+    assert 1 == len(installed.read()[trace_id].info.assessments)
+
+
+def test_a_suspect_in_one_segment_holds_back_what_follows_in_the_next(make, monkeypatch):
+    """A replay does not send feedback before its trace has gone through."""
+    monkeypatch.setattr(spools, "_SEGMENT_BYTES", 1)
+    installed = make(max_waiting_bytes=0)
+    installed.stop_writing()
+    trace_id = call()
+    export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
+    installed.queue.save_everything()
+    folder = installed.queue.spool.folder
+    writer = type(installed.queue._writer)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_all_at_once", lambda self, items: False)
+        patch.setattr(writer, "_log_spans", lambda *_: (_ for _ in ()).throw(ValueError("for no clear reason")))
+        summary = export.replay(folder=folder)
+    assert (2, 0, 0) == (summary.left, summary.stored, summary.dead)
+
+    assert 2 == export.replay(folder=folder).stored
+    assert 1 == len(installed.read()[trace_id].info.assessments)
+
+
+def test_feedback_that_no_disk_can_hold_as_it_is(make):
+    """Lone surrogates are repaired on the way to the disk as on the way to the store."""
+    installed = make(max_waiting_bytes=0)
+    installed.stop_writing()
+    trace_id = call()
+    feedback = Feedback(name="score", value="a\ud800", rationale="b\udfff", metadata={"k": "c\ud800"})
+    error = Feedback(name="error", error=ValueError("d\ud800"))
+    export.release(trace_id, assessments=[feedback, error])
+    assert 2 == len(installed.queue.backlog)
+    del installed.queue._start
+
+    assert export.flush(100)
+    by_name = {assessment.name: assessment for assessment in installed.read()[trace_id].info.assessments}
+    stored = by_name["score"]
+    texts = (
+        stored.feedback.value,
+        stored.rationale,
+        stored.metadata["k"],
+        by_name["error"].feedback.error.error_message,
+    )
+    assert tuple(f"{letter}\N{REPLACEMENT CHARACTER}" for letter in "abcd") == texts
+
+
+def test_a_record_of_a_later_version_is_kept(sqlite):
+    """A running process leaves alone what it does not understand; the next version will send it."""
+    later = spools.Spool(sqlite.queue.spool.folder, sqlite.uri)
+    later.put(b'{"v":99,"kind":"trace","key":"tr-1","counted":1}', key="tr-1", counted=1)
+    later.close()
+    call()
+
+    assert export.flush(100)
+    wait_until(sqlite.queue.is_empty)
+    assert 1 == export.spools()[0].records
+    assert export.ExportStats(started=1, ended=1, stored=1) == export.stats()
+
+
+def test_flush_returns_when_neither_the_store_nor_the_disk_takes_anything(make, server, small_disk, monkeypatch):
+    """Also without a bound: there is nothing to wait for."""
+    monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(small_disk / "spool"))
+    installed = make(uri=server.uri)
+    ids = [call()]
+    assert export.flush(100)
+    server.kill()
+    try:
+        ids += [call(text="x" * 3000) for _ in range(60)]
+        assert not export.flush()
+        assert export.stats().waiting > 0
+    finally:
+        server.start()
+
+    assert export.flush(100)
+    assert arrived(installed, ids)
+
+
+def test_new_options_during_an_outage(make, server):
+    """What waits goes on waiting in the same place, in order, and is counted when it arrives."""
+    installed = make(uri=server.uri)
+    ids = [call()]
+    assert export.flush(100)
+    server.kill()
+    try:
+        ids += [call() for _ in range(5)]
+        assert not export.flush(30)
+        assert 5 == export.stats().spooled
+        undo = export.install(export.ExportOptions(visible_after=5.0))
+        export.release(ids[1], assessments=[Feedback(name="score", value=1.0)])
+    finally:
+        server.start()
+
+    wait_until(lambda: export.flush(5), 60)
+    assert export.ExportStats(started=6, ended=6, stored=6) == export.stats()
+    assert arrived(installed, ids)
+    assert 1 == len(installed.read()[ids[1]].info.assessments)
+    undo()
+
+
+def test_flush_after_undoing_waits_for_what_is_on_its_way(sqlite, monkeypatch):
+    """The traces of a tracer that is off already are stored when `flush` returns."""
+    ids = [call() for _ in range(50)]
+    sqlite.undo()
+
+    assert export.flush(100)
+    assert set(ids) == set(sqlite.read())
+
+
+def test_projects_with_the_same_relative_store_have_a_spool_each(tmp_path, monkeypatch):
+    """`sqlite:///mlflow.db` is another file in another folder, and what lies in its spool can be sent from anywhere."""
+    folders = {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        spool = Pipeline(export.ExportOptions()).queue("sqlite:///mlflow.db").spool
+        folders[spool.folder] = spool.uri
+
+    assert [f"sqlite:///{tmp_path / name / 'mlflow.db'}" for name in ("one", "two")] == list(folders.values())
+
+
+@pytest.mark.parametrize(
+    ("uri", "absolute"),
+    [
+        ("sqlite:///a/b.db", "sqlite:////there/a/b.db"),
+        ("sqlite:////a/b.db", None),
+        ("sqlite:///:memory:", None),
+        ("sqlite+pysqlite:///b.db", "sqlite+pysqlite:////there/b.db"),
+        ("./mlruns", "file:///there/mlruns"),
+        ("file:mlruns", "file:///there/mlruns"),
+        ("file:///mlruns", None),
+        ("http://127.0.0.1:5000", None),
+        ("postgresql://user@host/name", None),
+        ("databricks", None),
+    ],
+)
+def test_absolute_uris(uri, absolute, monkeypatch):
+    """What may mean something else in another working directory does not any more."""
+    monkeypatch.setattr(Path, "cwd", classmethod(lambda cls: cls("/there")))
+
+    assert (absolute or uri) == seam.absolute_uri(uri)

@@ -4,17 +4,52 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export.retry import Backoff
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from dspy_mlflow_async.export.spool import Reference
 
 # A record that fails this often while others succeed is to blame itself.
 _SUSPICIONS = 10
+
+
+class _Records:
+    """A queue of references from which any can be taken at once."""
+
+    def __init__(self) -> None:
+        self._by_place: OrderedDict[tuple[Path, int], Reference] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_place)
+
+    def __iter__(self) -> Iterator[Reference]:
+        return iter(self._by_place.values())
+
+    def at(self, segment: Path, offset: int) -> Reference | None:
+        return self._by_place.get((segment, offset))
+
+    def first(self) -> Reference:
+        return next(iter(self))
+
+    def append(self, reference: Reference) -> None:
+        self._by_place[reference.segment, reference.offset] = reference
+
+    def appendleft(self, reference: Reference) -> None:
+        self.append(reference)
+        self._by_place.move_to_end((reference.segment, reference.offset), last=False)
+
+    def popleft(self) -> Reference:
+        return self._by_place.popitem(last=False)[1]
+
+    def discard(self, reference: Reference) -> None:
+        self._by_place.pop((reference.segment, reference.offset), None)
 
 
 class Backlog:
@@ -22,10 +57,10 @@ class Backlog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[Reference] = deque()
+        self._waiting = _Records()
         self._in_flight: list[Reference] = []
         self._keys: Counter[str] = Counter()
-        self._suspects: deque[Reference] = deque()  # tried one by one
+        self._suspects = _Records()  # tried one by one
         self._suspects_at = 0.0  # monotonic
         self._backoff = Backoff(1.0, 60.0)
         self._suspicions: dict[str, tuple[int, int]] = {}  # failures that count, successes of others by then
@@ -51,6 +86,12 @@ class Backlog:
         with self._lock:
             return list(self._waiting)
 
+    def at(self, segment: Path, offsets: Iterable[int]) -> list[Reference]:
+        """Those records of a segment that lie here and that nobody is sending."""
+        with self._lock:
+            found = (self._waiting.at(segment, offset) for offset in offsets)
+            return [reference for reference in found if reference is not None]
+
     def take(self, most: int, most_bytes: int) -> tuple[list[Reference], bool]:
         """The records to try next.
 
@@ -61,7 +102,7 @@ class Backlog:
         with self._lock:
             batch = self._in_flight = []
             if self._suspects and time.monotonic() >= self._suspects_at:
-                return [self._suspects[0]], True
+                return [self._suspects.first()], True
             while self._waiting and len(batch) < most and size < most_bytes:
                 reference = self._waiting.popleft()
                 if reference.key in self._suspicions:
@@ -76,17 +117,16 @@ class Backlog:
         with self._lock:
             self._in_flight = []
             if not was_suspect:
-                self._waiting.extendleft(reversed(references))
+                for reference in reversed(references):
+                    self._waiting.appendleft(reference)
 
     def finish(self, references: Iterable[Reference]) -> None:
         """Records are done with."""
         gone = set(references)
         with self._lock:
-            for name in ("_waiting", "_suspects"):
-                records: deque[Reference] = getattr(self, name)
-                if any(record in gone for record in records):
-                    setattr(self, name, deque(record for record in records if record not in gone))
             for reference in gone:
+                self._waiting.discard(reference)
+                self._suspects.discard(reference)
                 self._keys[reference.key] -= 1
                 if self._keys[reference.key] <= 0:
                     del self._keys[reference.key]

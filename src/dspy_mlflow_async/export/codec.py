@@ -21,6 +21,10 @@ from dspy_mlflow_async.seams import mlflow_export as seam
 VERSION = 1
 
 
+class LaterVersionError(ValueError):
+    """The record was written by a later version of this package, which will know what to do with it."""
+
+
 def encode(item: Item) -> bytes:
     """One line of JSON, without the line's end."""
     record: dict[str, Any] = {"v": VERSION, "kind": _KINDS[type(item)], "key": item.key}
@@ -58,11 +62,12 @@ def decode(data: bytes) -> Item:
     """The item of a line.
 
     Raises:
-        ValueError: If the line is of a later version, or no record of ours.
+        LaterVersionError: If the line is of a later version.
+        ValueError: If it is no record of ours.
     """
     record = loads(data)
     if record.get("v") != VERSION:
-        raise ValueError(f"spool record of version {record.get('v')!r}, this is version {VERSION}")
+        raise LaterVersionError(f"spool record of version {record.get('v')!r}, this is version {VERSION}")
     common: dict[str, Any] = {"key": record["key"], "counted": record["counted"], "size": len(data)}
     kind = record["kind"]
     if kind == "trace":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from dspy_mlflow_async.export import codec
+from dspy_mlflow_async.export import codec, prepare
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.items import Item
@@ -19,6 +19,7 @@ class Disk:
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
+        self.is_full = False  # whether the disk did not take what it was given last
         self._is_warned = False
 
     def save(self, item: Item, *, durable: bool = False) -> bool:
@@ -29,8 +30,15 @@ class Disk:
         """
         if item.reference is None:
             try:
-                item.reference = self.spool.put(codec.encode(item), key=item.key, counted=item.counted, durable=durable)
-            except Exception as error:  # noqa: BLE001 - a full disk, or a value that cannot be said
+                payload = _say(item)
+            except Exception as error:  # noqa: BLE001 - the user's values decide what it is
+                logger.warning("dspy-mlflow-async: %s cannot be kept on disk: %s", item.key, error)
+                return False
+            try:
+                item.reference = self.spool.put(payload, key=item.key, counted=item.counted, durable=durable)
+                self.is_full = False
+            except OSError as error:
+                self.is_full = True
                 if not self._is_warned:
                     self._is_warned = True
                     logger.warning(
@@ -44,13 +52,19 @@ class Disk:
         return True
 
     def load(self, reference: Reference) -> Item | None:
-        """The item at ``reference``; None, with a warning, if the disk has lost it."""
+        """The item at ``reference``; None, with a warning, if the disk has lost it.
+
+        Raises:
+            LaterVersionError: If it is not lost, but not for us to read.
+        """
         payload = self.spool.read(reference)
         if payload is None:
             logger.warning("dspy-mlflow-async: a record in %s is damaged, and lost", reference.segment)
             return None
         try:
             item = codec.decode(payload)
+        except codec.LaterVersionError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever the disk has made of it
             logger.warning("dspy-mlflow-async: a record in %s is lost: %s", reference.segment, error)
             return None
@@ -64,7 +78,7 @@ class Disk:
             Whether the disk took it.
         """
         try:
-            self.spool.bury(codec.encode(item), reason)
+            self.spool.bury(_say(item), reason)
         except Exception:  # noqa: BLE001 - a full disk: nothing is left to try
             logger.warning("dspy-mlflow-async: the store refuses %s and the disk too; lost: %s", item.key, reason)
             return False
@@ -81,3 +95,11 @@ class Disk:
         references = [reference for reference in (item.reference, item.supersedes) if reference is not None]
         if references:
             self.spool.done(references, stored=stored)
+
+
+def _say(item: Item) -> bytes:
+    try:
+        return codec.encode(item)
+    except Exception:  # noqa: BLE001 - text that no database takes: the store would get it repaired, too
+        prepare.prepare(item)
+        return codec.encode(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import logging
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dspy_mlflow_async")
 
+_HOLDS_LOCKS = frozenset({__name__.partition(".")[0], "threading", "logging"})
+_NEAREST_FRAMES = 5
+# What a thread does with such a lock takes microseconds; one that waits in `threading`, which looks alike, costs this
+# many moments of so many seconds.
+_MOST_MOMENTS = 40
+_MOMENT = 0.005
+
 _first: list[Callable[[], None]] = []
 _kept: list[Callable[..., None]] = []
 
@@ -29,17 +37,27 @@ def before_leaving(function: Callable[[], None]) -> None:
     _first.append(function)
 
 
-def leave(pipeline: Pipeline | None, closing: list[threading.Thread], timeout: float) -> None:
-    """Do what others have asked for first, flush within ``timeout`` seconds, and save the rest."""
+def leave(pipeline: Pipeline | None, closing: list[tuple[Pipeline, threading.Thread]], timeout: float) -> None:
+    """Do what others have asked for first, flush within ``timeout`` seconds, and save the rest.
+
+    Args:
+        pipeline: The one in use.
+        closing: Those that were replaced or undone, with the thread that brings each to its end.
+        timeout: Seconds for all of that but the saving.
+    """
     deadline = time.monotonic() + timeout
+    if pipeline is not None:
+        pipeline.stop_waiting()
     for function in _first:
         function()
-    for thread in closing:
+    for _, thread in closing:
         thread.join(max(0.0, deadline - time.monotonic()))
-    if pipeline is None:
-        return
-    pipeline.flush(max(0.0, deadline - time.monotonic()))
-    save(pipeline)
+    if pipeline is not None:
+        pipeline.flush(max(0.0, deadline - time.monotonic()))
+        save(pipeline)
+    for replaced, thread in closing:
+        if thread.is_alive():
+            save(replaced)
 
 
 def save(pipeline: Pipeline) -> None:
@@ -69,11 +87,56 @@ def at_exit(function: Callable[[], None]) -> None:
         at_exit_of_child(None)
 
 
+def _may_hold_a_lock(frame: FrameType | None) -> bool:
+    """Whether code that holds locks for moments is being run: ours, or what it calls."""
+    for _ in range(_NEAREST_FRAMES):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__", "").partition(".")[0] in _HOLDS_LOCKS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Handler:
+    """A signal handler that runs a function, and then lets the signal end the process."""
+
+    def __init__(self, function: Callable[[], None], timeout: float) -> None:
+        self._function = function
+        self._timeout = timeout
+        self._moments = iter(range(_MOST_MOMENTS))
+        self._is_running = _thread.allocate_lock()
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        # No `threading.Thread`: starting one takes a lock of that module.
+        with contextlib.suppress(RuntimeError):  # no new thread: the interpreter is ending already
+            if _may_hold_a_lock(frame) and next(self._moments, None) is not None:
+                _thread.start_new_thread(self._come_again, (signum,))
+                return
+            if self._is_running.acquire(blocking=False):
+                _thread.start_new_thread(self._run, ())
+            self._is_running.acquire(timeout=self._timeout)
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+    def _run(self) -> None:
+        try:
+            self._function()
+        finally:
+            self._is_running.release()
+
+    @staticmethod
+    def _come_again(signum: int) -> None:
+        time.sleep(_MOMENT)
+        os.kill(os.getpid(), signum)
+
+
 def on_sigterm(function: Callable[[], None], timeout: float) -> Callable[[], None]:
     """Call ``function`` before SIGTERM ends the process, where nobody else cares for that signal.
 
     A handler of the user's stays alone: it decides how the process ends, and a normal end is cared for.
-    The function runs in a thread, since the main one may hold any lock when the signal comes.
+    The function runs in a thread of its own, and the main one waits for it. Where that may just hold a lock that the
+    function needs, it first goes on for a moment.
 
     Args:
         function: What to do.
@@ -90,14 +153,7 @@ def on_sigterm(function: Callable[[], None], timeout: float) -> Callable[[], Non
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return nothing
 
-    def handler(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of handlers
-        with contextlib.suppress(RuntimeError):  # no new thread: the interpreter is ending already
-            thread = threading.Thread(target=function, name="dspy-mlflow-async-sigterm", daemon=True)
-            thread.start()
-            thread.join(timeout)
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
-
+    handler = _Handler(function, timeout)
     signal.signal(signal.SIGTERM, handler)
 
     def undo() -> None:

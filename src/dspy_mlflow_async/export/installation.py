@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _lock = threading.RLock()
 _pipeline: Pipeline | None = None
 _installed: list[Callable[[], None]] | None = None  # the undos, first to last
-_closing: list[threading.Thread] = []
+_closing: list[tuple[Pipeline, threading.Thread]] = []  # what was replaced or undone, until it has come to its end
 _books = Books()  # one for the process, whatever is installed
 
 
@@ -51,15 +52,16 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
     global _pipeline, _installed  # noqa: PLW0603
     with _lock:
         old = _pipeline
-        mine = _pipeline = Pipeline(options, _books, housekeeping)
+        mine = Pipeline(options, _books, housekeeping)
+        if old is not None:
+            _close(old, successor=mine)
+        _pipeline = mine
         if _installed is None:
             _installed = [
                 seam.patch_processor_factory(_make_processor),
                 seam.bound_http(),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
             ]
-        if old is not None:
-            _close(old, successor=mine)
         for processor, _ in seam.replace_processors(_ours_for):
             _take_over(processor)
         mine.start()
@@ -89,7 +91,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
 
 def _close(old: Pipeline, successor: Pipeline | None = None) -> threading.Thread:
     thread = old.close(successor)
-    _closing[:] = [t for t in _closing if t.is_alive()] + [thread]
+    _closing[:] = [(pipeline, t) for pipeline, t in _closing if t.is_alive()] + [(old, thread)]
     return thread
 
 
@@ -138,9 +140,17 @@ def flush(timeout: float | None = None) -> bool:
     Returns:
         True when nothing waits, in memory or on disk.
     """
+    deadline = None if timeout is None else time.monotonic() + timeout
     with _lock:
-        current = _pipeline
-    return True if current is None else current.flush(timeout)
+        current, closing = _pipeline, list(_closing)
+    is_stored = True
+    for replaced, thread in closing:
+        thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        is_stored = is_stored and replaced.is_empty()
+    if current is not None:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        is_stored = current.flush(left) and is_stored
+    return is_stored
 
 
 def secure(timeout: float) -> bool:
@@ -213,8 +223,8 @@ def count_sampled() -> None:
 
 
 def _leave() -> None:
-    with _lock:
-        current, closing = _pipeline, list(_closing)
+    # Without the lock: a signal may have come to the thread that holds it.
+    current, closing = _pipeline, list(_closing)
     options = current.options if current is not None else ExportOptions()
     process_exit.leave(current, closing, options.exit_timeout)
 

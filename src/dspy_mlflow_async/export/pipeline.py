@@ -15,6 +15,7 @@ from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.spool import Reference, Spool, folder_of
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow_export as seam
 
 
 class Pipeline:
@@ -31,6 +32,7 @@ class Pipeline:
         self.collector = Collector(options, self.books, self)
         self.queues: dict[str, StoreQueue] = {}
         self.is_closed = False
+        self._waits_for_stores = True
         self._successor: Pipeline | None = None
         self._housekeeping = guarded(housekeeping) if housekeeping else None
         self._lock = threading.Lock()
@@ -49,17 +51,27 @@ class Pipeline:
         queue = self.queues.get(uri)
         if queue is None:
             with self._lock:
-                queue = self.queues.get(uri)
-                if queue is None:
-                    queue = self.queues[uri] = self._make_queue(uri)
+                successor = self._successor
+                if successor is None:
+                    queue = self.queues.get(uri)
+                    if queue is None:
+                        queue = self.queues[uri] = self._make_queue(uri)
+            if queue is None:
+                assert successor is not None  # noqa: S101 - for the type checker
+                return successor.queue(uri)
         return queue
 
     def _make_queue(self, uri: str) -> StoreQueue:
-        folder = folder_of(spool_root(self.options.spool_dir), uri)
+        stable_uri = seam.absolute_uri(uri)  # what lies on disk may be sent from another working directory
+        folder = folder_of(spool_root(self.options.spool_dir), stable_uri)
+        queue: StoreQueue
         if self.options.mode == "process":
-            return ProcessQueue(self.options, self.books, uri, Spool(folder, uri, is_shared=True))
-        tail = Tail(folder, counts=False, follows_living=False)
-        return StoreQueue(self.options, self.books, uri, Spool(folder, uri, tail=tail))
+            queue = ProcessQueue(self.options, self.books, stable_uri, Spool(folder, stable_uri, is_shared=True))
+        else:
+            tail = Tail(folder, counts=False, follows_living=False)
+            queue = StoreQueue(self.options, self.books, uri, Spool(folder, stable_uri, tail=tail))
+        queue.waits = self._waits_for_stores
+        return queue
 
     def emit(self, uri: str, item: Item, is_sync: bool) -> None:
         """Bring an item on its way; with ``is_sync``, to the store before returning."""
@@ -75,7 +87,7 @@ class Pipeline:
 
     def discard_copy(self, uri: str, reference: Reference) -> None:
         """Forget a copy that nothing supersedes any more."""
-        self.queue(uri).spool.done([reference])
+        self.queue(uri).discard_copy(reference)
 
     # --- what is overdue ---
 
@@ -121,6 +133,10 @@ class Pipeline:
         results = [queue.flush(deadline) for queue in list(self.queues.values())]
         return all(results)
 
+    def is_empty(self) -> bool:
+        """Whether nothing waits here, in memory or on disk."""
+        return all(queue.is_empty() for queue in list(self.queues.values()))
+
     def save_everything(self) -> dict[str, int]:
         """Bring what is left to the disk, and stop. For the end of the process.
 
@@ -135,6 +151,12 @@ class Pipeline:
                 left[str(queue.spool.folder)] = count
         return left
 
+    def stop_waiting(self) -> None:
+        """Let nobody wait for the store any more: what should be written at once goes to the queue, too."""
+        self._waits_for_stores = False
+        for queue in list(self.queues.values()):
+            queue.waits = False
+
     def stop_ticking(self) -> None:
         """End the thread of this object; the queues' threads end by themselves."""
         self._stop.set()
@@ -143,14 +165,16 @@ class Pipeline:
         """Stop taking spans; what is on its way goes on in the background.
 
         Args:
-            successor: Takes over what is in flight.
+            successor: Takes over what is in flight, and the queues, as far as its options allow.
 
         Returns:
             The thread that brings the rest to the store, or to the disk, and then stops all others.
         """
         if successor is not None:
             successor.collector.adopt(self.collector)
-            self._successor = successor
+            with self._lock:
+                self._successor = successor
+                self._bequeath(successor)
             self.collector.entries = {}
         else:
             self.books.forget(self.collector.forget_open())
@@ -158,14 +182,26 @@ class Pipeline:
         self.is_closed = True
         self.stop_ticking()
 
+        queues = list(self.queues.values())
+
         def finish() -> None:
-            for queue in list(self.queues.values()):
+            for queue in queues:
                 queue.flush(time.monotonic() + self.options.exit_timeout)
                 queue.save_everything()
 
         thread = threading.Thread(target=finish, name="dspy-mlflow-async-close", daemon=True)
         thread.start()
         return thread
+
+    def _bequeath(self, successor: Pipeline) -> None:
+        """Queues that would be made alike go on as they are, so that what follows in them keeps its order."""
+        if self.options.mode != successor.options.mode:
+            return
+        root = spool_root(successor.options.spool_dir)
+        for uri, queue in list(self.queues.items()):
+            if queue.spool.folder.parent == root:
+                queue.options = successor.options
+                successor.queues[uri] = self.queues.pop(uri)
 
     def after_fork(self) -> None:
         """In a forked child: no threads, nothing waiting, and the parent's traces are the parent's."""
@@ -175,5 +211,5 @@ class Pipeline:
         self.books.reset()
         self.collector.after_fork()
         for queue in self.queues.values():
-            queue.spool.after_fork()
+            queue.after_fork()
         self.queues = {}

@@ -108,14 +108,41 @@ def _clean_info(info: Any) -> None:
     info.assessments = [_clean_assessment(assessment) for assessment in info.assessments]
 
 
-def _clean_assessment(assessment: Any) -> Any:
-    value = getattr(assessment.feedback, "value", None)
-    if all(map(_is_clean, (assessment.rationale, assessment.name, value))):
-        return assessment
-    assessment = copy.deepcopy(assessment)
-    if assessment.rationale:
-        assessment.rationale = clean(assessment.rationale)
-    assessment.name = clean(assessment.name)
+def _clean_value(value: Any) -> Any:
+    """JSON with clean text; the same object where all of it is clean."""
     if isinstance(value, str):
-        assessment.feedback.value = clean(value)
+        return clean(value)
+    if isinstance(value, dict):
+        pairs = [(_clean_value(key), _clean_value(each)) for key, each in value.items()]
+        is_same = all(k is a and v is b for (k, v), (a, b) in zip(pairs, value.items(), strict=True))
+        return value if is_same else dict(pairs)
+    if isinstance(value, (list, tuple)):
+        values = [_clean_value(each) for each in value]
+        return value if all(new is old for new, old in zip(values, value, strict=True)) else values
+    return value
+
+
+def _clean_assessment(assessment: Any) -> Any:
+    """An assessment all of whose text is clean; the same object where it is already."""
+    changes = [
+        (owner, name, cleaned)
+        for owner, names in _TEXT_OF_ASSESSMENTS.items()
+        if (part := getattr(assessment, owner) if owner else assessment) is not None
+        for name in names
+        if (cleaned := _clean_value(getattr(part, name, None))) is not getattr(part, name, None)
+    ]
+    if changes:
+        assessment = copy.deepcopy(assessment)
+        for owner, name, cleaned in changes:
+            setattr(getattr(assessment, owner) if owner else assessment, name, cleaned)
     return assessment
+
+
+# Where an assessment has text, by the attribute that holds it; "" is the assessment itself.
+_TEXT_OF_ASSESSMENTS = {
+    "": ("name", "rationale", "metadata"),
+    "source": ("source_id",),
+    "feedback": ("value",),
+    "error": ("error_code", "error_message", "stack_trace"),
+    "expectation": ("value",),
+}

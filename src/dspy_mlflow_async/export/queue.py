@@ -9,6 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from dspy_mlflow_async.export import codec
 from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item, TraceItem
@@ -47,7 +48,8 @@ class StoreQueue:
         self.options = options
         self.uri = uri
         self.spool = spool
-        self._disk = Disk(spool)
+        self.waits = True  # whether callers of `write_now` wait for the store
+        self._disk = self._copies = Disk(spool)
         self._books = books
         self._writer = Writer(uri)
         self._urgent_writer = Writer(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
@@ -59,11 +61,13 @@ class StoreQueue:
         # wait for a store. Held while they do, and by nobody else.
         self._fate = threading.Lock()
         self.backlog = Backlog()
+        self._is_warned = False  # of records of a later version
         self._adopt_at = 0.0  # monotonic
         self._backoff = Backoff()
         self._failures = 0  # writes in a row that found the store away
         self._away_until = 0.0  # monotonic
-        self._away_seen = 0  # how often the store was found away; a flush that sees one more gives up
+        self.times_away = 0  # how often the store was found away; a flush that sees one more gives up
+        self._times_suspect = 0  # how often a record failed for no clear reason
         self._wake = threading.Event()
         self._hurry = threading.Event()
         self._stop = threading.Event()
@@ -78,8 +82,10 @@ class StoreQueue:
         if not is_partial:
             self._secure(item)
         with self._lock:
-            must_spool = self.backlog.has(item.key) or (
-                self._waiting_bytes + item.size > self.options.max_waiting_bytes
+            must_spool = (
+                self._stop.is_set()  # nobody writes any more: what comes now is sent by the next process
+                or self.backlog.has(item.key)
+                or self._waiting_bytes + item.size > self.options.max_waiting_bytes
             )
             if not must_spool:
                 self._waiting.append(item)
@@ -98,7 +104,7 @@ class StoreQueue:
         Returns:
             Whether it is stored.
         """
-        if not self.has_queued(item.key):
+        if self.waits and not self.has_queued(item.key):
             outcome = self._urgent_writer.write([item])[0]
             if outcome.verdict in (Verdict.STORED, Verdict.REFUSED):
                 self._settle(outcome, "waiting")
@@ -109,8 +115,12 @@ class StoreQueue:
     def _secure(self, item: Item) -> None:
         if self.options.durable:
             self._disk.save(item, durable=True)
-        if item.supersedes is not None and (item.reference is not None or not self.options.durable):
-            self.spool.done([item.supersedes])
+        if item.reference is not None or not self.options.durable:
+            self._discard_superseded(item)
+
+    def _discard_superseded(self, item: Item) -> None:
+        if item.supersedes is not None:
+            self.discard_copy(item.supersedes)
             item.supersedes = None
 
     def safeguard(self, item: Item) -> Reference | None:
@@ -119,7 +129,11 @@ class StoreQueue:
         Returns:
             Where it lies, for the item that will supersede it; None if it could not be written.
         """
-        return item.reference if self._disk.save(item, durable=True) else None
+        return item.reference if self._copies.save(item, durable=True) else None
+
+    def discard_copy(self, reference: Reference) -> None:
+        """Forget a copy that nothing supersedes any more."""
+        self._copies.spool.done([reference])
 
     def has_queued(self, key: str) -> bool:
         """Whether something of this trace or run still waits; then what comes next must wait behind it."""
@@ -211,11 +225,24 @@ class StoreQueue:
                 self._waiting_bytes -= sum(item.size for item in batch) - sum(item.size for item in again)
                 self._waiting.extendleft(reversed(again))
                 self._in_flight = []
+            self._put_behind({outcome.item.key for outcome in outcomes if outcome.verdict is Verdict.SUSPECT})
         if again:
             self._found_away(outcomes)
         else:
             self._found_there(outcomes)
         return True
+
+    def _put_behind(self, suspects: set[str]) -> None:
+        """What waits behind a suspect goes after it to the spool: sent before it, it would be refused."""
+        if not suspects:
+            return
+        with self._lock:
+            behind = [item for item in self._waiting if item.key in suspects]
+            self._waiting = deque(item for item in self._waiting if item.key not in suspects)
+            self._waiting_bytes -= sum(item.size for item in behind)
+        for item in behind:
+            if not self._is_partial(item) and not self._to_spool(item):
+                self._drop(item)
 
     def _settle_saved(self, outcomes: list[Outcome]) -> None:
         """What `save_everything` has brought to the disk while it was being written."""
@@ -260,6 +287,7 @@ class StoreQueue:
             return False
         reference = item.reference
         assert reference is not None  # noqa: S101 - for the type checker
+        self._discard_superseded(item)
         self.backlog.add([reference])
         self._books.move("waiting", "spooled", item.counted)
         return True
@@ -267,6 +295,7 @@ class StoreQueue:
     def _spool_waiting(self) -> None:
         """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
         is_safe = True
+        self._disk.is_full = False
         while is_safe and self._waiting:
             with self._fate:
                 with self._lock:
@@ -275,6 +304,9 @@ class StoreQueue:
                     item = self._waiting.popleft()
                     self._in_flight = [item]
                 is_safe = self._is_partial(item) or self._to_spool(item)
+                if not is_safe and not self._disk.is_full:  # nobody can ever write it down
+                    self._drop(item)
+                    is_safe = True
                 with self._lock:
                     self._in_flight = []
                     if is_safe:
@@ -296,7 +328,8 @@ class StoreQueue:
                 again.append(reference)
             elif outcome.verdict is Verdict.SUSPECT and not self.backlog.is_guilty(reference.key):
                 self.backlog.postpone(reference, was_suspect=is_suspect)
-                self._failed()
+                with self._progress:
+                    self._times_suspect += 1
             else:
                 self._settle(outcome, "spooled")
                 self.backlog.finish([reference])
@@ -312,10 +345,18 @@ class StoreQueue:
     def _failed(self) -> None:
         """Let those who flush know that trying does not help now."""
         with self._progress:
-            self._away_seen += 1
+            self.times_away += 1
+            self._progress.notify_all()
 
     def _load(self, reference: Reference) -> Item | None:
-        item = self._disk.load(reference)
+        try:
+            item = self._disk.load(reference)
+        except codec.LaterVersionError as error:
+            if not self._is_warned:
+                self._is_warned = True
+                logger.warning("dspy-mlflow-async: left alone in %s: %s", self.spool.folder, error)
+            self.backlog.finish([reference])
+            return None
         if item is None:
             self._books.move("spooled", "dropped", reference.counted)
             self.backlog.finish([reference])
@@ -355,7 +396,7 @@ class StoreQueue:
 
     def _adopt(self) -> None:
         """Now and then, while the store takes what it is given: what ended processes have left behind."""
-        if time.monotonic() >= self._adopt_at:
+        if time.monotonic() >= self._adopt_at and not self._stop.is_set():
             self._adopt_at = time.monotonic() + _ADOPT_EVERY
             self.feed(self.spool.adopt())
 
@@ -376,22 +417,28 @@ class StoreQueue:
             Whether nothing waits.
         """
         with self._progress:
-            seen = self._away_seen
-        self._hurry.set()
-        self._away_until = 0.0
-        self.backlog.hurry()
-        self._wake.set()
+            away, suspect = self.times_away, self._times_suspect
+        self.hurry()
         if not self.is_empty():
             self._start()
         if self._thread is None or not self._thread.is_alive():
             self.work()
         with self._progress:
-            while not self.is_empty() and (self._away_seen == seen or self._waiting or self._in_flight):
+            while not self.is_empty() and self.times_away == away:
+                if self._times_suspect > suspect and not (self._waiting or self._in_flight or self.backlog.waiting()):
+                    break
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     break
                 self._progress.wait(0.5 if left is None else min(0.5, left))
         return self.is_empty()
+
+    def hurry(self) -> None:
+        """Try everything now, whatever pause was meant to be kept."""
+        self._hurry.set()
+        self._away_until = 0.0
+        self.backlog.hurry()
+        self._wake.set()
 
     def stop(self) -> None:
         """End the thread after what it is doing, and leave what waits on disk."""
@@ -418,3 +465,7 @@ class StoreQueue:
         with contextlib.suppress(OSError):
             self.spool.close()
         return len(self.backlog)
+
+    def after_fork(self) -> None:
+        """In a forked child: what is on disk and what is locked is the parent's."""
+        self.spool.after_fork()

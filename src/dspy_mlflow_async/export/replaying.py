@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dspy_mlflow_async.export import codec, spool
@@ -112,7 +112,7 @@ def replay(
         progress: Called after each batch.
     """
     summary = ReplaySummary()
-    uri = seam.resolve_tracking_uri(tracking_uri) if tracking_uri else None
+    uri = seam.absolute_uri(seam.resolve_tracking_uri(tracking_uri)) if tracking_uri else None
     unbound = seam.bound_http()
     try:
         for path in _chosen(folder, uri):
@@ -172,7 +172,7 @@ def _info(folder: Path) -> SpoolInfo:
     dead = 0
     with contextlib.suppress(OSError):
         dead = sum(payload is not None for _, payload in spool.scan((folder / "dead.letters").read_bytes()))
-    oldest = int(paths[0].name.split("-")[0]) / 1e9 if paths else None
+    oldest = spool.begun(paths[0]) / 1e9 if paths else None
     return replace(
         info, records=records, traces=traces, size=size, damaged=damaged, dead=dead, in_use=in_use, oldest=oldest
     )
@@ -195,13 +195,14 @@ def _send(
 ) -> ReplaySummary:
     total = sum(payload is not None for segment in spool.segments(folder) for _, payload in pending(segment))
     before = summary.stored + summary.dead
+    waits = Waits()
     for segment in spool.segments(folder):
         lock = spool.Lock(segment)
         if not segment.exists() or not lock.acquire():
             summary = replace(summary, skipped=summary.skipped + segment.exists())
             continue
         try:
-            for step in drain(segment, writer):
+            for step in drain(segment, writer, waits):
                 summary = add(summary, step)
                 if progress is not None:
                     done = summary.stored + summary.dead - before
@@ -224,37 +225,56 @@ def add(one: ReplaySummary, other: ReplaySummary) -> ReplaySummary:
     )
 
 
-def drain(segment: Path, writer: Writer, *, attempts: int = _ATTEMPTS) -> Iterator[ReplaySummary]:
+@dataclass(slots=True)
+class Waits:
+    """What keeps records of a spool from being sent now.
+
+    Attributes:
+        keys: Of records that did not go through: what follows must wait for them.
+        is_away: Whether the store is.
+    """
+
+    keys: set[str] = field(default_factory=set)
+    is_away: bool = False
+
+
+def drain(
+    segment: Path, writer: Writer, waits: Waits | None = None, *, attempts: int = _ATTEMPTS
+) -> Iterator[ReplaySummary]:
     """Send one segment, whose lock the caller holds, and delete it when nothing is left.
 
     Args:
         segment: The segment.
         writer: For the store to send to.
+        waits: Shared by the segments of one spool, which are drained in order.
         attempts: How often to try a batch while the store is away.
 
     Yields:
         What each batch added to the summary.
     """
     batch: list[tuple[int, bytes, Item]] = []
-    blocked: set[str] = set()  # keys of records that did not go through: what follows must wait for them
+    waits = waits or Waits()
     records = list(pending(segment))
     readable = [(offset, payload) for offset, payload in records if payload is not None]
     if damaged := len(records) - len(readable):
         yield ReplaySummary(damaged=damaged)
     left = 0
+    if waits.is_away:
+        yield ReplaySummary(left=len(readable))
+        return
     for number, (offset, payload) in enumerate(readable, 1):
-        item, step = _read(segment, payload, blocked)
+        item, step = _read(segment, payload, waits)
         if item is not None:
             batch.append((offset, payload, item))
         elif step is not None:
             left += step.left
             yield step
         if batch and (len(batch) >= _BATCH or number == len(readable)):
-            step = _write(segment, writer, batch, attempts, blocked)
+            step = _write(segment, writer, batch, attempts, waits)
             batch = []
             left += step.left
             yield step
-            if step.left and not blocked:  # the store is away
+            if waits.is_away:
                 yield ReplaySummary(left=len(readable) - number)
                 return
     if not left:
@@ -264,19 +284,19 @@ def drain(segment: Path, writer: Writer, *, attempts: int = _ATTEMPTS) -> Iterat
         spool.remove(segment)
 
 
-def _read(segment: Path, payload: bytes, blocked: set[str]) -> tuple[Item | None, ReplaySummary | None]:
+def _read(segment: Path, payload: bytes, waits: Waits) -> tuple[Item | None, ReplaySummary | None]:
     """The item of a record that may be sent now, or what became of it instead."""
     try:
         item = codec.decode(payload)
     except Exception as error:  # noqa: BLE001 - another version's record, or one that lies
         return None, ReplaySummary(left=1, errors=(f"{segment.name}: {error}",))
-    return (None, ReplaySummary(left=1)) if item.key in blocked else (item, None)
+    return (None, ReplaySummary(left=1)) if item.key in waits.keys else (item, None)
 
 
 def _write(
-    segment: Path, writer: Writer, batch: list[tuple[int, bytes, Item]], attempts: int, blocked: set[str]
+    segment: Path, writer: Writer, batch: list[tuple[int, bytes, Item]], attempts: int, waits: Waits
 ) -> ReplaySummary:
-    """Write a batch; an empty ``blocked`` with records left means that the store is away."""
+    """Write a batch; what did not go through, and what follows it, ``waits``."""
     backoff = Backoff()
     summary = ReplaySummary()
     todo = batch
@@ -299,8 +319,9 @@ def _write(
             else:
                 errors.add(reason[:300])
                 again.append((offset, payload, item))
-                if outcome.verdict is Verdict.SUSPECT and attempt == attempts - 1:
-                    blocked.add(item.key)
+                if attempt == attempts - 1:
+                    waits.keys.add(item.key)
+                    waits.is_away = waits.is_away or outcome.verdict is Verdict.AWAY
         if stored:
             spool.mark_done(segment, stored)
         todo = again

@@ -86,16 +86,23 @@ def done_offsets(segment: Path) -> dict[int, bool]:
 
     A line that is damaged counts as not written: then a record is sent twice, which the store does not mind.
     """
+    return read_notes(segment, 0)[0]
+
+
+def read_notes(segment: Path, start: int) -> tuple[dict[int, bool], int]:
+    """As `done_offsets`, of the notes from a position on; and the position behind them."""
     try:
-        data = segment.with_suffix(".done").read_bytes()
+        with segment.with_suffix(".done").open("rb") as file:
+            file.seek(start)
+            data = file.read()
     except OSError:
-        return {}
+        return {}, start
     done = {}
     for match in _DONE.finditer(data):
         if zlib.crc32(match[1]) == int(match[2], 16):
             offset, flag = match[1].split()
             done[int(offset)] = flag == b"s"
-    return done
+    return done, start + data.rfind(b"\n") + 1
 
 
 def mark_done(segment: Path, offsets: list[int], *, stored: bool = True) -> None:
@@ -131,6 +138,13 @@ class Lock:
             return False
         self._handle = handle
         return True
+
+    def note(self, text: str) -> None:
+        """Write something into the file, in place of what was there, for others to read."""
+        if self._handle is not None:
+            self._handle.truncate(0)
+            self._handle.write(text.encode())
+            self._handle.flush()
 
     def release(self) -> None:
         """Give it back."""
@@ -202,7 +216,9 @@ class Spool:
     def _open_segment(self) -> None:
         self._retire_segment()
         make_folder(self.folder, self.uri)
-        name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(3)}{self._suffix}"
+        # Records are sent in the order of the segments' names, also when the clock goes backwards.
+        stamp = max([time.time_ns(), *(begun(path) + 1 for path in segments(self.folder)[-1:])])
+        name = f"{stamp:020d}-{os.getpid()}-{secrets.token_hex(3)}{self._suffix}"
         segment = self.folder / name
         nameless = segment.with_suffix(".new")  # nobody looks at it before it is locked
         handle = os.open(nameless, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
@@ -211,12 +227,14 @@ class Spool:
         self._segment, self._handle, self._written, self._synced = segment, handle, 0, 0
 
     def close(self) -> None:
-        """Sync and give up all segments, so that others may drain them."""
+        """Sync and give up all segments, adopted ones too, so that others may drain them."""
         with self._append:
             self._retire_segment()
             for handle in self._full.values():
                 os.close(handle)
             self._full.clear()
+        if self.tail is not None:
+            self.tail.close()
 
     def _retire_segment(self) -> None:
         """Write no more to the current segment. It stays locked, and so ours, while its records are not done with."""
@@ -260,8 +278,10 @@ class Spool:
                 self.tail.done(segment, offsets, stored=stored)
                 continue
             with self._append:
-                left = self._live.get(segment, 0) - len(offsets)
-                self._live[segment] = left
+                is_mine = self.is_mine(segment)
+                left = self._live.get(segment, 0) - len(offsets) if is_mine else 1
+                if is_mine:
+                    self._live[segment] = left
                 if left <= 0 and segment == self._segment and self._written >= _SEGMENT_BYTES_IF_EMPTY:
                     self._retire_segment()
                 is_over = left <= 0 and segment != self._segment
@@ -278,6 +298,11 @@ class Spool:
     def adopt(self) -> list[Reference]:
         """Records of others that are now ours to send."""
         return [] if self.tail is None else self.tail.poll(self.is_mine)
+
+    def written(self) -> list[Path]:
+        """The segments of this object in which something is still needed."""
+        with self._append:
+            return list(self._live)
 
     def is_mine(self, segment: Path) -> bool:
         """Whether this object has written the segment, and it is still needed."""
@@ -331,6 +356,12 @@ def remove(segment: Path) -> None:
     for path in (segment, segment.with_suffix(".done")):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def begun(segment: Path) -> int:
+    """When a segment was begun, nanoseconds since the epoch."""
+    stamp = segment.name.partition("-")[0]
+    return int(stamp) if stamp.isdecimal() else 0
 
 
 def segments(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Tail:
         self._counts = counts
         self._follows_living = follows_living
         self._followed: dict[Path, _Followed] = {}
+        self._lock = threading.RLock()  # the writer's thread reads, whoever ends the process closes
         self.damaged = 0
 
     def __contains__(self, segment: Path) -> bool:
@@ -50,11 +52,12 @@ class Tail:
             is_mine: Whether a segment is one that this process writes itself, and not to be followed.
         """
         found: list[spool.Reference] = []
-        for segment in spool.segments(self._folder):
-            if not is_mine(segment):
-                found += self._poll_one(segment)
-        for segment in list(self._followed):
-            self._let_go(segment)
+        with self._lock:
+            for segment in spool.segments(self._folder):
+                if not is_mine(segment):
+                    found += self._poll_one(segment)
+            for segment in list(self._followed):
+                self._let_go(segment)
         return found
 
     def _poll_one(self, segment: Path) -> list[spool.Reference]:
@@ -104,11 +107,12 @@ class Tail:
 
     def done(self, segment: Path, offsets: list[int], *, stored: bool) -> None:
         """Records are done with."""
-        followed = self._followed[segment]
         with contextlib.suppress(OSError):  # then they are sent twice, which the store does not mind
             spool.mark_done(segment, offsets, stored=stored)
-        followed.left -= len(offsets)
-        self._let_go(segment)
+        with self._lock:
+            if followed := self._followed.get(segment):
+                followed.left -= len(offsets)
+                self._let_go(segment)
 
     def _let_go(self, segment: Path) -> None:
         """Delete a segment of the dead in which nothing is left; keep what nobody could read."""
@@ -126,7 +130,8 @@ class Tail:
 
     def close(self) -> None:
         """Give back all locks."""
-        for followed in self._followed.values():
-            if followed.lock is not None:
-                followed.lock.release()
-        self._followed.clear()
+        with self._lock:
+            for followed in self._followed.values():
+                if followed.lock is not None:
+                    followed.lock.release()
+            self._followed.clear()

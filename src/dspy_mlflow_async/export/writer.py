@@ -328,12 +328,16 @@ def _is_late(item: Any) -> bool:
 
 
 def _grouped(items: Sequence[Item]) -> Iterable[list[Item]]:
-    """Consecutive items of one sort; a late or repeated trace begins a new group, so that order is kept."""
+    """Consecutive items of one sort; a late or repeated trace begins a new group, so that order is kept.
+
+    Spans of a trace that others own may come one by one, and need no group of their own.
+    """
     group: list[Item] = []
     keys: set[str] = set()
     for item in items:
         is_trace = isinstance(item, (TraceItem, SpansItem))
-        if group and (is_trace != isinstance(group[0], (TraceItem, SpansItem)) or item.key in keys or _is_late(item)):
+        is_repeated = item.key in keys and not isinstance(item, SpansItem)
+        if group and (is_trace != isinstance(group[0], (TraceItem, SpansItem)) or is_repeated or _is_late(item)):
             yield group
             group, keys = [], set()
         group.append(item)

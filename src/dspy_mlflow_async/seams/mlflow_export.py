@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Span
@@ -58,6 +59,7 @@ __all__ = [
     "MlflowV3SpanProcessor",
     "TracingClient",
     "abandon_connections",
+    "absolute_uri",
     "adopt_trace",
     "aggregate_cost_from_spans",
     "aggregate_usage_from_spans",
@@ -111,6 +113,17 @@ InMemoryTrace = _Trace
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
     """The URI as MLflow will use it: one queue and one spool per *resolved* URI. There is no public resolver."""
     return str(_resolve_tracking_uri(tracking_uri))
+
+
+def absolute_uri(uri: str) -> str:
+    """A resolved URI that means the same store from every working directory; files and folders may be relative."""
+    driver, separator, path = uri.partition(":///")
+    if driver.startswith("sqlite") and separator:
+        is_relative = path and not path.startswith(("/", ":memory:", "file:"))
+        return f"{driver}:///{Path.cwd() / path}" if is_relative else uri
+    if "://" in uri or is_databricks_uri(uri):
+        return uri
+    return (Path.cwd() / uri.removeprefix("file:")).as_uri()
 
 
 # --- the trace manager -----------------------------------------------------------------------------------------
