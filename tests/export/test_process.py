@@ -1,10 +1,12 @@
 """Writing from a child process: nothing is lost, whichever of the two is killed."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import mlflow
@@ -86,8 +88,9 @@ def test_the_child_is_killed(process_mode):
     assert 165 == export.stats().stored
 
 
-def test_the_program_is_killed(store_uri, tmp_path):
-    """The child brings what is on disk to the store, and ends."""
+@pytest.mark.parametrize("what", ["durable", ""])
+def test_the_program_is_killed(store_uri, tmp_path, what):
+    """The child brings what had ended to the store, and ends; `durable` is for power cuts."""
     experiment_id = mlflow.create_experiment(f"killed-{os.urandom(4).hex()}")
     program = PROGRAM.replace("durable=", "mode='process', durable=")
     body = """
@@ -98,7 +101,7 @@ while True: print(call(), flush=True)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     process = subprocess.Popen(
-        [sys.executable, "-c", program + body, store_uri, experiment_id, "durable"],
+        [sys.executable, "-c", program + body, store_uri, experiment_id, what],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,3 +149,101 @@ def test_a_refusal_in_the_child_is_counted_here(process_mode):
     assert export.flush(100)
     assert 1 == export.stats().dead
     assert 1 == sum(info.dead for info in export.spools())
+
+
+def test_flush_does_not_wait_for_a_store_that_is_away(make, server):
+    """The child says that it has found nobody there, and finds what comes back as soon as somebody flushes."""
+    installed = make(uri=server.uri, mode="process")
+    ids = [call()]
+    assert export.flush(100)
+    server.kill()
+    try:
+        ids.append(call())
+        begun = time.monotonic()
+        assert not export.flush()
+        assert time.monotonic() - begun < 30
+        assert 1 == export.stats().spooled
+    finally:
+        server.start()
+
+    assert export.flush(100)
+    assert set(ids) == set(installed.read())
+
+
+def test_a_trace_that_is_left_out_after_all(make):
+    """A copy on disk, kept while the trace waits, is none that the child sends."""
+    installed = make(mode="process", durable=True)
+    with mlflow.start_span("root") as root:
+        child = mlflow.start_span_no_context("child", parent_span=root)
+    assert 1 == export.spools()[0].traces
+    sent = call()
+    wait_until(lambda: sent in installed.read(), 60)
+    assert {sent} == set(installed.read())
+    export.discard(root.trace_id)
+    child.end()
+
+    assert export.flush(100)
+    assert {sent} == set(installed.read())
+    assert 0 == sum(info.records for info in export.spools())
+
+
+TWO = """
+assert export.flush(100)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(30): print(call(), flush=True)
+print("flushed", export.flush(100), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_two_programs_have_one_child(store_uri, spool_dir):
+    """Who finds another's child at work needs none; when that is gone with its parent, the next one takes over."""
+    experiment_id = mlflow.create_experiment(f"two-{os.urandom(4).hex()}")
+    program = PROGRAM.replace("durable=", "mode='process', durable=") + TWO
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+
+    def begin():
+        return subprocess.Popen(
+            [sys.executable, "-c", program, store_uri, experiment_id, ""],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def until(process, word):
+        lines = []
+        while not (line := process.stdout.readline().strip()).startswith(word):
+            assert line, "the program has ended"
+            lines.append(line)
+        return lines
+
+    def go_on(process):
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    def children():
+        return [
+            path.parent.name
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if (arguments := path.read_bytes().split(b"\0")) and str(spool_dir).encode() in b" ".join(arguments)
+        ]
+
+    with contextlib.ExitStack() as stack:
+        one = stack.enter_context(begin())
+        ids = until(one, "ready")  # its child is at work
+        two = stack.enter_context(begin())
+        ids += until(two, "ready")
+        assert 1 == len(children())
+        for process in (one, two):
+            go_on(process)
+            ids += until(process, "flushed")
+        assert 1 == len(children())
+        go_on(one)
+        one.wait(30)
+        wait_until(lambda: not children(), 30)
+        go_on(two)
+
+    assert set(ids) == set(read(store_uri, experiment_id))
+    assert 62 == len(ids)

@@ -15,6 +15,9 @@ from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.seams import mlflow_export as seam
 
+LOCK = "drain.lock"
+# What the parent writes: something is new, or somebody waits for it.
+NEWS, HURRY = b".", b"!"
 # How often it looks for what is new when nobody tells it.
 _LOOK = 0.25
 # How long it goes on after its parent, if the store does not take what is left.
@@ -26,17 +29,21 @@ def main(path: str, uri: str) -> None:
     folder = Path(path)
     parent = int(os.environ.get("DSPY_MLFLOW_ASYNC_PARENT") or os.getppid())
     seam.bound_http()
-    lock = spool.Lock(folder / "drain.lock")
-    while not lock.acquire():  # another child drains for all
-        if not _wait(parent, 1.0):
-            return
+    lock = spool.Lock(folder / LOCK)
+    if not lock.acquire():  # another child drains for all
+        return
+    lock.note("")
     tail = Tail(folder, counts=True, follows_living=True)
     queue = StoreQueue(ExportOptions(), Books(), uri, spool.Spool(folder, uri, tail=tail))
     gone_since: float | None = None
+    times_away = 0
     while True:
-        has_parent = _wait(parent, 0.0)
+        has_parent = _wait(parent, 0.0, queue)
         queue.feed(queue.spool.adopt())
         queue.work()
+        if queue.times_away != times_away:
+            times_away = queue.times_away
+            lock.note(f"{os.getpid()} {times_away}")
         if not has_parent:
             gone_since = gone_since or time.monotonic()
             if queue.is_empty() or time.monotonic() - gone_since > _OUTLIVE:
@@ -44,15 +51,15 @@ def main(path: str, uri: str) -> None:
         rest = queue._rest()
         pause = _LOOK if rest is None else max(0.05, min(rest, 1.0))
         if has_parent:
-            _wait(parent, pause)
+            _wait(parent, pause, queue)
         else:
             threading.Event().wait(pause)
-    tail.close()
+    queue.spool.close()
     lock.release()
 
 
-def _wait(parent: int, seconds: float) -> bool:
-    """Wait for news from the parent, at most so long.
+def _wait(parent: int, seconds: float, queue: StoreQueue) -> bool:
+    """Wait for news from the parent, at most so long; where somebody there waits for us, make haste.
 
     Returns:
         Whether the parent lives.
@@ -60,4 +67,9 @@ def _wait(parent: int, seconds: float) -> bool:
     if os.getppid() != parent:
         return False
     readable, _, _ = select.select([0], [], [], seconds)
-    return not readable or bool(os.read(0, 65536))
+    if not readable:
+        return True
+    news = os.read(0, 65536)
+    if HURRY in news:
+        queue.hurry()
+    return bool(news)

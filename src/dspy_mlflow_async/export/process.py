@@ -7,15 +7,18 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspy_mlflow_async.export import drain
 from dspy_mlflow_async.export import spool as spools
+from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.retry import Backoff
-from dspy_mlflow_async.export.spool import Reference, Spool
+from dspy_mlflow_async.export.spool import Spool
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.books import Books
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dspy_mlflow_async")
 
-# How often the program looks what its child has done.
+# How often the program looks what its child has done, and how long it waits while nothing arrives, in seconds.
 _LOOK = 0.25
+_PATIENCE = 60.0
 # The child needs this room and MLflow: it goes round the package's own `__init__`, which would import DSPy.
 _BOOT = """
 import sys, types
@@ -44,26 +48,47 @@ class Child:
     """The draining process of one spool, started when there is something to drain and again when it dies."""
 
     def __init__(self, folder: Path, uri: str) -> None:
+        self._lock_file = folder / drain.LOCK
         self._command = [sys.executable, "-c", _BOOT, str(Path(__file__).parents[1]), str(folder), uri]
         self._process: subprocess.Popen[bytes] | None = None
         self._backoff = Backoff(0.5, 30.0)
         self._not_before = 0.0  # monotonic
 
-    def nudge(self) -> None:
-        """Tell the child that there is something new, after starting it if need be."""
+    def nudge(self, *, hurry: bool) -> None:
+        """Tell the child that there is something new, or that somebody waits, after starting it if need be.
+
+        The child of another process that drains this spool does that for us, too.
+        """
         _left_alone[:] = [process for process in _left_alone if process.poll() is None]
         process = self._process
         if process is None or process.poll() is not None:
-            if time.monotonic() < self._not_before:
+            if time.monotonic() < self._not_before or self._is_drained_by_another():
                 return
             if process is not None:
-                logger.warning("dspy-mlflow-async: the export process ended (%s); starting another", process.poll())
+                if process.poll() != 0:
+                    logger.warning("dspy-mlflow-async: the export process ended (%s); starting another", process.poll())
                 self._close_input(process)
             self._not_before = time.monotonic() + self._backoff.pause()
             process = self._start()
         with contextlib.suppress(OSError, ValueError):  # it is just ending
             assert process.stdin is not None  # noqa: S101 - for the type checker
-            os.write(process.stdin.fileno(), b".")
+            os.write(process.stdin.fileno(), drain.HURRY if hurry else drain.NEWS)
+
+    def _is_drained_by_another(self) -> bool:
+        lock = spools.Lock(self._lock_file)
+        try:
+            is_free = lock.acquire()
+        except OSError:  # no folder yet
+            return False
+        lock.release()
+        return not is_free
+
+    def failure(self) -> str:
+        """Which failure to reach the store whoever drains has noted last; empty if there was none."""
+        try:
+            return self._lock_file.read_text()
+        except OSError:
+            return ""
 
     def _start(self) -> subprocess.Popen[bytes]:
         # A new interpreter, not a fork: this process has threads. It lives until its standard input ends.
@@ -110,56 +135,97 @@ class ProcessQueue(StoreQueue):
 
     def __init__(self, options: ExportOptions, books: Books, uri: str, spool: Spool) -> None:
         super().__init__(options, books, uri, spool)
+        self._copies = Disk(Spool(spool.folder, uri))  # not shared: the child would send them
         self.child = Child(spool.folder, uri)
-
-    def work(self) -> None:
-        """Append what waits to the spool, and note what the child has done."""
-        had_something = bool(self._waiting)
-        self._spool_waiting()
-        self._collect()
-        if had_something or len(self.backlog):
-            self.child.nudge()
-        self._tell()
-
-    def _rest(self) -> float | None:
-        return _LOOK if len(self.backlog) else None
-
-    def _collect(self) -> None:
-        by_segment: dict[Path, list[Reference]] = {}
-        for reference in self.backlog.waiting():
-            by_segment.setdefault(reference.segment, []).append(reference)
-        for segment, references in by_segment.items():
-            notes = spools.done_offsets(segment)
-            done = [reference for reference in references if reference.offset in notes]
-            if not done:
-                continue
-            self.child.worked()
-            self.backlog.finish(done)
-            for reference in done:
-                self._books.move("spooled", "stored" if notes[reference.offset] else "dead", reference.counted)
-            self.spool.done(done, noted=True)
+        self._read_until: dict[Path, int] = {}  # where the notes on a segment go on
+        self._unmatched: dict[Path, dict[int, bool]] = {}  # notes that came before we knew of the record
+        self._last_failure = self.child.failure()
+        self._collecting = threading.Lock()
+        self._somebody_waits = threading.Event()
 
     def put(self, item: Item) -> None:
-        """Take an item. What follows a spooled record goes to the spool by the same way, so nothing need be asked."""
+        """Append an item to the spool: when this returns, the end of the process cannot lose it."""
         self._secure(item)
-        with self._lock:
-            has_room = self._waiting_bytes + item.size <= self.options.max_waiting_bytes
-            if has_room:
-                self._waiting.append(item)
-                self._waiting_bytes += item.size
-        if not has_room and not self._to_spool(item):
-            self._drop(item)
+        # A disk that was full may have room again, but what came first goes first.
+        if self._waiting or self._in_flight or not self._to_spool(item):
+            with self._lock:
+                has_room = self._waiting_bytes + item.size <= self.options.max_waiting_bytes
+                if has_room:
+                    self._waiting.append(item)
+                    self._waiting_bytes += item.size
+            if not has_room:
+                self._drop(item)
         if not self._wake.is_set():
             self._wake.set()
             self._start()
 
+    def work(self) -> None:
+        """Tell the child what is new, and note what it has done."""
+        self._spool_waiting()
+        self._collect()
+        if len(self.backlog):
+            somebody_waits = self._somebody_waits.is_set()
+            if somebody_waits:
+                self._somebody_waits.clear()
+            self.child.nudge(hurry=somebody_waits)
+        failure = self.child.failure()
+        if failure != self._last_failure:
+            self._last_failure = failure
+            if failure:
+                self._failed()
+        self._tell()
+
+    def _rest(self) -> float | None:
+        return _LOOK if len(self.backlog) or self._waiting else None
+
+    def hurry(self) -> None:
+        """Let the child try everything now, whatever pause it meant to keep."""
+        self._somebody_waits.set()
+        super().hurry()
+
+    def _collect(self) -> None:
+        with self._collecting:
+            self._read_notes()
+
+    def _read_notes(self) -> None:
+        for segment in self.spool.written():
+            notes, self._read_until[segment] = spools.read_notes(segment, self._read_until.get(segment, 0))
+            notes = self._unmatched.pop(segment, {}) | notes
+            done = self.backlog.at(segment, notes)
+            if done:
+                self.child.worked()
+                self.backlog.finish(done)
+            for reference in done:
+                is_stored = notes.pop(reference.offset)
+                self._books.move("spooled", "stored" if is_stored else "dead", reference.counted)
+            if notes:
+                self._unmatched[segment] = notes
+            self.spool.done(done, noted=True)
+        for segment in self._read_until.keys() - set(self.spool.written()):
+            del self._read_until[segment]
+            self._unmatched.pop(segment, None)
+
     def flush(self, deadline: float | None) -> bool:
-        """Wait for the child, at most a minute where no deadline is given."""
-        return super().flush(deadline if deadline is not None else time.monotonic() + 60.0)
+        """Wait for the child; without a deadline, as long as something arrives within a minute."""
+        while True:
+            before = len(self.backlog) + len(self._waiting)
+            patience = time.monotonic() + _PATIENCE
+            if super().flush(patience if deadline is None else min(deadline, patience)):
+                return True
+            is_over = deadline is not None and time.monotonic() >= deadline
+            if is_over or len(self.backlog) + len(self._waiting) >= before:
+                return False
 
     def save_everything(self) -> int:
         """Append the rest to the spool, and let the child finish on its own."""
         self._collect()
         left = super().save_everything()
+        with contextlib.suppress(OSError):
+            self._copies.spool.close()
         self.child.leave()
         return left
+
+    def after_fork(self) -> None:
+        """In a forked child: what is on disk and what is locked is the parent's."""
+        super().after_fork()
+        self._copies.spool.after_fork()
