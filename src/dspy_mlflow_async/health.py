@@ -35,7 +35,7 @@ def flush(timeout: float | None = None) -> bool:
         timeout: Seconds to wait; None waits until the store has taken everything or proves to be away.
 
     Returns:
-        True when nothing waits, in memory or on disk.
+        True when all of it is stored; what comes during the call is not waited for.
     """
     end_abandoned()
     return export.flush(timeout)

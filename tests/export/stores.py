@@ -70,18 +70,20 @@ class Installed:
 
 
 class Proxy:
-    """Stands before a server and fails as told: a status to answer, "hang up", "slow", or None."""
+    """Stands before a server and fails as told: a status to answer, "hang up" half-way, "hang", or None."""
 
     def __init__(self, port):
         self.port = port
         self.fault = None
         self.faults = 0
         self.seen = threading.Event()
+        self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self):
+        self._closed.set()
         self._listener.close()
 
     def _accept(self):
@@ -106,6 +108,9 @@ class Proxy:
                     b"HTTP/1.1 %d Proxy\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
                     b"Connection: close\r\n\r\n%s" % (fault, len(body), body)
                 )
+                return
+            if fault == "hang":
+                self._closed.wait(60)
                 return
             with socket.create_connection(("127.0.0.1", self.port), timeout=60) as upstream:
                 upstream.sendall(request)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlflow
 import pytest
 from mlflow.entities import Feedback
+from mlflow.tracing.client import TracingClient
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.trace_manager import InMemoryTraceManager
@@ -81,6 +82,30 @@ def test_many_threads_lose_nothing(sqlite):
     assert {9} == {trace.info.token_usage["total_tokens"] for trace in traces.values()}
 
 
+def test_flush_under_load_waits_for_what_had_ended(sqlite):
+    """A busy service can flush: what comes meanwhile is not waited for."""
+    is_over = threading.Event()
+
+    def work():
+        while not is_over.is_set():
+            call()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        ids = [call() for _ in range(20)]
+        assert export.flush(60)
+        assert set(ids) <= set(sqlite.read())
+    finally:
+        is_over.set()
+    for thread in threads:
+        thread.join(30)
+    assert export.flush(100)
+    stats = export.stats()
+    assert stats.started == stats.stored
+
+
 def test_mlflows_own_flush_waits_for_us(sqlite):
     """`flush_trace_async_logging` and `search_traces(flush=True)` find everything that has ended."""
     first = call()
@@ -141,6 +166,37 @@ def test_spans_that_outlive_the_bound_are_added(make):
     assert ["before", "grandchild", "late", "root"] == names()
     assert 10 == installed.read()[root.trace_id].info.token_usage["total_tokens"]
     assert export.ExportStats(started=1, ended=1, stored=1) == export.stats()
+
+
+def test_spans_that_outlive_a_thousand_other_traces_are_added(make):
+    """What is still open is waited for, however many traces come and go meanwhile."""
+    installed = make(children_timeout=0.2)
+    with mlflow.start_span("root") as root:
+        late = mlflow.start_span_no_context("late", parent_span=root)
+    wait_until(lambda: export.stats().stored == 1)
+    for _ in range(1_100):
+        call(children=0)
+    late.end()
+
+    assert export.flush(100)
+    assert 2 == len(TracingClient(installed.uri).get_trace(root.trace_id).data.spans)
+
+
+def test_spans_that_end_while_others_of_their_late_trace_begin(make):
+    """Whichever of the late spans is open when another one ends, none is lost."""
+    installed = make(children_timeout=0.2)
+    with mlflow.start_span("root") as root:
+        one = mlflow.start_span_no_context("one", parent_span=root)
+        two = mlflow.start_span_no_context("two", parent_span=root)
+    wait_until(lambda: export.stats().stored == 1)
+    three = mlflow.start_span_no_context("three", parent_span=one)
+    one.end()
+    two.end()
+    three.end()
+
+    assert export.flush(100)
+    trace = installed.read()[root.trace_id]
+    assert ["one", "root", "three", "two"] == sorted(span.name for span in trace.data.spans)
 
 
 def test_a_span_that_begins_after_the_trace_was_handed_on_is_added(sqlite):

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import sqlalchemy
 from mlflow.entities import Feedback, Metric, Param, RunTag
+from mlflow.store.db.utils import _get_managed_session_maker
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import QueuePool
 from stores import call, read, wait_until
 
 from dspy_mlflow_async import export
@@ -17,7 +21,7 @@ from dspy_mlflow_async.export import backlog
 from dspy_mlflow_async.export import queue as queueing
 from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.pipeline import Pipeline
-from dspy_mlflow_async.export.retry import Verdict
+from dspy_mlflow_async.export.retry import Verdict, judge
 from dspy_mlflow_async.export.writer import Outcome
 from dspy_mlflow_async.seams import mlflow_export as seam
 
@@ -516,3 +520,17 @@ def test_absolute_uris(uri, absolute, monkeypatch):
     monkeypatch.setattr(Path, "cwd", classmethod(lambda cls: cls("/there")))
 
     assert (absolute or uri) == seam.absolute_uri(uri)
+
+
+def test_a_store_whose_connections_are_all_in_use(tmp_path):
+    """MLflow calls that a bad request, yet it is none: what was to be written waits, and is no dead letter."""
+    engine = sqlalchemy.create_engine(
+        f"sqlite:///{tmp_path / 'small.db'}", pool_size=1, max_overflow=0, pool_timeout=0.01, poolclass=QueuePool
+    )
+    sessions = _get_managed_session_maker(sessionmaker(bind=engine), "sqlite")
+    with engine.connect(), pytest.raises(mlflow.MlflowException) as caught, sessions() as session:
+        session.execute(sqlalchemy.text("select 1"))
+
+    assert "BAD_REQUEST" == caught.value.error_code
+    assert Verdict.AWAY is judge(caught.value)
+    engine.dispose()

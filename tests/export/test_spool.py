@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -356,10 +358,11 @@ print(call(), flush=True)
 """
 
 
-def start(body, uri, experiment_id, what, **env):
+def start(body, uri, experiment_id, what, *, program=PROGRAM, **env):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM + body, uri, experiment_id, what],
+        [sys.executable, "-c", program + body, uri, experiment_id, what],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -424,6 +427,78 @@ def test_sigterm(place, handler):
     finish(process)
 
     assert {"default": -15, "user": 7}[handler] == process.returncode
+    assert set(ids) == set(read(*place))
+
+
+def test_sigterm_under_load(place):
+    """Whatever the threads hold when the signal comes: what had ended is stored, or on disk, and the process ends."""
+    body = """
+import time
+def work():
+    while True:
+        print(call(), flush=True)
+        time.sleep(0.01)
+for _ in range(3): threading.Thread(target=work, daemon=True).start()
+work()
+"""
+    process = start(body, *place, "", program=PROGRAM.replace("exit_timeout=60.0", "exit_timeout=5.0"))
+    said = [process.stdout.readline() for _ in range(100)]
+    process.terminate()
+    rest, err = process.communicate(timeout=60)
+    ids = set(re.findall("tr-[0-9a-f]{32}", "".join([*said, rest])))
+
+    assert -15 == process.returncode, err
+    assert 100 <= len(ids)
+    assert 0 == export.replay().left
+    assert ids <= set(read(*place))
+
+
+def test_sigterm_with_an_open_run_and_a_store_that_hangs(make, proxy):
+    """The end of the run goes to the disk with the rest, within the bound."""
+    installed = make(uri=proxy.uri)
+    client = mlflow.tracking.MlflowClient(proxy.uri)
+    run_id = client.create_run(installed.experiment_id).info.run_id
+    body = f"""
+writer = export.run_writer(uri)
+export.before_leaving(lambda: writer.end({run_id!r}, "KILLED", 99))
+export.flush(60)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    program = PROGRAM.replace("exit_timeout=60.0", "exit_timeout=2.0")
+    process = start(body, proxy.uri, installed.experiment_id, "", program=program)
+    trace_id = process.stdout.readline().strip()
+    assert "ready" == process.stdout.readline().strip()
+    proxy.fault = "hang"
+    begun = time.monotonic()
+    process.terminate()
+    _, err = finish(process)
+    assert time.monotonic() - begun < 15
+    assert "1 operations could not be stored in time" in err
+    proxy.fault = None
+
+    assert 1 == export.replay().stored
+    assert ("KILLED", 99) == ((info := client.get_run(run_id).info).status, info.end_time)
+    assert {trace_id} == set(installed.read())
+
+
+def test_what_is_traced_after_our_end_is_kept_on_disk(place):
+    """A handler that was registered before the import runs after ours: its traces wait for the next process."""
+    program = (
+        """
+import atexit
+late = []
+atexit.register(lambda: [print(late[0]()) for _ in range(3)])
+"""
+        + PROGRAM
+        + "late.append(call)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    arguments = [sys.executable, "-c", program, *place, ""]
+    ids = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout.split()
+
+    assert 4 == len(ids)
+    assert 3 == export.replay().stored
     assert set(ids) == set(read(*place))
 
 

@@ -59,6 +59,8 @@ class Backlog:
         self._lock = threading.Lock()
         self._waiting = _Records()
         self._in_flight: list[Reference] = []
+        self._numbers: OrderedDict[tuple[Path, int], int] = OrderedDict()  # of all that is here, oldest first
+        self.count = 0  # how many records have ever come
         self._keys: Counter[str] = Counter()
         self._suspects = _Records()  # tried one by one
         self._suspects_at = 0.0  # monotonic
@@ -80,6 +82,13 @@ class Backlog:
             for reference in references:
                 self._waiting.append(reference)
                 self._keys[reference.key] += 1
+                self.count += 1
+                self._numbers[reference.segment, reference.offset] = self.count
+
+    def is_done_with(self, count: int) -> bool:
+        """Whether nothing is left of the first so many records."""
+        with self._lock:
+            return next(iter(self._numbers.values()), count + 1) > count
 
     def waiting(self) -> list[Reference]:
         """The records that nobody is sending."""
@@ -127,6 +136,7 @@ class Backlog:
             for reference in gone:
                 self._waiting.discard(reference)
                 self._suspects.discard(reference)
+                self._numbers.pop((reference.segment, reference.offset), None)
                 self._keys[reference.key] -= 1
                 if self._keys[reference.key] <= 0:
                     del self._keys[reference.key]

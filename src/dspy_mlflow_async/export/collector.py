@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Traces whose late spans and late feedback still find their place. MLflow's own cache is as large.
 _RECENT = 1_000
+# As many at the most, where children that outlive their traces are still open.
+_MOST_RECENT = 10_000
 # A trace whose root nobody ended is stored as it is and forgotten, after as long as MLflow's cache keeps it.
 _ABANDONED_AFTER = 3600.0
 
@@ -115,8 +117,11 @@ class Collector:
             if seam.encode_span_id(span.context.span_id) not in entry.inherited:
                 self._emit_span(span, entry.trace, entry.uri, entry.workspace)
         elif entry.ended_at is not None:
+            span_id = seam.encode_span_id(span.context.span_id)
+            if entry.is_late and span_id not in entry.trace.span_dict:  # it began before the trace was handed on
+                self._stray_ended(span, uri)
             with entry.lock:
-                entry.open_ids.discard(seam.encode_span_id(span.context.span_id))
+                entry.open_ids.discard(span_id)
                 is_complete = not entry.open_ids
             if is_complete:
                 self.complete(entry)
@@ -160,12 +165,14 @@ class Collector:
         )
 
     def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
-        """A span without a trace in flight: of a remote trace, or one that outlived the bound of its trace."""
+        """A span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
         otel_id = span.context.trace_id
         old = self._recent.get(otel_id)
         trace_id = seam.trace_id_of(otel_id)
         trace = seam.peek_trace(trace_id) if trace_id else None
         if old is not None:
+            with old.lock:
+                old.open_ids.discard(seam.encode_span_id(span.context.span_id))
             if not old.is_discarded:
                 self._emit_late(old, span)
         elif trace is not None:
@@ -247,12 +254,25 @@ class Collector:
         return is_discarded
 
     def _remember(self, entry: Entry) -> None:
+        if (earlier := self._recent.get(entry.otel_id)) is not None:
+            entry.open_ids |= earlier.open_ids
         self._recent[entry.otel_id] = entry
         self._recent.move_to_end(entry.otel_id)
         self._recent_by_trace_id[entry.trace_id] = entry
         while len(self._recent) > _RECENT:
-            _, oldest = self._recent.popitem(last=False)
+            oldest_id = next(iter(self._recent))
+            oldest = self._recent[oldest_id]
+            if self._is_awaited(oldest) and len(self._recent) <= _MOST_RECENT:
+                # Look again when as many others have come.
+                self._recent.move_to_end(oldest_id)
+                break
+            del self._recent[oldest_id]
             self._recent_by_trace_id.pop(oldest.trace_id, None)
+
+    @staticmethod
+    def _is_awaited(entry: Entry) -> bool:
+        """Whether spans of a trace that was handed on are still open, and may yet end."""
+        return bool(entry.open_ids) and time.monotonic() - entry.began < _ABANDONED_AFTER
 
     def tick(self) -> None:
         """Look after what is overdue; about once a second, in the background."""

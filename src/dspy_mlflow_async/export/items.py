@@ -22,6 +22,7 @@ class Item:
         counted: How many traces of the books it carries: one or none.
         reference: Where it lies in the spool, if it does.
         supersedes: An earlier copy in the spool that this makes needless.
+        number: As how many-th it came into its queue.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Item:
     counted: int = 0
     reference: Reference | None = None
     supersedes: Reference | None = None
+    number: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -125,7 +125,7 @@ class Pipeline:
         """Write everything that has ended, held or not, and wait for it.
 
         Returns:
-            Whether nothing waits.
+            Whether all of it is stored.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         self.keep_house()

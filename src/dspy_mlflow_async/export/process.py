@@ -151,8 +151,7 @@ class ProcessQueue(StoreQueue):
             with self._lock:
                 has_room = self._waiting_bytes + item.size <= self.options.max_waiting_bytes
                 if has_room:
-                    self._waiting.append(item)
-                    self._waiting_bytes += item.size
+                    self._append(item)
             if not has_room:
                 self._drop(item)
         if not self._wake.is_set():

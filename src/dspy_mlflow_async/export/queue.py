@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -17,6 +18,8 @@ from dspy_mlflow_async.export.retry import Backoff, Verdict
 from dspy_mlflow_async.export.writer import Writer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dspy_mlflow_async.export.books import Books, Place
     from dspy_mlflow_async.export.options import ExportOptions
     from dspy_mlflow_async.export.spool import Reference, Spool
@@ -56,6 +59,7 @@ class StoreQueue:
         self._lock = threading.Lock()  # the containers below; never held during I/O
         self._waiting: deque[Item] = deque()
         self._waiting_bytes = 0
+        self._count = 0  # how many items have ever come
         self._in_flight: list[Item] = []
         # Who has an item in flight says what becomes of it: the writer, or the end of the process, which does not
         # wait for a store. Held while they do, and by nobody else.
@@ -72,6 +76,7 @@ class StoreQueue:
         self._hurry = threading.Event()
         self._stop = threading.Event()
         self._progress = threading.Condition()
+        self._flushing = 0  # how many callers wait
         self._thread: threading.Thread | None = None
 
     # --- the caller's side ---
@@ -88,8 +93,7 @@ class StoreQueue:
                 or self._waiting_bytes + item.size > self.options.max_waiting_bytes
             )
             if not must_spool:
-                self._waiting.append(item)
-                self._waiting_bytes += item.size
+                self._append(item)
                 if 2 * self._waiting_bytes > self.options.max_waiting_bytes:
                     self._hurry.set()
         if must_spool and not is_partial and not self._to_spool(item):
@@ -97,6 +101,13 @@ class StoreQueue:
         if not self._wake.is_set():
             self._wake.set()
             self._start()
+
+    def _append(self, item: Item) -> None:
+        """Keep an item in memory; the caller holds the lock."""
+        self._count += 1
+        item.number = self._count
+        self._waiting.append(item)
+        self._waiting_bytes += item.size
 
     def write_now(self, item: Item) -> bool:
         """Write in the caller's thread; what does not work now is queued.
@@ -191,7 +202,7 @@ class StoreQueue:
 
     def _tell(self) -> None:
         with self._progress:
-            if self.is_empty():
+            if not self._flushing and 2 * self._waiting_bytes <= self.options.max_waiting_bytes:
                 self._hurry.clear()
             self._progress.notify_all()
 
@@ -321,6 +332,7 @@ class StoreQueue:
         items = [item for reference in batch if (item := self._load(reference)) is not None]
         outcomes = self._writer.write(items) if items else []
         again: list[Reference] = []
+        postponed = 0
         for outcome in outcomes:
             reference = outcome.item.reference
             assert reference is not None  # noqa: S101 - `_load` sets it
@@ -328,14 +340,16 @@ class StoreQueue:
                 again.append(reference)
             elif outcome.verdict is Verdict.SUSPECT and not self.backlog.is_guilty(reference.key):
                 self.backlog.postpone(reference, was_suspect=is_suspect)
-                with self._progress:
-                    self._times_suspect += 1
+                postponed += 1
             else:
                 self._settle(outcome, "spooled")
                 self.backlog.finish([reference])
                 if is_suspect and outcome.verdict is Verdict.STORED:
                     self.backlog.recovered()
         self.backlog.put_back(again, was_suspect=is_suspect)
+        if postponed:
+            with self._progress:
+                self._times_suspect += 1
         if again:
             self._found_away(outcomes)
             return False
@@ -411,27 +425,58 @@ class StoreQueue:
             return not (self._waiting or self._in_flight or len(self.backlog))
 
     def flush(self, deadline: float | None) -> bool:
-        """Wait until nothing waits, or the store proves to be away, or the deadline (monotonic) is over.
+        """Wait until what has come so far is stored, or the store proves to be away, or the deadline is over.
+
+        Args:
+            deadline: By the monotonic clock; None for no bound.
 
         Returns:
-            Whether nothing waits.
+            Whether all of it is stored.
         """
         with self._progress:
+            self._flushing += 1
             away, suspect = self.times_away, self._times_suspect
-        self.hurry()
-        if not self.is_empty():
-            self._start()
-        if self._thread is None or not self._thread.is_alive():
-            self.work()
+        with self._lock:
+            count = self._count
+        try:
+            self.hurry()
+            if not self.is_empty():
+                self._start()
+            if self._thread is None or not self._thread.is_alive():  # the interpreter shuts down
+                self.work()
+            return self._wait_for(
+                count,
+                deadline,
+                is_away=lambda: self.times_away != away,
+                has_suspects=lambda: self._times_suspect != suspect,
+            )
+        finally:
+            with self._progress:
+                self._flushing -= 1
+            self._tell()
+
+    def _wait_for(
+        self, count: int, deadline: float | None, *, is_away: Callable[[], bool], has_suspects: Callable[[], bool]
+    ) -> bool:
+        """Wait until nothing is left of the first ``count`` items, or waiting is of no use."""
+        spooled: int | None = None  # what has come to the disk by the time that none of them is in memory
         with self._progress:
-            while not self.is_empty() and self.times_away == away:
-                if self._times_suspect > suspect and not (self._waiting or self._in_flight or self.backlog.waiting()):
-                    break
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    break
-                self._progress.wait(0.5 if left is None else min(0.5, left))
-        return self.is_empty()
+            while True:
+                if spooled is None and self._is_out_of_memory(count):
+                    spooled = self.backlog.count
+                if spooled is not None and self.backlog.is_done_with(spooled):
+                    return True
+                if is_away() or (spooled is not None and has_suspects() and not self.backlog.waiting()):
+                    return False
+                left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
+                if left <= 0:
+                    return False
+                self._progress.wait(left)
+
+    def _is_out_of_memory(self, count: int) -> bool:
+        """Whether none of the first ``count`` items waits in memory or is in flight."""
+        with self._lock:
+            return all(item.number > count for item in [*self._in_flight, *itertools.islice(self._waiting, 1)])
 
     def hurry(self) -> None:
         """Try everything now, whatever pause was meant to be kept."""

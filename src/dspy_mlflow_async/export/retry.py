@@ -23,6 +23,8 @@ class Verdict(enum.Enum):
 
 # Credentials can be renewed, and a proxy may say 404 for a while, but then without MLflow's error code.
 _AWAY_STATUSES = frozenset({401, 403, 407, 408, 425, 429, 502, 503, 504})
+# SQLAlchemy's words (https://sqlalche.me/e/20/3o7r) for what MLflow calls a bad request, also behind a server.
+_TOO_MANY_CONNECTIONS = "QueuePool limit"
 _SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any failure, a busy database too
 
 
@@ -43,7 +45,7 @@ def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
         has_code = not statuses or error.error_code != "INTERNAL_ERROR"
         if status is None or (has_code and status not in _AWAY_STATUSES):
             status = error.get_http_status_code()
-        if status in _AWAY_STATUSES:
+        if status in _AWAY_STATUSES or _TOO_MANY_CONNECTIONS in error.message:
             return Verdict.AWAY
         if not statuses and status == 500 and "API request to" in error.message:  # noqa: PLR2004 - HTTP
             return Verdict.AWAY  # no answer at all: refused, reset, timed out
