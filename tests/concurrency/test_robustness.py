@@ -169,7 +169,7 @@ async def test_two_tracers_of_different_settings_in_two_tasks(traces):
     assert 2 == len(shown)
     assert "@TWO" == shown[0]
     assert shown[1].startswith("@one-xxx")
-    assert "… [cut: 83 of 105 characters]" in shown[1]
+    assert "… [cut: 90 of 105 characters]" in shown[1]
 
 
 def _shout(value):
