@@ -45,6 +45,23 @@ def test_the_bound_is_that_of_the_stored_text(traces, text):
         assert 900 <= len(span.to_dict()["attributes"][key].encode()) <= 1000 + MARK_BYTES
 
 
+def test_the_bound_holds_for_attributes_and_errors(traces):
+    """Also where they look like media: only inputs and outputs have any stored beside the trace."""
+    picture = "data:image/png;base64," + "A" * 5000
+
+    def fail():
+        raise ValueError(picture)
+
+    autolog(max_value_bytes=1000)
+    with pytest.raises(ValueError, match="data:"):
+        dspy.Tool(fail, name="fail", desc=picture)()
+
+    (span,) = traces[0].data.spans
+    (event,) = span.events
+    stored = [span.to_dict()["attributes"]["description"], *event.attributes.values()]
+    assert max(len(text.encode()) for text in stored) <= 1000 + MARK_BYTES
+
+
 def test_a_prompt_is_whole_by_default(traces):
     """A prompt is what people come to read: 100 KB are far below the default bound."""
     long = "word " * 20_000

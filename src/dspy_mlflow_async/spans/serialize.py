@@ -185,7 +185,8 @@ class Plain:
     def _sequence(self, value: Any, secrets: bool) -> list[Any]:
         plain: list[Any] = []
         kind = type(value)
-        names = None if kind is list or kind is tuple else getattr(kind, "_fields", None)  # those of a named tuple
+        is_named = kind is not list and kind is not tuple and isinstance(value, tuple)
+        names = getattr(kind, "_fields", None) if is_named else None
         for item in list(value):
             if self._remaining <= 0:
                 plain.append(bounds.mark_of_items(len(plain), len(value), "items"))

@@ -221,7 +221,7 @@ def _enclosing(frame: frames.Frame | None) -> SpanScope | None:
 def _attributes(description: Description, settings: Settings) -> dict[str, str]:
     if not description.attributes:
         return {}
-    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets)
+    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets, media=False)
     shown = plain(description.attributes)
     if not isinstance(shown, dict):  # the user's hook has replaced them as a whole
         shown = dict.fromkeys(description.attributes, shown)
@@ -266,7 +266,7 @@ def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str]
         attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
         seam.end_span(span, attributes, _OK)
         return
-    plain = Plain(settings.max_value_bytes, settings.redact)
+    plain = Plain(settings.max_value_bytes, settings.redact, media=False)
     message, stacktrace = plain(failure.message), plain(failure.stacktrace)
     attributes["outcome"] = dump(failure.outcome)
     if is_late:
