@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dspy_mlflow_async.spans.bounds import MARK_BYTES, json_text
@@ -152,7 +152,7 @@ def test_any_text_is_cut_exactly(text, max_bytes):
 def is_beginning(kept, value):
     """Whether all that is kept is the beginning of what it was kept of, with marks where something is missing."""
     if isinstance(value, str) and isinstance(kept, str):
-        return kept == value or value.startswith(kept.rsplit("… [cut: ", 1)[0])
+        return kept == value or _units(value).startswith(_units(kept.rsplit("… [cut: ", 1)[0]))
     if isinstance(value, list) and isinstance(kept, list):
         if len(kept) == len(value) and all(map(is_beginning, kept, value)):
             return True
@@ -166,12 +166,18 @@ def is_beginning(kept, value):
     return repr(kept) == repr(value)
 
 
+def _units(text):
+    """Two lone surrogates side by side are read back as one character, which the cut may go through."""
+    return text.encode("utf-16-le", "surrogatepass")
+
+
 def is_mark(text, kind):
     """A mark in place of items or keys."""
     return isinstance(text, str) and text.startswith("[cut: ") and text.endswith(f" {kind}]")
 
 
 @settings(max_examples=300, deadline=None)
+@example(["\ud800\udc00" * 20], 20)
 @given(VALUES, BOUNDS)
 def test_any_value_is_cut_to_its_beginning(value, max_bytes):
     """Never more than the bound and a mark; nothing cut that fits; what is kept is the beginning, and is marked."""
@@ -183,5 +189,4 @@ def test_any_value_is_cut_to_its_beginning(value, max_bytes):
         assert repr(json.loads(whole)) == repr(json.loads(text))
     elif value and not isinstance(value, (int, float)):
         assert "[cut: " in text
-        # Two lone surrogates side by side are read back as one character: compare as it is read back.
         assert is_beginning(json.loads(text), json.loads(whole))
