@@ -105,7 +105,8 @@ def autolog(
             DSPy's worker threads have the one they came from. False leaves MLflow's thread-local one alone.
         propagate_threads: Carry the tracing context into every ``threading.Thread`` and ``ThreadPoolExecutor`` of
             the process; ``propagate`` and ``ThreadPoolExecutor`` of this package do it one by one.
-        max_value_bytes: Size in bytes beyond which the inputs or outputs of a span are cut, with a mark.
+        max_value_bytes: How many bytes the stored JSON text of a span's inputs, of its outputs, or of one of its
+            attributes may have. What is longer is cut to its beginning; the mark for that may add up to 64 bytes.
         redact: Sees each value before it is stored, containers before what they contain, and returns what to store
             in its place. Where it raises, a mask is stored.
         export: Who writes to the store: a thread of this process, or a child process that reads the spool.

@@ -31,7 +31,8 @@ class Settings:
         log_traces_from_eval: Also those that ``dspy.Evaluate`` makes.
         log_compiles: Log each ``compile`` as a run.
         log_evals: Log each evaluation as a run.
-        max_value_bytes: Size in bytes beyond which the inputs or the outputs of a span are cut, with a mark.
+        max_value_bytes: How many bytes the stored JSON text of a span's inputs, of its outputs, or of one of its
+            attributes may have. What is longer is cut to its beginning; the mark for that may add up to 64 bytes.
         redact: Sees each value before it is stored, containers before what they contain, and returns what to
             store in its place. Where it raises, a mask is stored.
     """

@@ -107,6 +107,22 @@ def test_a_name_is_a_span(traces):
     assert ({"question": "@a"}, {"answer": "@a"}) == (root.inputs, root.outputs)
 
 
+def test_the_bound_holds_for_a_request(captured):
+    """Inputs and outputs of its span, also where they look like media, which no request stores beside the trace."""
+    dspy_mlflow_async.autolog(silent=True, max_value_bytes=1000)
+    picture = "data:image/png;base64," + "A" * 5000
+
+    def ask(question, picture):
+        dspy.Predict("question -> answer")(question="@a")
+        return picture
+
+    assert picture == wrap(ask, name="ask")(question="\0" * 5000, picture=picture)
+
+    root = next(span for span in captured[0].data.spans if span.parent_id is None)
+    for key in ("mlflow.spanInputs", "mlflow.spanOutputs"):
+        assert 900 <= len(root.to_dict()["attributes"][key].encode()) <= 1064
+
+
 def test_everything_else_is_the_programs(traces):
     """Attributes are read from and written to the program; copies are wrapped copies."""
     program = SyncOnly()

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import multiprocessing.pool
 import threading
 from contextvars import Context
 
@@ -117,6 +118,106 @@ def test_propagate_threads_ends_with_the_next_autolog(recorded, kind):
     assert 4 == len(recorded())
 
 
+def test_a_pool_that_was_first_used_inside_a_compile(recorded):
+    """Its threads go on after the compile, and are not silent for ever."""
+    step = dspy.Predict("question -> answer")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        def metric(example, prediction, trace=None):
+            return pool.submit(lambda: True).result(TIMEOUT)
+
+        trainset = [dspy.Example(question="@t", answer="@t").with_inputs("question")]
+        dspy.BootstrapFewShot(metric=metric, max_bootstrapped_demos=1).compile(step, trainset=trainset)
+        pool.submit(step, question="@later").result(TIMEOUT)
+
+    assert [predict_tree("@later")] == [tree(trace, marker) for trace in recorded()]
+
+
+# --- pools whose threads were there before --------------------------------------------------------------------------
+
+
+def futures_pool():
+    """Of ``concurrent.futures``."""
+    return concurrent.futures.ThreadPoolExecutor(1)
+
+
+def multiprocessing_pool():
+    """Of ``multiprocessing.pool``."""
+    return multiprocessing.pool.ThreadPool(1)
+
+
+class Given(dspy.Module):
+    """Gives its questions to a pool that it was given itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = dspy.Predict("question -> answer")
+
+    def forward(self, questions, name, pool, bind=lambda function: function):
+        list(pool.map(bind(lambda question: self.step(question=question)), questions))
+
+
+UNDER_THE_MODULE = [("Given.forward", "@module", [predict_tree(each) for each in QUESTIONS])]
+
+
+@pytest.mark.parametrize("before", ["autolog", "the call"])
+def test_a_futures_pool_that_was_there_before(recorded, before):
+    """Each item takes up the context of its ``submit``, whenever the threads were started."""
+    with futures_pool() as pool:
+        if before == "autolog":
+            pool.submit(abs, 1).result(TIMEOUT)
+        dspy_mlflow_async.autolog(propagate_threads=True)
+        pool.submit(abs, 1).result(TIMEOUT)
+        Given()(questions=QUESTIONS, name="@module", pool=pool)
+
+    assert UNDER_THE_MODULE == [tree(trace, marker, sort=True) for trace in recorded()]
+
+
+def test_a_multiprocessing_pool_that_was_there_before(recorded):
+    """The known hole: its threads take up the context they were started in, once; ``propagate`` takes it along."""
+    dspy_mlflow_async.autolog(propagate_threads=True)
+    with multiprocessing_pool() as pool:
+        Given()(questions=QUESTIONS, name="@module", pool=pool)
+        alone = [tree(trace, marker) for trace in recorded()]
+        Given()(questions=QUESTIONS, name="@module", pool=pool, bind=propagate)
+
+    assert sorted([("Given.forward", "@module", []), *(predict_tree(each) for each in QUESTIONS)]) == sorted(alone)
+    assert UNDER_THE_MODULE[0] in [tree(trace, marker, sort=True) for trace in recorded()]
+
+
+def test_a_multiprocessing_pool_keeps_the_place_it_was_made_in(recorded):
+    """The other half of the hole: silence, session and tags of that place hold in it for ever."""
+    dspy_mlflow_async.autolog(propagate_threads=True)
+    step = dspy.Predict("question -> answer")
+    with dspy_mlflow_async.suppress():
+        silent = multiprocessing_pool()
+    with mlflow.tracing.context(tags={"made": "here"}):
+        tagged = multiprocessing_pool()
+    with silent, tagged:
+        for pool, question in ((silent, "@silent"), (tagged, "@tagged")):
+            pool.apply(step, kwds={"question": question})
+        silent.apply(propagate(step), kwds={"question": "@propagated"})
+
+    assert [("@tagged", "here"), ("@propagated", None)] == [
+        (tree(trace, marker)[1], trace.info.tags.get("made")) for trace in recorded()
+    ]
+
+
+@pytest.mark.parametrize("make", [futures_pool, multiprocessing_pool])
+def test_a_pool_that_is_made_inside_the_call(recorded, make):
+    """Either kind is carried."""
+    dspy_mlflow_async.autolog(propagate_threads=True)
+
+    class Making(Given):
+        def forward(self, questions, name):
+            with make() as pool:
+                super().forward(questions, name, pool)
+
+    Making()(questions=QUESTIONS, name="@module")
+
+    assert [("Making.forward", *UNDER_THE_MODULE[0][1:])] == [tree(trace, marker, sort=True) for trace in recorded()]
+
+
 def test_propagate_keeps_user_spans_and_trace_context(recorded):
     """A propagated function is below the span that was current, with its session and tags."""
     step = dspy.Predict("question -> answer")
@@ -186,8 +287,6 @@ def test_a_worker_is_clean_after_each_item(recorded):
 
 def test_a_process_pool_works_with_patched_threads():
     """The opt-in patches threads that ``multiprocessing`` starts too; results arrive as without it."""
-    import multiprocessing
-
     dspy_mlflow_async.autolog(propagate_threads=True)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -1,12 +1,15 @@
 """What goes wrong in the tracer or beside it changes nothing for the program, and nothing that we hold grows."""
 
 import asyncio
+import contextlib
 import gc
 import sys
 import threading
-from collections import Counter
+import types
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import dspy
 import mlflow
@@ -17,7 +20,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 import dspy_mlflow_async
 from clean import assert_context_is_clean
 from dspy_mlflow_async import TracingCallback, guard
-from dspy_mlflow_async.spans import describe, scopes, tracer
+from dspy_mlflow_async.spans import describe, tracer
 from dspy_mlflow_async.testing import capture_traces, tree
 from echo import TIMEOUT, Chain, EchoLM, chain_tree, marker, predict_tree
 
@@ -169,7 +172,7 @@ async def test_two_tracers_of_different_settings_in_two_tasks(traces):
     assert 2 == len(shown)
     assert "@TWO" == shown[0]
     assert shown[1].startswith("@one-xxx")
-    assert "… [cut: 83 of 105 characters]" in shown[1]
+    assert "… [cut: 90 of 105 characters]" in shown[1]
 
 
 def _shout(value):
@@ -349,8 +352,176 @@ def test_nothing_grows():
     assert before == after
 
 
+class Wrong(dspy.Module):
+    """Fails, waits to be cancelled, or is dropped, as the question says."""
+
+    def forward(self, question):
+        if question == "@fails":
+            raise ValueError(question)
+        return dspy.Prediction(answer=question)
+
+    async def aforward(self, question):
+        if question == "@held":
+            await asyncio.Event().wait()
+        if question == "@dropped":
+            await _for_ever()
+        return self.forward(question)
+
+
+@types.coroutine
+def _for_ever():
+    while True:
+        yield
+
+
+EXAMPLES = [dspy.Example(question=each).with_inputs("question") for each in ("@a", "@fails", "@b")]
+
+
+def cancelled_tasks():
+    async def main():
+        tasks = [asyncio.create_task(Wrong().acall(question="@held")) for _ in range(5)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(Wrong().acall(question="@held"), 0.001)
+
+    asyncio.run(main())
+
+
+def abandoned_coroutines():
+    def begin():
+        coroutine = Wrong().acall(question="@dropped")
+        coroutine.send(None)
+        return coroutine
+
+    contexts = [copy_context() for _ in range(5)]
+    held = [context.run(begin) for context in contexts]
+    contexts[0].run(held[0].close)
+    del held, contexts
+
+
+def abandoned_generators():
+    def generate():
+        with mlflow.start_span("mine"):
+            yield Wrong()(question="@a")
+            yield Wrong()(question="@b")
+
+    def begin():
+        generators = [generate() for _ in range(5)]
+        for each in generators:
+            next(each)
+        generators[0].close()
+
+    copy_context().run(begin)
+
+
+def broken_off_streams():
+    async def read_one(stream):
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    async def main():
+        streams = [dspy.streamify(Wrong(), is_async_program=is_async) for is_async in (True, False)]
+        await asyncio.gather(
+            *(asyncio.create_task(read_one(stream(question="@a"))) for stream in streams),
+            *(asyncio.create_task(read_one(stream(question="@fails"))) for stream in streams),
+            return_exceptions=True,
+        )
+        held = asyncio.create_task(read_one(streams[0](question="@held")))
+        await asyncio.sleep(0.001)
+        held.cancel()
+        await asyncio.gather(held, return_exceptions=True)
+
+    asyncio.run(main())
+    sync_stream = dspy.streamify(Wrong(), async_streaming=False)(question="@a")
+    next(sync_stream)
+    sync_stream.close()
+
+
+def failing_pools():
+    dspy.Parallel(num_threads=2, disable_progress_bar=True, max_errors=10)([(Wrong(), each) for each in EXAMPLES])
+    with pytest.raises(Exception, match="error"):
+        dspy.Parallel(num_threads=2, disable_progress_bar=True, max_errors=1)([(Wrong(), each) for each in EXAMPLES])
+
+
+def failing_evaluations():
+    for num_threads in (1, 2):
+        dspy.Evaluate(
+            devset=EXAMPLES, metric=lambda *_: 1 / 0, num_threads=num_threads, display_progress=False, max_errors=10
+        )(Wrong())
+
+
+def failing_compiles():
+    with pytest.raises(ZeroDivisionError):
+        dspy.BootstrapFewShot(metric=lambda *_: 1 / 0, max_errors=1).compile(Wrong(), trainset=EXAMPLES)
+
+
+def threads_that_end():
+    def call(question):
+        with contextlib.suppress(ValueError):
+            Wrong()(question=question)
+
+    with mlflow.start_span("mine"):
+        threads = [threading.Thread(target=call, args=(each,)) for each in ("@a", "@fails", "@b")]
+        threads += [threading.Thread(target=dspy_mlflow_async.propagate(call), args=("@c",))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(call, ["@a", "@fails", "@b"]))
+
+
+def requests_and_runs():
+    with pytest.raises(ValueError, match="@fails"), dspy_mlflow_async.request(session_id="s"):
+        Wrong()(question="@fails")
+    with pytest.raises(ValueError, match="@fails"), mlflow.tracing.context(tags={"a": "b"}):
+        Wrong()(question="@fails")
+
+
+@pytest.mark.timeout(300)  # seconds; the other tests share the machine
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "call_all",
+    [
+        cancelled_tasks,
+        abandoned_coroutines,
+        abandoned_generators,
+        broken_off_streams,
+        failing_pools,
+        failing_evaluations,
+        failing_compiles,
+        threads_that_end,
+        requests_and_runs,
+    ],
+)
+def test_nothing_grows_where_calls_go_wrong(call_all, monkeypatch):
+    """Each way in which a call can end, again and again, with everything switched on that follows it."""
+    # pytest keeps what DSPy raises in a coroutine that is collected in another context, with all that it holds.
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    dspy.configure(lm=EchoLM(), disable_history=True)
+    with capture_traces() as traces:
+        dspy_mlflow_async.autolog(silent=True, propagate_threads=True, log_traces_from_compile=True)
+        for _ in range(3):
+            call_all()
+        traces.clear()
+        before = _held()
+        for _ in range(20):
+            call_all()
+        tracer.end_abandoned()
+        assert len(traces) >= 20
+        traces.clear()
+        after = _held()
+
+    assert before == after
+
+
 def _held():
-    """How many objects of ours are alive, by type, and how many traces MLflow has open."""
+    """How many objects of ours are alive, by type; how large our variables are; how many traces MLflow has open."""
+    gc.collect()  # what is collected now is ended next, and held no longer
     tracer.end_abandoned()
     gc.collect()
     alive = Counter(
@@ -359,7 +530,15 @@ def _held():
         if str(type(each).__module__).startswith("dspy_mlflow_async.")
     )
     manager = InMemoryTraceManager.get_instance()
-    return alive, len(manager._traces), len(manager._otel_id_to_mlflow_trace_id), len(scopes.abandoned)
+    sizes = {
+        f"{name}.{variable}": len(value)
+        for name, module in list(sys.modules.items())
+        if name.startswith("dspy_mlflow_async")
+        for variable, value in vars(module).items()
+        if isinstance(value, (dict, list, set, deque, WeakSet, WeakKeyDictionary, WeakValueDictionary))
+        and variable != "__builtins__"
+    }
+    return alive, sizes, len(manager._traces), len(manager._otel_id_to_mlflow_trace_id)
 
 
 def test_recursion(traces, forgiving):

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import importlib
 import inspect
 import threading
 
@@ -38,6 +39,18 @@ def with_evaluate(program):
     )
 
 
+def with_evaluate_in_one_thread(program):
+    dspy.Evaluate(devset=EXAMPLES, metric=lambda example, prediction: 1.0, num_threads=1, display_progress=False)(
+        program
+    )
+
+
+def with_optimizer(program):
+    dspy_mlflow_async.autolog(silent=True, log_traces_from_compile=True)
+    optimizer = dspy.BootstrapFewShot(metric=lambda *_: False, max_labeled_demos=0)
+    optimizer.compile(program, trainset=EXAMPLES)
+
+
 def with_gather(program):
     async def main():
         await asyncio.gather(*(program.acall(question=each) for each in QUESTIONS))
@@ -68,6 +81,33 @@ def with_to_thread(program):
     asyncio.run(main())
 
 
+def with_syncify(program):
+    run = dspy.syncify(program.deepcopy())  # it changes the program
+    for each in QUESTIONS:
+        run(question=each)
+
+
+ONE_TRIO = threading.Lock()
+
+
+def with_trio(program):
+    async def call(question):
+        await dspy.asyncify(program)(question=question)
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            for each in QUESTIONS:
+                group.start_soon(call, each)
+
+    asyncify = importlib.import_module("dspy.utils.asyncify")
+    with ONE_TRIO:  # DSPy's limiter belongs to the first event loop that uses it
+        before, asyncify._limiter = asyncify._limiter, None
+        try:
+            anyio.run(main, backend="trio")
+        finally:
+            asyncify._limiter = before
+
+
 def with_streamify(program):
     async def read(question):
         async for _ in dspy.streamify(program)(question=question):
@@ -95,6 +135,21 @@ def with_our_pool(program):
         list(pool.map(lambda each: program(question=each), QUESTIONS))
 
 
+def with_any_pool(program):
+    dspy_mlflow_async.autolog(silent=True, propagate_threads=True)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda each: program(question=each), QUESTIONS))
+
+
+def with_any_threads(program):
+    dspy_mlflow_async.autolog(silent=True, propagate_threads=True)
+    threads = [threading.Thread(target=program, kwargs={"question": each}) for each in QUESTIONS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+
+
 def in_sequence(program):
     for each in QUESTIONS:
         program(question=each)
@@ -116,14 +171,20 @@ PRIMITIVES = pytest.mark.parametrize(
         with_one_thread,
         with_batch,
         with_evaluate,
+        with_evaluate_in_one_thread,
+        with_optimizer,
         with_gather,
         with_task_group,
         with_asyncify,
         with_to_thread,
+        with_syncify,
+        with_trio,
         with_streamify,
         with_sync_stream,
         with_propagate,
         with_our_pool,
+        with_any_pool,
+        with_any_threads,
     ],
 )
 
@@ -308,3 +369,40 @@ def test_calls_inside_a_dspy_context_of_their_own(traces):
 
     assert ["@a!", "@b!"] == answers
     assert ["Chain.forward"] * 2 == [tree(trace)[0] for trace in traces]
+
+
+@pytest.mark.parametrize("call_all", [with_parallel, with_any_pool, with_any_threads, with_asyncify, with_optimizer])
+def test_an_inner_scope_adds_to_the_outer_one(traces, call_all):
+    """Tags of an inner block stand beside those of the outer one, in each thread, and end with it."""
+    with mlflow.tracing.context(tags={"outer": "o"}):
+        with mlflow.tracing.context(tags={"inner": "i"}):
+            call_all(Chain())
+        Chain()(question="@c")
+
+    assert [("@a", "o", "i"), ("@b", "o", "i"), ("@c", "o", None)] == sorted(
+        (tree(trace, marker)[1], trace.info.tags.get("outer"), trace.info.tags.get("inner")) for trace in traces
+    )
+
+
+def test_a_switch_of_one_thread_holds_in_what_it_starts(traces):
+    """Under ``propagate_threads``: a silent thread's threads are silent, a loud thread's are not, at the same time."""
+    dspy_mlflow_async.autolog(silent=True, propagate_threads=True)
+    both, program = threading.Barrier(2, timeout=TIMEOUT), Chain()
+
+    def start(question, scope):
+        with scope:
+            both.wait()
+            thread = threading.Thread(target=program, kwargs={"question": question})
+            thread.start()
+            thread.join(TIMEOUT)
+
+    threads = [
+        threading.Thread(target=start, args=("@silent", mlflow.tracing.context(enabled=False))),
+        threading.Thread(target=start, args=("@loud", mlflow.tracing.context(tags={"k": "v"}))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+
+    assert [(chain_tree("@loud"), "v")] == [(tree(trace, marker), trace.info.tags["k"]) for trace in traces]

@@ -92,6 +92,21 @@ def test_a_pools_thread_is_clean_between_items():
         undo()
 
 
+@pytest.mark.parametrize("place", ["here", None])
+def test_a_pools_thread_keeps_nothing_of_its_first_item(place):
+    """An item that carries nothing sees nothing, in a thread that was started for another one."""
+    undo = patch_all_threads(lambda: Carrier({PLACE: PLACE.get()}) if PLACE.get() != "nowhere" else None)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            PLACE.set("first")
+            assert "first" == pool.submit(PLACE.get).result(TIMEOUT)
+            PLACE.set(place or "nowhere")
+            assert (place or "nowhere") == pool.submit(PLACE.get).result(TIMEOUT)
+        finally:
+            undo()
+        assert "nowhere" == pool.submit(PLACE.get).result(TIMEOUT)
+
+
 def test_threads_started_under_the_patch_and_running_after_it():
     """A thread that began under the patch keeps its place when the patch is gone."""
     go_on, seen = threading.Event(), []

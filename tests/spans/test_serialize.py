@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracing.utils import TraceJSONEncoder
 
-from dspy_mlflow_async.spans.serialize import CIRCULAR, MASK, MAX_DEPTH, Plain, _names_secret, dump, is_secret
+from dspy_mlflow_async.spans.secrets import MASK
+from dspy_mlflow_async.spans.serialize import CIRCULAR, MAX_DEPTH, Plain
 
 MiB = 1024 * 1024
 
@@ -320,170 +321,6 @@ def test_a_mapping_that_changes_meanwhile():
     assert stored({"a": Growing(b=1)})
 
 
-# --- bounds -----------------------------------------------------------------------------------------------------
-
-
-def test_long_text_is_cut_with_a_mark():
-    """The beginning is kept, and the mark says how much is missing."""
-    assert "x" * 100 + "… [cut: 900 of 1000 characters]" == plain("x" * 1000, 100)
-
-
-def test_what_fits_is_not_cut():
-    """Up to the bound, nothing is lost."""
-    assert "x" * 1000 == plain("x" * 1000, 1000)
-
-
-@pytest.mark.parametrize("text", ["ä" * 1000, "你" * 1000, "🙂" * 1000])
-def test_the_bound_is_in_bytes(text):
-    """Text beyond ASCII is measured as it is stored, and never cut into half a character."""
-    cut = plain(text, 1500)
-
-    assert len(cut.encode()) < len(text.encode()) + 64
-    assert "cut" in cut
-    assert set(cut.split("…")[0]) <= {text[0]}
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        ["x" * 100] * 100_000,
-        {str(n): "x" * 100 for n in range(100_000)},
-        [[["x" * 1000] * 100] * 100] * 10,
-        list(range(1_000_000)),
-        [None] * 1_000_000,
-        ["\u1234" * 1000] * 1000,
-        [{}] * 1_000_000,
-        [[]] * 1_000_000,
-        {"a": "x" * 10_000_000},
-        [1.5] * 1_000_000,
-        [b"x" * 100] * 100_000,
-    ],
-    ids=["texts", "mapping", "nested", "ints", "nones", "unicode", "dicts", "lists", "one", "floats", "bytes"],
-)
-def test_a_whole_value_is_bounded(value):
-    """The bound is for a value as a whole, whatever it is made of; the JSON text exceeds it by a factor at most."""
-    text = Plain(10_000).dumps(value)
-
-    assert len(text.encode()) < 60_000
-    assert "cut" in text
-
-
-@pytest.mark.parametrize("key", ["data", "result", "b64_json", "content"])
-def test_no_key_escapes_the_bound(key):
-    """Media goes to MLflow's attachments; other long text under the same keys is cut."""
-    maker = Plain(1000)
-    shown = maker({key: "not base64! " * 10_000, "type": "text"})
-
-    assert maker.has_attachments or len(dump(shown)) < 2000
-
-
-def test_a_cut_value_says_how_many_are_missing():
-    """Items and keys are counted."""
-    assert "[cut: 1 of 3 items]" == plain(["x" * 60, "y" * 60, "z"], 100)[-1]
-    assert "[cut: 1 of 3 keys]" == plain({"a": "x" * 60, "b": "y" * 60, "c": 1}, 100)["…"]
-
-
-# --- secrets ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "api_key",
-        "API_KEY",
-        "Api-Key",
-        "apikey",
-        "X-Api-Key",
-        "Authorization",
-        "authorization",
-        "Proxy-Authorization",
-        "password",
-        "passwd",
-        "Cookie",
-        "Set-Cookie",
-        "token",
-        "access_token",
-        "refresh_token",
-        "id_token",
-        "auth_token",
-        "client_secret",
-        "secret",
-        "secret_key",
-        "aws_secret_access_key",
-        "private_key",
-        "azure_ad_token",
-        "openai_api_key",
-        "db_password",
-        "credentials",
-        "session_token",
-    ],
-)
-def test_names_of_secrets(key):
-    """Whole key names, whatever their case and hyphens."""
-    assert is_secret(key)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "max_tokens",
-        "tokens",
-        "token_count",
-        "max_completion_tokens",
-        "total_tokens",
-        "tokenizer",
-        "secretary",
-        "password_hint",
-        "author",
-        "authority",
-        "keys",
-        "key",
-        "api_base",
-        "prompt",
-        "cookies_eaten",
-        "n",
-    ],
-)
-def test_names_of_no_secrets(key):
-    """``max_tokens`` stays."""
-    assert not is_secret(key)
-
-
-def test_secrets_are_masked_in_depth():
-    """In LM kwargs and tool arguments, wherever they are nested."""
-    value = {"api_key": "sk-1", "nested": [{"headers": {"Authorization": "Bearer x"}, "max_tokens": 5}], "n": 1}
-
-    assert {"api_key": MASK, "nested": [{"headers": {"Authorization": MASK}, "max_tokens": 5}], "n": 1} == plain(
-        value, secrets=True
-    )
-
-
-def test_headers_are_masked_everywhere():
-    """Also where keys are not masked otherwise: a module's inputs."""
-    value = {"password": "kept: a question about passwords", "extra_headers": {"Authorization": "x", "Accept": "y"}}
-
-    assert {
-        "password": "kept: a question about passwords",
-        "extra_headers": {"Authorization": MASK, "Accept": "y"},
-    } == plain(value)
-
-
-def test_a_secret_that_is_none_stays_none():
-    """No secret is not a secret."""
-    assert {"api_key": None} == plain({"api_key": None}, secrets=True)
-
-
-def test_secrets_in_dataclasses_and_models():
-    """Attributes are keys."""
-
-    @dataclasses.dataclass
-    class Client:
-        api_key: str
-        retries: int
-
-    assert {"api_key": MASK, "retries": 3} == plain(Client("sk-1", 3), secrets=True)
-
-
 # --- the user's hook --------------------------------------------------------------------------------------------
 
 
@@ -556,14 +393,6 @@ def test_redact_does_not_change_the_value_itself():
     plain(value, redact=lambda each: "x" if each == "b" else each)
 
     assert {"a": ["b"]} == value
-
-
-def test_long_keys_are_not_kept():
-    """A dict key of a program may be large, and is nobody's secret."""
-    before = _names_secret.cache_info().currsize
-    assert not is_secret("x" * 100_000 + "_password")
-
-    assert before == _names_secret.cache_info().currsize
 
 
 # --- properties -------------------------------------------------------------------------------------------------

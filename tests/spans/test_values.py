@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import types
 
 import dspy
 import mlflow.environment_variables
@@ -9,6 +10,7 @@ import pydantic
 import pytest
 
 from dspy_mlflow_async import TracingCallback, autolog
+from dspy_mlflow_async.spans.bounds import MARK_BYTES
 from dspy_mlflow_async.spans.serialize import Plain
 from dspy_mlflow_async.testing import tree
 from echo import Chain, EchoLM, marker, predict_tree
@@ -30,6 +32,34 @@ def test_values_are_bounded_by_a_setting(traces):
     for value in (span.inputs, span.outputs):
         assert len(str(value)) < 2000
         assert "cut" in str(value)
+
+
+@pytest.mark.parametrize("text", ["\0" * 5000, "\ud800" * 5000, '"' * 5000, "🙂" * 5000, "x" * 5000])
+def test_the_bound_is_that_of_the_stored_text(traces, text):
+    """Escapes count as they are written."""
+    autolog(max_value_bytes=1000)
+    Return()(text=text, more=[text])
+
+    (span,) = traces[0].data.spans
+    for key in ("mlflow.spanInputs", "mlflow.spanOutputs"):
+        assert 900 <= len(span.to_dict()["attributes"][key].encode()) <= 1000 + MARK_BYTES
+
+
+def test_the_bound_holds_for_attributes_and_errors(traces):
+    """Also where they look like media: only inputs and outputs have any stored beside the trace."""
+    picture = "data:image/png;base64," + "A" * 5000
+
+    def fail():
+        raise ValueError(picture)
+
+    autolog(max_value_bytes=1000)
+    with pytest.raises(ValueError, match="data:"):
+        dspy.Tool(fail, name="fail", desc=picture)()
+
+    (span,) = traces[0].data.spans
+    (event,) = span.events
+    stored = [span.to_dict()["attributes"]["description"], *event.attributes.values()]
+    assert max(len(text.encode()) for text in stored) <= 1000 + MARK_BYTES
 
 
 def test_a_prompt_is_whole_by_default(traces):
@@ -97,6 +127,32 @@ def test_secrets_in_tool_arguments(traces):
         "headers": {"Cookie": "[masked]", "Accept": "*"},
         "password": "[masked]",
         "max_tokens": 3,
+    } == span.inputs
+
+
+def test_secrets_in_whatever_a_tool_is_given(traces):
+    """Objects, pairs and names in camel case; the arguments are the caller's own, as they were."""
+
+    def fetch(example: object, client: object, pairs: object, githubToken: str, options: object):  # noqa: N803
+        """Fetches."""
+        return example.password, client.api_key, pairs[0][1], githubToken, options["pwd"]
+
+    found = dspy.Tool(fetch)(
+        example=dspy.Example(password="hunter-1", question="why"),  # noqa: S106
+        client=types.SimpleNamespace(api_key="hunter-2"),
+        pairs=[("Authorization", "hunter-3")],
+        githubToken="hunter-4",
+        options=types.MappingProxyType({"pwd": "hunter-5", "max_tokens": 5}),
+    )
+
+    (span,) = traces[0].data.spans
+    assert tuple(f"hunter-{n}" for n in range(1, 6)) == found
+    assert {
+        "example": {"password": "[masked]", "question": "why"},
+        "client": {"api_key": "[masked]"},
+        "pairs": [["Authorization", "[masked]"]],
+        "githubToken": "[masked]",
+        "options": {"pwd": "[masked]", "max_tokens": 5},
     } == span.inputs
 
 

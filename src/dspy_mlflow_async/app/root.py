@@ -106,7 +106,7 @@ class Root:
         if seam.has_ended(where.span):
             parent = seam.INVALID_SPAN
         beginning = self._describe()
-        plain = Plain(self._settings.max_value_bytes, self._settings.redact)
+        plain = Plain(self._settings.max_value_bytes, self._settings.redact, media=False)
         attributes = {key: plain.encode(plain(value)) for key, value in beginning.attributes.items()}
         if beginning.inputs is not None:
             attributes[seam.SpanAttributeKey.INPUTS] = plain.encode(plain(beginning.inputs))
@@ -167,7 +167,7 @@ class Root:
                 promise_seam.remote_traces.release(self._adopted)
 
     def _end(self, span: seam.OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
-        plain = Plain(self._settings.max_value_bytes, self._settings.redact)
+        plain = Plain(self._settings.max_value_bytes, self._settings.redact, media=False)
         texts: dict[str, str] = {}
         try:
             texts = {key: plain.encode(plain(value)) for key, value in attributes.items()}

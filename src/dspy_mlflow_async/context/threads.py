@@ -14,6 +14,12 @@ Undo = Callable[[], None]
 Capture = Callable[[], Carrier | None]
 
 
+class _Here(threading.local):
+    """What this thread is at."""
+
+    is_submitting = False
+
+
 def patch_attribute(owner: Any, name: str, value: Any) -> Undo:
     """Set ``owner.name`` and return the undo, which leaves it alone if somebody else has set it since."""
     original = owner.__dict__[name]
@@ -45,17 +51,19 @@ def patch_worker_pool(executor: type, prepare: Callable[[Callable[..., Any]], Ca
 def patch_all_threads(capture: Capture) -> Undo:
     """Make every ``threading.Thread`` and ``ThreadPoolExecutor`` of the process carry the tracing context.
 
-    Threads take it at ``start``, pools at ``submit``: the same points as OpenTelemetry's threading instrumentor.
+    Threads take it at ``start``, pools at ``submit``: the same points as OpenTelemetry's threading instrumentor. The
+    threads that a pool starts take nothing: they outlive the item that they were started for.
 
     Args:
         capture: Called at those points, in the submitter's context; None where nothing is to be carried.
     """
     start = threading.Thread.start
     submit: Callable[..., Any] = concurrent.futures.ThreadPoolExecutor.submit
+    here = _Here()
 
     @functools.wraps(start)
     def carrying_start(self: threading.Thread) -> None:
-        run, carrier = self.run, capture()
+        run, carrier = self.run, None if here.is_submitting else capture()
         if carrier is not None:
 
             def carried_run() -> None:
@@ -70,7 +78,11 @@ def patch_all_threads(capture: Capture) -> Undo:
         carrier = capture()
         if carrier is not None:
             fn = functools.partial(carrier.run, fn)
-        return submit(self, fn, *args, **kwargs)
+        before, here.is_submitting = here.is_submitting, True
+        try:
+            return submit(self, fn, *args, **kwargs)
+        finally:
+            here.is_submitting = before
 
     undos = [
         patch_attribute(threading.Thread, "start", carrying_start),

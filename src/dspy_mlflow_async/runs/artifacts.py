@@ -13,7 +13,8 @@ from typing import Any
 import dspy
 
 from dspy_mlflow_async.seams import mlflow_runs as seam
-from dspy_mlflow_async.spans.serialize import MASK, Plain, dump, is_secret, with_floats_replaced
+from dspy_mlflow_async.spans.secrets import MASK, is_secret
+from dspy_mlflow_async.spans.serialize import Plain, dump, with_floats_replaced
 
 logger = logging.getLogger("dspy_mlflow_async")
 

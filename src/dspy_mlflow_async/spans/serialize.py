@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -14,8 +13,11 @@ import orjson
 import pydantic
 
 from dspy_mlflow_async.settings import Redact
+from dspy_mlflow_async.spans import bounds
+from dspy_mlflow_async.spans.bounds import Mark
+from dspy_mlflow_async.spans.opaque import held_by
+from dspy_mlflow_async.spans.secrets import MASK, is_secret, mask_in_text, names_secret
 
-MASK = "[masked]"
 CIRCULAR = "[circular]"
 MAX_DEPTH = 200
 
@@ -23,15 +25,6 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SHORT = 64  # characters
 _LARGE = 10_000  # bits; Python refuses to write integers of more than 4,300 digits
 
-_SECRET_KEYS = frozenset({
-    "access_key", "access_token", "api_key", "apikey", "auth", "auth_token", "authorization", "aws_access_key_id",
-    "aws_secret_access_key", "aws_session_token", "azure_ad_token", "azure_password", "bearer_token",
-    "client_secret", "cookie", "credentials", "id_token", "passphrase", "passwd", "password", "private_key",
-    "proxy_authorization", "refresh_token", "secret", "secret_key", "session_token", "set_cookie", "token",
-    "x_amz_security_token", "x_api_key",
-})  # fmt: skip
-_LONGEST_SECRET_KEY = 64  # characters; what is longer is no name
-_SECRET_ENDINGS = ("_api_key", "_password", "_secret", "_secret_key", "_access_token", "_auth_token")
 # Below these, secrets are masked whatever the span: HTTP headers, and the LM arguments that modules hand on.
 _GUARDED_KEYS = frozenset(
     {"headers", "Headers", "extra_headers", "default_headers", "http_headers", "config", "lm_kwargs"}
@@ -40,24 +33,12 @@ _GUARDED_KEYS = frozenset(
 _ATTACHMENT_KEYS = frozenset({"data", "b64_json", "result"})
 
 
-def is_secret(key: str) -> bool:
-    """Whether ``key`` as a whole names a secret. ``max_tokens`` does not."""
-    return len(key) <= _LONGEST_SECRET_KEY and _names_secret(key)
-
-
-@functools.lru_cache(maxsize=4096)  # of short keys: longer ones are the program's data, and may be large
-def _names_secret(key: str) -> bool:
-    name = key.lower().replace("-", "_")
-    return name in _SECRET_KEYS or name.endswith(_SECRET_ENDINGS)
-
-
 def dump(value: Any) -> str:
     """JSON text of a plain value, as MLflow reads it back; what orjson has no words for takes the longer way."""
     try:
         return orjson.dumps(value).decode()
     except (TypeError, ValueError):  # an integer beyond 64 bits, or a lone surrogate
-        text = json.dumps(value, ensure_ascii=False)
-        return text.encode("utf-8", "backslashreplace").decode()
+        return bounds.json_text(value)
 
 
 def with_floats_replaced(value: Any, replace: Callable[[float], Any]) -> Any:
@@ -80,27 +61,36 @@ class Plain:
     """One pass over one value, which makes plain JSON types of it.
 
     Follows ``mlflow.tracing.utils.TraceJSONEncoder`` in what becomes of each type, and shows, where that gives
-    up, what it can: circular references, unprintable objects, keys that are not strings, deep nesting.
+    up, what it can: circular references, unprintable objects, keys that are not strings, deep nesting. What MLflow
+    stores as the text of an object is stored as a mapping or list where the object holds a secret, which is masked.
+
+    The pass itself counts no more than what is certain to be stored, and stops there; the text is then cut exactly.
 
     Args:
-        max_bytes: How many bytes of text the value may have; beyond that it is cut, with a mark.
+        max_bytes: How many bytes the JSON text of the value may have; beyond that it is cut, with marks, of which one
+            is not counted: ``bounds.MARK_BYTES`` at most.
         redact: The user's hook, or None.
         secrets: Whether the values of keys that name secrets are masked everywhere, not only in headers and LM
             arguments.
         media: Whether long text that may be media is left whole, for MLflow to store as an attachment.
     """
 
-    __slots__ = ("_media", "_path", "_redact", "_remaining", "_secrets", "has_attachments", "has_unusual_floats")
+    __slots__ = (
+        *("_looks_inside", "_max_bytes", "_media", "_path", "_redact", "_remaining", "_secrets"),
+        *("has_attachments", "has_secrets", "has_unusual_floats"),
+    )
 
     def __init__(
         self, max_bytes: int, redact: Redact | None = None, *, secrets: bool = False, media: bool = True
     ) -> None:
-        self._remaining = max_bytes
+        self._max_bytes = self._remaining = max_bytes
         self._redact = redact
         self._secrets = secrets
         self._media = media
         self._path: set[int] = set()
+        self._looks_inside = False
         self.has_attachments = False
+        self.has_secrets = False
         self.has_unusual_floats = False
 
     def __call__(self, value: Any) -> Any:
@@ -112,10 +102,14 @@ class Plain:
         return self.encode(self(value))
 
     def encode(self, plain: Any) -> str:
-        """JSON text of what this pass has made."""
-        if self.has_unusual_floats:  # orjson writes null for NaN, MLflow's json writes NaN
-            return json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-        return dump(plain)
+        """JSON text of what this pass has made, within the bound unless there are attachments in it."""
+        # orjson writes null for NaN, MLflow's json writes NaN.
+        text = bounds.json_text(plain) if self.has_unusual_floats else dump(plain)
+        if len(text) * 4 <= self._max_bytes or self.has_attachments:  # no character has more bytes than 4
+            return text
+        if (len(text) if text.isascii() else len(text.encode())) <= self._max_bytes:
+            return text
+        return bounds.cut(plain, self._max_bytes, has_unusual_floats=self.has_unusual_floats)
 
     def _plain(self, value: Any, *, secrets: bool, key: str | None = None) -> Any:
         if self._redact is not None:
@@ -132,10 +126,10 @@ class Plain:
         if kind is bool or value is None:
             return value
         if kind is int:
-            self._remaining -= 8
+            self._remaining -= 1
             return value if value.bit_length() < _LARGE else _text_of(value)
         if kind is float:
-            self._remaining -= 8
+            self._remaining -= 3
             if not math.isfinite(value):
                 self.has_unusual_floats = True
             return value
@@ -151,9 +145,9 @@ class Plain:
         if size <= self._remaining:
             self._remaining -= size
             return text
-        kept = text[: max(self._remaining, 0)]
+        kept = bounds.beginning(text, self._remaining)
         self._remaining = 0
-        return f"{kept}… [cut: {len(text) - len(kept)} of {len(text)} characters]"
+        return bounds.mark_of_text(kept, len(text))
 
     def _container(self, value: Any, *, secrets: bool) -> Any:
         identity = id(value)
@@ -165,7 +159,7 @@ class Plain:
         try:
             return self._mapping(value, secrets) if isinstance(value, dict) else self._sequence(value, secrets)
         except Exception:  # noqa: BLE001 - a subclass may refuse to be read, or another thread change it meanwhile
-            return self._as_text(value)
+            return self._as_text(value, secrets=secrets)
         finally:
             self._path.discard(identity)
 
@@ -176,11 +170,12 @@ class Plain:
             name = key if type(key) is str else _key(key)
             remaining = self._remaining - len(name)
             if remaining < 0:
-                plain["…"] = f"[cut: {len(value) - len(plain)} of {len(value)} keys]"
+                plain["…"] = bounds.mark_of_items(len(plain), len(value), "keys")
                 break
             self._remaining = remaining
             if secrets and item is not None and is_secret(name):
                 plain[name] = MASK
+                self.has_secrets = True
             elif item is None and is_open:
                 plain[name] = None
             else:
@@ -189,22 +184,44 @@ class Plain:
 
     def _sequence(self, value: Any, secrets: bool) -> list[Any]:
         plain: list[Any] = []
+        kind = type(value)
+        is_named = kind is not list and kind is not tuple and isinstance(value, tuple)
+        names = getattr(kind, "_fields", None) if is_named else None
         for item in list(value):
             if self._remaining <= 0:
-                plain.append(f"[cut: {len(value) - len(plain)} of {len(value)} items]")
+                plain.append(bounds.mark_of_items(len(plain), len(value), "items"))
                 break
             self._remaining -= 1
-            plain.append(self._plain(item, secrets=secrets))
+            if names is not None and len(plain) < len(names):
+                plain.append(self._field(names[len(plain)], item, secrets))
+            elif secrets and (type(item) is tuple or type(item) is list) and self._is_secret_pair(item):
+                plain.append(self._plain([item[0], MASK], secrets=secrets))
+            else:
+                plain.append(self._plain(item, secrets=secrets))
         return plain
+
+    def _field(self, name: str, item: Any, secrets: bool) -> Any:
+        if secrets and item is not None and is_secret(name):
+            self.has_secrets = True
+            return MASK
+        return self._plain(item, secrets=secrets or name in _GUARDED_KEYS, key=name)
+
+    def _is_secret_pair(self, item: Any) -> bool:
+        if len(item) != 2 or item[1] is None or not names_secret(item[0]):  # noqa: PLR2004 - a name and its value
+            return False
+        self.has_secrets = True
+        return True
 
     def _other(self, value: Any, *, secrets: bool) -> Any:
         try:
             return self._shown(value, secrets=secrets)
         except Exception:  # noqa: BLE001 - the user's object may refuse to be looked at; its text still tells something
-            return self._as_text(value)
+            return self._as_text(value, secrets=secrets)
 
     def _shown(self, value: Any, *, secrets: bool) -> Any:
         # The order of TraceJSONEncoder: what json itself takes by subclass first, then models, then dataclasses.
+        if isinstance(value, Mark):
+            return value
         if isinstance(value, str):
             return self._text(str.__str__(value), None)
         if isinstance(value, int):
@@ -219,10 +236,30 @@ class Plain:
         if is_dataclass(value) and not isinstance(value, type):
             shown = {field.name: getattr(value, field.name) for field in fields(value)}
             return self._nested(value, shown, secrets=secrets)
-        return self._as_text(value)
+        inside = held_by(value)
+        if inside is not None and self._holds_secrets(value, inside, secrets=secrets):
+            before, self._looks_inside = self._looks_inside, True
+            try:
+                return self._nested(value, inside, secrets=secrets)
+            finally:
+                self._looks_inside = before
+        return self._as_text(value, secrets=secrets)
 
-    def _as_text(self, value: Any) -> str:
+    def _holds_secrets(self, value: Any, inside: Any, *, secrets: bool) -> bool:
+        if self._looks_inside:
+            return True  # something around it does, or is being looked through
+        look = Plain(self._remaining, secrets=secrets)
+        look._path = set(self._path)
+        look._looks_inside = True
+        look._nested(value, inside, secrets=secrets)
+        return look.has_secrets
+
+    def _as_text(self, value: Any, *, secrets: bool) -> str:
         text = _text_of(value)
+        if secrets:
+            masked = mask_in_text(text)
+            self.has_secrets |= masked is not text
+            text = masked
         if self._redact is not None:  # the hook has seen the object, and sees what is stored of it
             try:
                 redacted = self._redact(text)
@@ -231,7 +268,7 @@ class Plain:
             text = redacted if type(redacted) is str else _text_of(redacted)
         return self._text(text, None)
 
-    def _nested(self, owner: Any, shown: dict[str, Any], *, secrets: bool) -> Any:
+    def _nested(self, owner: Any, shown: Any, *, secrets: bool) -> Any:
         """``shown`` in place of ``owner``, so that a circle through ``owner`` is noticed."""
         identity = id(owner)
         if identity in self._path:

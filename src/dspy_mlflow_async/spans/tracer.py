@@ -101,7 +101,7 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     frames.enter(call_id, scope)
     scope.enter()
     if plain.has_attachments:
-        span.otel.set_attribute(SpanAttributeKey.INPUTS, plain.encode(_without_media(span, inputs, settings)))
+        span.otel.set_attribute(SpanAttributeKey.INPUTS, _without_media(span, inputs, settings))
     example: Witness | None = frame.example if frame is not None else None
     if example is not None:
         example.saw(span)
@@ -221,7 +221,7 @@ def _enclosing(frame: frames.Frame | None) -> SpanScope | None:
 def _attributes(description: Description, settings: Settings) -> dict[str, str]:
     if not description.attributes:
         return {}
-    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets)
+    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets, media=False)
     shown = plain(description.attributes)
     if not isinstance(shown, dict):  # the user's hook has replaced them as a whole
         shown = dict.fromkeys(description.attributes, shown)
@@ -233,18 +233,18 @@ def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
     if outputs is not None:
         plain = Plain(scope.settings.max_value_bytes, scope.settings.redact)
         shown = plain(outputs if scope.show_outputs is None else scope.show_outputs(outputs))
-        if plain.has_attachments:
-            shown = _without_media(scope.span, shown, scope.settings)
-        attributes[SpanAttributeKey.OUTPUTS] = plain.encode(shown)
+        attributes[SpanAttributeKey.OUTPUTS] = (
+            _without_media(scope.span, shown, scope.settings) if plain.has_attachments else plain.encode(shown)
+        )
     if scope.usage is not None:
         for key, value in scope.usage.attributes(outputs).items():
             attributes[key] = dump(value)
     return attributes
 
 
-def _without_media(span: seam.OpenSpan, shown: Any, settings: Settings) -> Any:
-    """References in place of media; what only looked like media is bounded like everything else."""
-    return Plain(settings.max_value_bytes, media=False)(seam.extract_attachments(span, shown))
+def _without_media(span: seam.OpenSpan, shown: Any, settings: Settings) -> str:
+    """JSON text with references in place of media; what only looked like media is bounded like everything else."""
+    return Plain(settings.max_value_bytes, media=False).dumps(seam.extract_attachments(span, shown))
 
 
 def abandon(span: seam.OpenSpan, settings: Settings) -> None:
@@ -266,7 +266,7 @@ def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str]
         attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
         seam.end_span(span, attributes, _OK)
         return
-    plain = Plain(settings.max_value_bytes, settings.redact)
+    plain = Plain(settings.max_value_bytes, settings.redact, media=False)
     message, stacktrace = plain(failure.message), plain(failure.stacktrace)
     attributes["outcome"] = dump(failure.outcome)
     if is_late:
