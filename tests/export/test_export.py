@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import mlflow
 import pytest
 from mlflow.entities import Feedback
+from mlflow.entities.trace_location import UCSchemaLocation
+from mlflow.tracing import provider as tracing_provider
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
@@ -496,6 +498,48 @@ def test_a_rebuilt_provider_is_ours_too(sqlite):
     for rebuild in (mlflow.tracing.reset, lambda: mlflow.set_tracking_uri(sqlite.uri), mlflow.tracing.enable):
         rebuild()
         assert "WholeTraceExporter" == type(span_processor().span_exporter).__name__
+
+
+OTLP = {
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9/v1/traces",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+}
+ELSEWHERE = {
+    "otlp": OTLP,
+    "otlp and mlflow": OTLP | {"MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": "true"},
+    "serving": {"IS_IN_DB_MODEL_SERVING_ENV": "true", "ENABLE_MLFLOW_TRACING": "true"},
+    "unity catalog": {},
+}
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_exporters_to_elsewhere_are_left_alone(store_uri, monkeypatch, place):
+    """Whoever sends traces to another place than an MLflow store goes on doing so, before, while and after."""
+    for name, value in ELSEWHERE[place].items():
+        monkeypatch.setenv(name, value)
+    mlflow.tracing.reset()
+    if place == "unity catalog":
+        monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
+        monkeypatch.setenv("DATABRICKS_TOKEN", "none")
+        mlflow.tracing.set_destination(UCSchemaLocation("catalog", "schema"))
+
+    def names():
+        span_processor()
+        processors = tracing_provider.provider.get()._active_span_processor._span_processors
+        return [type(processor.span_exporter).__name__ for processor in processors]
+
+    before = names()
+    taken = export.install(export.ExportOptions())
+    during = names()
+    mlflow.tracing.enable()  # builds the provider anew
+    rebuilt = names()
+    taken()
+    after = names()
+    mlflow.tracing.reset()
+
+    ours = ["WholeTraceExporter" if name == "MlflowV3SpanExporter" else name for name in before]
+    assert (before, ours, ours, before) == (before, during, rebuilt, after)
+    assert ("WholeTraceExporter" in during) == (place == "otlp and mlflow")
 
 
 def test_housekeeping_runs(store_uri):
