@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
-from dspy_mlflow_async.export.items import Item, TraceItem
+from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
 from dspy_mlflow_async.export.retry import Backoff, Verdict
 from dspy_mlflow_async.export.writer import Writer
 
@@ -55,6 +55,7 @@ class StoreQueue:
         self._waiting: deque[Item] = deque()
         self._waiting_bytes = 0
         self._in_flight: list[Item] = []
+        self._urgent: list[Item] = []  # what callers of `write_waiting` are writing
         # Who has an item in flight says what becomes of it: the writer, or the end of the process, which does not
         # wait for a store. Held while they do, and by nobody else.
         self._fate = threading.Lock()
@@ -78,9 +79,9 @@ class StoreQueue:
         if not is_partial:
             self._secure(item)
         with self._lock:
-            must_spool = self.backlog.has(item.key) or (
-                self._waiting_bytes + item.size > self.options.max_waiting_bytes
-            )
+            is_too_much = self._waiting_bytes + item.size > self.options.max_waiting_bytes
+            # Operations on runs are few, and somebody will wait for them.
+            must_spool = self.backlog.has(item.key) or (is_too_much and not isinstance(item, RunItem))
             if not must_spool:
                 self._waiting.append(item)
                 self._waiting_bytes += item.size
@@ -106,6 +107,63 @@ class StoreQueue:
         self.put(item)
         return False
 
+    def write_waiting(self, key: str, timeout: float) -> bool:
+        """Write what waits of one trace or run in the caller's thread, ahead of all else; the rest waits on.
+
+        Args:
+            key: The trace or the run.
+            timeout: Seconds to wait for what others are writing of it just now.
+
+        Returns:
+            Whether nothing of it waits any more.
+        """
+        items = self._take_out(key, time.monotonic() + timeout)
+        if items is None:
+            return False
+        outcomes = self._urgent_writer.write_together(items) if items else []
+        with self._fate:
+            mine = {id(item) for item in items}
+            with self._lock:
+                # Else `save_everything` has brought it to the disk meanwhile.
+                is_ours = all(any(each is item for each in self._urgent) for item in items)
+                self._urgent = [item for item in self._urgent if id(item) not in mine]
+            if not is_ours:
+                self._settle_saved(outcomes)
+                return all(outcome.verdict is Verdict.STORED for outcome in outcomes)
+            is_settled = {Verdict.STORED, Verdict.REFUSED}
+            for outcome in outcomes:
+                if outcome.verdict in is_settled:
+                    self._settle(outcome, "waiting")
+            again = [outcome.item for outcome in outcomes if outcome.verdict not in is_settled]
+            with self._lock:
+                self._waiting_bytes -= sum(item.size for item in items) - sum(item.size for item in again)
+                self._waiting.extendleft(reversed(again))
+        if self._waiting:
+            self._wake.set()
+            self._start()
+        self._tell()
+        return not again
+
+    def _take_out(self, key: str, deadline: float) -> list[Item] | None:
+        """What waits of a trace or run, now in the hands of the caller; None where others have it, and keep it."""
+        with self._progress:
+            while True:
+                with self._lock:
+                    is_taken = any(item.key == key for item in (*self._in_flight, *self._urgent))
+                    if not is_taken and not self.backlog.has(key):
+                        items = [item for item in self._waiting if item.key == key]
+                        if items:
+                            self._waiting = deque(item for item in self._waiting if item.key != key)
+                            self._urgent += items
+                        return items
+                left = deadline - time.monotonic()
+                if left <= 0 or self._failures or time.monotonic() < self._away_until:
+                    return None
+                self._hurry.set()
+                self._wake.set()
+                self._start()
+                self._progress.wait(min(left, 0.05))
+
     def _secure(self, item: Item) -> None:
         if self.options.durable:
             self._disk.save(item, durable=True)
@@ -126,8 +184,7 @@ class StoreQueue:
         with self._lock:
             return bool(
                 self.backlog.has(key)
-                or any(item.key == key for item in self._waiting)
-                or any(item.key == key for item in self._in_flight)
+                or any(item.key == key for item in (*self._waiting, *self._in_flight, *self._urgent))
             )
 
     def _start(self) -> None:
@@ -185,10 +242,19 @@ class StoreQueue:
         batch: list[Item] = []
         size = 0
         with self._lock:
+            urgent = {item.key for item in self._urgent}
+            behind: list[Item] = []  # what somebody else is writing
             while self._waiting and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
+                # A run is a batch of its own: who waits for it does not wait for traces, or for another one.
+                if batch and _run_of(self._waiting[0]) != _run_of(batch[0]):
+                    break
                 item = self._waiting.popleft()
+                if item.key in urgent:
+                    behind.append(item)
+                    continue
                 batch.append(item)
                 size += item.size
+            self._waiting.extendleft(reversed(behind))
             self._in_flight = batch
         return batch
 
@@ -196,7 +262,7 @@ class StoreQueue:
         batch = self._take()
         if not batch:
             return False
-        outcomes = self._writer.write(batch)
+        outcomes = self._writer.write(batch) if _run_of(batch[0]) is None else self._writer.write_together(batch)
         with self._fate:
             if self._in_flight is not batch:
                 self._settle_saved(outcomes)
@@ -332,6 +398,8 @@ class StoreQueue:
             return
         if self._is_partial(item):
             return
+        if isinstance(item, RunItem) and item.fate is not None:
+            item.fate.was_refused = True
         reason = f"{type(outcome.error).__name__}: {outcome.error}"
         self._books.move(place, "dead" if self._disk.bury(item, reason) else "dropped", item.counted)
         self._disk.forget(item, stored=False)
@@ -367,7 +435,7 @@ class StoreQueue:
     def is_empty(self) -> bool:
         """Whether nothing of this process waits, in memory or on disk."""
         with self._lock:
-            return not (self._waiting or self._in_flight or len(self.backlog))
+            return not (self._waiting or self._in_flight or self._urgent or len(self.backlog))
 
     def flush(self, deadline: float | None) -> bool:
         """Wait until nothing waits, or the store proves to be away, or the deadline (monotonic) is over.
@@ -386,7 +454,7 @@ class StoreQueue:
         if self._thread is None or not self._thread.is_alive():
             self.work()
         with self._progress:
-            while not self.is_empty() and (self._away_seen == seen or self._waiting or self._in_flight):
+            while not self.is_empty() and (self._away_seen == seen or self._waiting or self._in_flight or self._urgent):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     break
@@ -408,13 +476,18 @@ class StoreQueue:
         self.stop()
         with self._fate:
             with self._lock:
-                left = [*self._in_flight, *self._waiting]
+                left = [*self._in_flight, *self._urgent, *self._waiting]
                 self._waiting.clear()
                 self._waiting_bytes = 0
-                self._in_flight = []
+                self._in_flight, self._urgent = [], []
             for item in left:
                 if not self._is_partial(item) and not self._to_spool(item):
                     self._drop(item)
         with contextlib.suppress(OSError):
             self.spool.close()
         return len(self.backlog)
+
+
+def _run_of(item: Item) -> str | None:
+    """The run that an item is an operation on."""
+    return item.key if isinstance(item, RunItem) else None

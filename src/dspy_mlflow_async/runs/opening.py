@@ -108,7 +108,7 @@ def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[s
 
 
 def close(handle: RunHandle, status: str) -> None:
-    """End the run of ``open_run`` or ``create``, or give it back."""
+    """End the run of ``open_run`` or ``create``, or give it back, with everything that was logged into it stored."""
     _occupancy.release(handle.run_id)
     unregister(handle)
     handle.end(status)
@@ -138,7 +138,7 @@ def end_open_runs() -> None:
         except KeyError:  # another thread was faster
             return
         active.forget(handle.run)  # lest MLflow's own exit handler ends it once more, FINISHED
-        handle.end(KILLED)
+        handle.end(KILLED, is_leaving=True)
 
 
 before_leaving(end_open_runs)
