@@ -46,13 +46,15 @@ def test_a_server_that_is_killed_and_comes_back(make, server):
     assert export.flush(100)
     run_id = mlflow.tracking.MlflowClient(server.uri).create_run(installed.experiment_id).info.run_id
     writer = export.run_writer(server.uri)
-    assert writer.log(run_id, metrics=[Metric("score", 1.0, 1, 0)])
+    writer.log(run_id, metrics=[Metric("score", 1.0, 1, 0)])
+    assert writer.settle(run_id)
     server.kill()
     try:
         ids += [call() for _ in range(20)]
-        assert not writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)], params=[Param("p", "v")])
-        assert not writer.artifact(run_id, "folder/table.json", b"{}")
-        assert not writer.end(run_id, "FINISHED", 1234)
+        writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)], params=[Param("p", "v")])
+        writer.artifact(run_id, "folder/table.json", b"{}")
+        writer.end(run_id, "FINISHED", 1234)
+        assert not writer.settle(run_id)
         assert not export.flush(30)
         stats = export.stats()
         assert (5, 0, 20) == (stats.stored, stats.waiting, stats.spooled)
@@ -115,7 +117,8 @@ def test_a_server_that_fails(make, proxy, fault):
     held = call()
     ids.append(held)
     export.release(held, assessments=[Feedback(name="score", value=1.0)])
-    assert not writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)])
+    writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)])
+    assert not writer.settle(run_id)
     assert proxy.seen.wait(20)
     assert not export.flush(20)
     proxy.fault = None
@@ -281,15 +284,19 @@ def test_run_operations_keep_their_order(sqlite):
     one, two = (client.create_run(sqlite.experiment_id).info.run_id for _ in range(2))
     writer = export.run_writer(None)
     urgent = sqlite.queue._urgent_writer
-    assert writer.log(one, metrics=[Metric("m", 1, 1, 0)], params=[Param(f"p{n}", "1") for n in range(150)])
+    writer.log(one, metrics=[Metric("m", 1, 1, 0)], params=[Param(f"p{n}", "1") for n in range(150)])
+    assert writer.settle(one)
     sqlite.stop_writing()
-    urgent.write, write = lambda items: [queueing_outcome(item) for item in items], urgent.write
-    assert not writer.log(one, metrics=[Metric("m", float("nan"), 2, 1)])
-    urgent.write = write
-    assert not writer.log(one, metrics=[Metric("m", 3, 3, 2)])
-    assert not writer.end(one, "FAILED", 99)
-    assert writer.log(two, tags=[RunTag("t", "1")])
+    urgent.write_together, write = lambda items: [queueing_outcome(item) for item in items], urgent.write_together
+    writer.log(one, metrics=[Metric("m", float("nan"), 2, 1)])
+    assert not writer.settle(one)
+    urgent.write_together = write
+    writer.log(one, metrics=[Metric("m", 3, 3, 2)])
+    writer.end(one, "FAILED", 99)
+    writer.log(two, tags=[RunTag("t", "1")])
+    assert writer.settle(two)
     assert "RUNNING" == client.get_run(one).info.status
+    assert "1" == client.get_run(two).data.tags["t"]
 
     del sqlite.queue._start
     assert export.flush(100)

@@ -91,7 +91,8 @@ def test_a_database_that_is_cut_off_in_the_middle(make, server, postgres):
     postgres.stop()
     try:
         ids += [call() for _ in range(20)]
-        assert not writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)])
+        writer.log(run_id, metrics=[Metric("score", 2.0, 2, 1)])
+        assert not writer.settle(run_id)
         assert not export.flush(10)
         assert (25, 5) == (export.stats().ended, export.stats().stored)
     finally:

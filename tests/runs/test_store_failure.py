@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 import socket
+import sqlite3
 import threading
 import time
 
@@ -16,6 +17,7 @@ from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flus
 import dspy_mlflow_async
 from dspy_mlflow_async.runs import asking
 from mlflow_server import mlflow_server
+from slow_store import slow_store
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
 BOUND = 45.0  # seconds that a store may cost an evaluation here: its own bounds are 5 s and 10 s, the machine is shared
@@ -99,6 +101,61 @@ def test_active_runs_over_http(http):
 
     assert [("mine", "FINISHED", [("inner", "FINISHED", [])])] == http.tree()
     assert {"a-0": 1.0, "a-1": 1.0} == http.run("mine").data.metrics
+
+
+# --- slow ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_in_run", [False, True])
+def test_a_slow_server(server, monkeypatch, tmp_path, is_in_run):
+    """An evaluation asks few things of it, and what it has logged can be read as soon as it is over."""
+    with (
+        slow_store(server.uri) as slow,
+        store_at(slow.uri, monkeypatch, tmp_path) as store,
+        contextlib.ExitStack() as block,
+    ):
+        evaluate("w", metric_key="warm")  # imports what it needs
+        if is_in_run:
+            block.enter_context(mlflow.start_run())
+        slow.delay = 0.2
+        slow.requests.clear()
+        _, _, seconds = result_of(lambda: evaluate("a", 1, 4))
+        requests = slow.of_runs()
+        slow.delay = 0.0
+        (run,) = mlflow.search_runs([store.experiment_id], "tags.mlflow.runName != 'warm'", output_format="list")
+        assert ("RUNNING" if is_in_run else "FINISHED") == run.info.status
+        assert 25.0 == run.data.metrics["eval"]
+        assert {"lm_params", "Program.answer.signature.instructions"} <= set(run.data.params)
+        assert "exact" == run.data.tags["dspy.metric"]
+        assert ["model.json", "result_table.json"] == store.artifacts(run)
+
+    # Creation, values, where artifacts go, two of them, MLflow's "View run", the end; or what the user's run has.
+    assert len(requests) <= 8
+    assert seconds < 0.2 * 11
+
+
+def test_a_database_that_somebody_locks(store, caplog, monkeypatch):
+    """The evaluation waits for it once, in all; when it is free again, everything arrives."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")  # else each trace waits, as is asked for
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    database = sqlite3.connect(
+        mlflow.get_tracking_uri().removeprefix("sqlite:///"), isolation_level=None, check_same_thread=False
+    )
+    with contextlib.closing(database), caplog.at_level(logging.WARNING):
+        lock = Program(lambda question: question.endswith("-0") and database.execute("BEGIN EXCLUSIVE"))
+        *_, seconds = result_of(lambda: evaluate("a", 1, 4, program=lock))
+        database.rollback()
+    asking._away.forget(mlflow.get_tracking_uri())
+    deadline = time.monotonic() + TIMEOUT
+    while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
+        pass
+
+    assert seconds < asking.TIMEOUT + 5
+    (line,) = said(caplog)
+    assert "scored 25.0" in line
+    run = store.run("eval")
+    assert ("FINISHED", 25.0) == (run.info.status, run.data.metrics["eval"])
+    assert ["model.json", "result_table.json"] == store.artifacts(run)
 
 
 # --- away ---------------------------------------------------------------------------------------------------------

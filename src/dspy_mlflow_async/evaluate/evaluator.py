@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
 from dspy_mlflow_async.evaluate.lasting import to_the_end
 from dspy_mlflow_async.evaluate.progress import BOARD
 from dspy_mlflow_async.evaluate.slots import Slots
-from dspy_mlflow_async.runs.evaluation import Evaluation, begun_here
+from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED
 from dspy_mlflow_async.seams import dspy_evaluate as seam
 
@@ -177,9 +176,12 @@ class AsyncEvaluate(dspy.Evaluate):
         )
         callers = Caller(program, num_threads), Caller(metric, min(num_threads, METRIC_THREADS))
         conditions, evaluation = self._conditions(num_threads), begun_here()
-        closing = _closing.get()
-        if evaluation is not None and closing is not None:
-            evaluation.postponed, closing.evaluation = closing.postponed, evaluation
+        postponed = POSTPONED.get()
+        POSTPONED.set(None)  # what the examples evaluate is on its own
+        if postponed is not None and postponed.evaluation is evaluation is not None:
+            if postponed.opening is not None:
+                await to_the_end(postponed.opening)  # cancelled meanwhile: the run is there, and ends KILLED
+            evaluation.enter()
         name = getattr(program, "__name__", None) or type(program).__name__
         with BOARD.line(name, len(devset), self.failure_score, is_shown=display_progress) as line:
             if display_progress:
@@ -203,39 +205,25 @@ class AsyncEvaluate(dspy.Evaluate):
         return Conditions(Slots(limit))
 
 
-class _Closing:
-    """What the evaluation that runs in this task leaves for its end, and the evaluation itself."""
-
-    def __init__(self) -> None:
-        self.postponed: list[Callable[[], None]] = []
-        self.evaluation: Evaluation | None = None
-
-    def close(self) -> None:
-        """Log what there is to log."""
-        for close in self.postponed:
-            close()
-
-    def kill(self) -> None:
-        """End the run once more, for a caller who was cancelled while it was closed and gets no result."""
-        if self.evaluation is not None and self.evaluation.run is not None:
-            self.evaluation.run.end(KILLED)
-
-
-_closing: ContextVar[_Closing | None] = ContextVar("dspy_mlflow_async_closing", default=None)
-
-
 @contextlib.asynccontextmanager
 async def _closing_in_threads() -> AsyncIterator[None]:
     """Log what the evaluation in this block has to log at its end, without blocking the loop, cancelled or not."""
-    before, closing = _closing.get(), _Closing()
-    _closing.set(closing)
+    before, postponed = POSTPONED.get(), Postponed()
+    POSTPONED.set(postponed)
     try:
         yield
     finally:
-        _closing.set(before)
-        if closing.postponed:
+        POSTPONED.set(before)
+        if postponed.closing:
             try:
-                await to_the_end(closing.close)
+                await to_the_end(_call_all, postponed.closing)
             except anyio.get_cancelled_exc_class():
-                await to_the_end(closing.kill)
+                # No result for the caller, so its run is no whole one either.
+                if postponed.evaluation is not None and postponed.evaluation.run is not None:
+                    await to_the_end(postponed.evaluation.run.end, KILLED)
                 raise
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

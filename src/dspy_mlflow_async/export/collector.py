@@ -368,6 +368,26 @@ class Collector:
             if is_complete:
                 self.complete(entry)
 
+    def note(self, uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
+        """Take an assessment along with a trace that is not handed on yet.
+
+        Returns:
+            The assessment, with an id of its own; None where there is no such trace on its way to ``uri``.
+        """
+        with self._lock:
+            entry = self._by_trace_id.get(trace_id)
+            if entry is None or entry.is_late or entry.inherited is not None or entry.uri != uri:
+                return None
+            named = name_it(assessment, trace_id)
+            self._said.setdefault(trace_id, Said()).assessments.append(named)
+            return named
+
+    def hand_on(self, trace_id: str) -> None:
+        """Hand on a trace whose root has ended, held or not."""
+        entry = self._by_trace_id.get(trace_id)
+        if entry is not None and entry.ended_at is not None:
+            self.complete(entry, force=True)
+
     def discard(self, trace_id: str) -> None:
         """Leave out a trace that is not handed on yet."""
         with self._lock:

@@ -15,6 +15,7 @@ from dspy_mlflow_async.export.exporter import WholeTraceExporter, WholeTraceProc
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.seams import mlflow_by_id as by_id_seam
 from dspy_mlflow_async.seams import mlflow_export as seam
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
             _installed = [
                 seam.patch_processor_factory(_make_processor),
                 seam.bound_http(),
+                by_id_seam.patch_by_id(_note, _ensure_stored),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
             ]
         for processor, _ in seam.replace_processors(_ours_for):
@@ -71,9 +73,10 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         with _lock:
             if _pipeline is not mine or _installed is None:
                 return
-            unpatch_factory, unbound_http, unhandle_sigterm = _installed
+            unpatch_factory, unbound_http, unpatch_by_id, unhandle_sigterm = _installed
             _installed = _pipeline = None
             unpatch_factory()
+            unpatch_by_id()
             unhandle_sigterm()
             seam.replace_processors(_theirs_for)
             thread = _close(mine)
@@ -205,6 +208,16 @@ def release(
         tags: Trace tags to add.
     """
     pipeline().current().collector.release(trace_id, assessments, metadata or {}, tags or {})
+
+
+@guarded
+def _note(uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
+    return pipeline().current().collector.note(uri, trace_id, assessment)
+
+
+@guarded
+def _ensure_stored(trace_id: str) -> None:
+    pipeline().current().store(trace_id)
 
 
 @guarded

@@ -74,9 +74,24 @@ class FollowUp(Item):
     workspace: str | None = None
 
 
+@dataclass(slots=True)
+class Fate:
+    """What became of the operations on a run.
+
+    Attributes:
+        was_refused: Whether the store has refused one of them.
+    """
+
+    was_refused: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class RunItem(Item):
-    """One operation on a run: a batch of values, an artifact, or its end."""
+    """One operation on a run: a batch of values, an artifact, or its end.
+
+    Attributes:
+        fate: Told what becomes of it, while this process has it in memory.
+    """
 
     metrics: Sequence[Any] = ()
     params: Sequence[Any] = ()
@@ -86,3 +101,4 @@ class RunItem(Item):
     status: str | None = None
     end_time_ms: int | None = None
     workspace: str | None = None
+    fate: Fate | None = None

@@ -89,6 +89,18 @@ class Pipeline:
         """Forget a copy that nothing supersedes any more."""
         self.queue(uri).discard_copy(reference)
 
+    def store(self, trace_id: str, timeout: float = 10.0) -> None:
+        """Bring a trace that has ended to the store now, whoever holds it; what is there already costs nothing.
+
+        Args:
+            trace_id: MLflow's id.
+            timeout: Seconds to wait for a batch that it is in.
+        """
+        self.collector.hand_on(trace_id)
+        for queue in list(self.queues.values()):
+            if queue.has_queued(trace_id):
+                queue.write_waiting(trace_id, timeout)
+
     # --- what is overdue ---
 
     def start(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dspy_mlflow_async.export import codec
 from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
-from dspy_mlflow_async.export.items import Item, TraceItem
+from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
 from dspy_mlflow_async.export.retry import Backoff, Verdict
 from dspy_mlflow_async.export.writer import Writer
 
@@ -40,6 +40,8 @@ _ATTEMPTS_IN_MEMORY = 3
 _ADOPT_EVERY = 60.0
 # A caller who waits for one operation waits no longer than this for an answer.
 _URGENT_SECONDS = 10.0
+_LONG_WAIT = 2.0
+_WAITS_AGAIN = 30.0
 
 
 class StoreQueue:
@@ -51,7 +53,8 @@ class StoreQueue:
         self.options = options
         self.uri = uri
         self.spool = spool
-        self.waits = True  # whether callers of `write_now` wait for the store
+        self.waits = True  # whether callers of `write_now` and `write_waiting` may wait for the store
+        self._waits_again_at = 0.0  # monotonic
         self._disk = self._copies = Disk(spool)
         self._books = books
         self._writer = Writer(uri)
@@ -61,6 +64,7 @@ class StoreQueue:
         self._waiting_bytes = 0
         self._count = 0  # how many items have ever come
         self._in_flight: list[Item] = []
+        self._urgent: list[Item] = []  # what callers of `write_waiting` are writing
         # Who has an item in flight says what becomes of it: the writer, or the end of the process, which does not
         # wait for a store. Held while they do, and by nobody else.
         self._fate = threading.Lock()
@@ -87,10 +91,12 @@ class StoreQueue:
         if not is_partial:
             self._secure(item)
         with self._lock:
+            is_too_much = self._waiting_bytes + item.size > self.options.max_waiting_bytes
             must_spool = (
                 self._stop.is_set()  # nobody writes any more: what comes now is sent by the next process
                 or self.backlog.has(item.key)
-                or self._waiting_bytes + item.size > self.options.max_waiting_bytes
+                # Operations on runs are few, and somebody will wait for them.
+                or (is_too_much and not isinstance(item, RunItem))
             )
             if not must_spool:
                 self._append(item)
@@ -115,13 +121,84 @@ class StoreQueue:
         Returns:
             Whether it is stored.
         """
-        if self.waits and not self.has_queued(item.key):
+        if self._may_wait() and not self.has_queued(item.key):
+            begun = time.monotonic()
             outcome = self._urgent_writer.write([item])[0]
             if outcome.verdict in (Verdict.STORED, Verdict.REFUSED):
                 self._settle(outcome, "waiting")
                 return outcome.verdict is Verdict.STORED
+            self._note_wait(begun)
         self.put(item)
         return False
+
+    def write_waiting(self, key: str, timeout: float) -> bool:
+        """Write what waits of one trace or run in the caller's thread, ahead of all else; the rest waits on.
+
+        Args:
+            key: The trace or the run.
+            timeout: Seconds to wait for what others are writing of it just now.
+
+        Returns:
+            Whether nothing of it waits any more.
+        """
+        items = self._take_out(key, time.monotonic() + timeout) if self._may_wait() else None
+        if items is None:
+            return False
+        begun = time.monotonic()
+        outcomes = self._urgent_writer.write_together(items) if items else []
+        with self._fate:
+            mine = {id(item) for item in items}
+            with self._lock:
+                # Else `save_everything` has brought it to the disk meanwhile.
+                is_ours = all(any(each is item for each in self._urgent) for item in items)
+                self._urgent = [item for item in self._urgent if id(item) not in mine]
+            if not is_ours:
+                self._settle_saved(outcomes)
+                return all(outcome.verdict is Verdict.STORED for outcome in outcomes)
+            is_settled = {Verdict.STORED, Verdict.REFUSED}
+            for outcome in outcomes:
+                if outcome.verdict in is_settled:
+                    self._settle(outcome, "waiting")
+            again = [outcome.item for outcome in outcomes if outcome.verdict not in is_settled]
+            with self._lock:
+                self._waiting_bytes -= sum(item.size for item in items) - sum(item.size for item in again)
+                if again:
+                    self._note_wait(begun)
+                    self._waiting = deque(sorted([*again, *self._waiting], key=lambda item: item.number))
+        if self._waiting:
+            self._wake.set()
+            self._start()
+        self._tell()
+        return not again
+
+    def _may_wait(self) -> bool:
+        return self.waits and time.monotonic() >= max(self._waits_again_at, self._away_until)
+
+    def _note_wait(self, begun: float) -> None:
+        """Somebody has waited in vain since ``begun``: where that was long, let nobody else for a while."""
+        if time.monotonic() - begun > _LONG_WAIT:
+            self._waits_again_at = time.monotonic() + _WAITS_AGAIN
+
+    def _take_out(self, key: str, deadline: float) -> list[Item] | None:
+        """What waits of a trace or run, now in the hands of the caller; None where others have it, and keep it."""
+        with self._progress:
+            times_away = self.times_away
+            while True:
+                with self._lock:
+                    is_taken = any(item.key == key for item in (*self._in_flight, *self._urgent))
+                    if not is_taken and not self.backlog.has(key):
+                        items = [item for item in self._waiting if item.key == key]
+                        if items:
+                            self._waiting = deque(item for item in self._waiting if item.key != key)
+                            self._urgent += items
+                        return items
+                left = deadline - time.monotonic()
+                if left <= 0 or self._failures or self.times_away != times_away or not self._may_wait():
+                    return None
+                self._hurry.set()
+                self._wake.set()
+                self._start()
+                self._progress.wait(min(left, 0.05))
 
     def _secure(self, item: Item) -> None:
         if self.options.durable:
@@ -151,8 +228,7 @@ class StoreQueue:
         with self._lock:
             return bool(
                 self.backlog.has(key)
-                or any(item.key == key for item in self._waiting)
-                or any(item.key == key for item in self._in_flight)
+                or any(item.key == key for item in (*self._waiting, *self._in_flight, *self._urgent))
             )
 
     def _start(self) -> None:
@@ -210,10 +286,19 @@ class StoreQueue:
         batch: list[Item] = []
         size = 0
         with self._lock:
+            urgent = {item.key for item in self._urgent}
+            behind: list[Item] = []  # what somebody else is writing
             while self._waiting and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
+                # A run is a batch of its own: who waits for it does not wait for traces, or for another one.
+                if batch and _run_of(self._waiting[0]) != _run_of(batch[0]):
+                    break
                 item = self._waiting.popleft()
+                if item.key in urgent:
+                    behind.append(item)
+                    continue
                 batch.append(item)
                 size += item.size
+            self._waiting.extendleft(reversed(behind))
             self._in_flight = batch
         return batch
 
@@ -221,7 +306,7 @@ class StoreQueue:
         batch = self._take()
         if not batch:
             return False
-        outcomes = self._writer.write(batch)
+        outcomes = self._writer.write(batch) if _run_of(batch[0]) is None else self._writer.write_together(batch)
         with self._fate:
             if self._in_flight is not batch:
                 self._settle_saved(outcomes)
@@ -265,7 +350,7 @@ class StoreQueue:
 
     def _found_there(self, outcomes: list[Outcome]) -> None:
         self._failures = 0
-        self._away_until = 0.0
+        self._away_until = self._waits_again_at = 0.0
         self._backoff.reset()
         if any(outcome.verdict is Verdict.STORED for outcome in outcomes):
             self.backlog.succeeded()
@@ -387,6 +472,8 @@ class StoreQueue:
             return
         if self._is_partial(item):
             return
+        if isinstance(item, RunItem) and item.fate is not None:
+            item.fate.was_refused = True
         reason = f"{type(outcome.error).__name__}: {outcome.error}"
         self._books.move(place, "dead" if self._disk.bury(item, reason) else "dropped", item.counted)
         self._disk.forget(item, stored=False)
@@ -422,7 +509,7 @@ class StoreQueue:
     def is_empty(self) -> bool:
         """Whether nothing of this process waits, in memory or on disk."""
         with self._lock:
-            return not (self._waiting or self._in_flight or len(self.backlog))
+            return not (self._waiting or self._in_flight or self._urgent or len(self.backlog))
 
     def flush(self, deadline: float | None) -> bool:
         """Wait until what has come so far is stored, or the store proves to be away, or the deadline is over.
@@ -476,7 +563,8 @@ class StoreQueue:
     def _is_out_of_memory(self, count: int) -> bool:
         """Whether none of the first ``count`` items waits in memory or is in flight."""
         with self._lock:
-            return all(item.number > count for item in [*self._in_flight, *itertools.islice(self._waiting, 1)])
+            first = itertools.islice(self._waiting, 1)  # they are in order
+            return all(item.number > count for item in [*self._in_flight, *self._urgent, *first])
 
     def hurry(self) -> None:
         """Try everything now, whatever pause was meant to be kept."""
@@ -500,10 +588,10 @@ class StoreQueue:
         self.stop()
         with self._fate:
             with self._lock:
-                left = [*self._in_flight, *self._waiting]
+                left = [*self._in_flight, *self._urgent, *self._waiting]
                 self._waiting.clear()
                 self._waiting_bytes = 0
-                self._in_flight = []
+                self._in_flight, self._urgent = [], []
             for item in left:
                 if not self._is_partial(item) and not self._to_spool(item):
                     self._drop(item)
@@ -514,3 +602,8 @@ class StoreQueue:
     def after_fork(self) -> None:
         """In a forked child: what is on disk and what is locked is the parent's."""
         self.spool.after_fork()
+
+
+def _run_of(item: Item) -> str | None:
+    """The run that an item is an operation on."""
+    return item.key if isinstance(item, RunItem) else None

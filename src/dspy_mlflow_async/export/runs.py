@@ -1,16 +1,16 @@
-"""Operations on runs: tried at once, and when the store is away queued, spooled and sent in order."""
+"""Operations on runs: queued like traces, and brought to the store together and at once where somebody waits."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow.tracking import MlflowClient
 
 from dspy_mlflow_async.export.installation import pipeline
-from dspy_mlflow_async.export.items import RunItem
+from dspy_mlflow_async.export.items import Fate, RunItem
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_export as seam
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
 
 # What MLflow takes in one `log_batch` (mlflow.utils.validation).
-_MOST_METRICS, _MOST_OTHERS = 900, 100
+_MOST_METRICS, _MOST_OTHERS = 800, 100  # 1,000 together
 
 
 class RunWriter:
-    """Writes to the runs of one store, by id. Its methods return whether the store has it now, and never raise."""
+    """Writes to the runs of one store, by id, in the background. Its methods never raise."""
 
     def __init__(self, tracking_uri: str | None) -> None:
         self._uri = seam.resolve_tracking_uri(tracking_uri)
+        self._fate = Fate()
 
     def log(
         self,
@@ -34,15 +35,12 @@ class RunWriter:
         metrics: Sequence[Metric] = (),
         params: Sequence[Param] = (),
         tags: Sequence[RunTag] = (),
-    ) -> bool:
+    ) -> None:
         """Log any number of metrics, params and tags."""
-        parts = [
-            RunItem(key=run_id, size=500, metrics=m, params=p, tags=t, workspace=seam.request_workspace())
-            for m, p, t in _parts(list(metrics), list(params), list(tags))
-        ]
-        return [self._do(part) for part in parts].count(False) == 0
+        for m, p, t in _parts(list(metrics), list(params), list(tags)):
+            self._put(RunItem(key=run_id, size=500, metrics=m, params=p, tags=t))
 
-    def artifact(self, run_id: str, path: str, content: bytes) -> bool:
+    def artifact(self, run_id: str, path: str, content: bytes) -> None:
         """Store an artifact.
 
         Args:
@@ -50,11 +48,9 @@ class RunWriter:
             path: Where it goes in the run's artifacts, with "/" between folders.
             content: The whole of it.
         """
-        return self._do(
-            RunItem(key=run_id, size=len(content) + 500, path=path, content=content, workspace=seam.request_workspace())
-        )
+        self._put(RunItem(key=run_id, size=len(content) + 500, path=path, content=content))
 
-    def end(self, run_id: str, status: str, end_time_ms: int) -> bool:
+    def end(self, run_id: str, status: str, end_time_ms: int) -> None:
         """End a run.
 
         Args:
@@ -62,14 +58,28 @@ class RunWriter:
             status: MLflow's word for it: "FINISHED", "FAILED", "KILLED".
             end_time_ms: Milliseconds since the epoch.
         """
-        return self._do(RunItem(key=run_id, status=status, end_time_ms=end_time_ms, workspace=seam.request_workspace()))
+        self._put(RunItem(key=run_id, status=status, end_time_ms=end_time_ms))
 
-    def _do(self, item: RunItem) -> bool:
-        return bool(self._try(item))
+    def settle(self, run_id: str, timeout: float = 10.0) -> bool:
+        """Bring to the store what waits of a run, in as few requests as it takes, ahead of all else that waits.
+
+        Args:
+            run_id: The run.
+            timeout: Seconds to wait for what somebody else is writing of it just now. Each request is bounded, too.
+
+        Returns:
+            Whether the store has everything that was logged into the run by this writer.
+        """
+        return bool(self._settle(run_id, timeout)) and not self._fate.was_refused
 
     @guarded
-    def _try(self, item: RunItem) -> bool:
-        return pipeline().current().queue(self._uri).write_now(item)
+    def _put(self, item: RunItem) -> None:
+        item.workspace, item.fate = seam.request_workspace(), self._fate
+        pipeline().current().queue(self._uri).put(item)
+
+    @guarded
+    def _settle(self, run_id: str, timeout: float) -> bool:
+        return pipeline().current().queue(self._uri).write_waiting(run_id, timeout)
 
 
 def run_writer(tracking_uri: str | None) -> RunWriter:
@@ -87,21 +97,29 @@ def _parts(metrics: list[Any], params: list[Any], tags: list[Any]) -> Iterator[t
         metrics, params, tags = metrics[_MOST_METRICS:], params[_MOST_OTHERS:], tags[_MOST_OTHERS:]
 
 
-def write_run_item(uri: str, item: RunItem) -> None:
-    """Write one operation. Doing so twice leaves the run as doing it once."""
-    client = MlflowClient(tracking_uri=uri)
-    if item.metrics or item.params or item.tags:
-        client.log_batch(item.key, list(item.metrics), list(item.params), list(item.tags))
-    if item.path is not None:
-        _write_artifact(client, item.key, item.path, item.content)
-    if item.status is not None:
-        client.set_terminated(item.key, item.status, item.end_time_ms)
+def write_run_items(uri: str, items: Sequence[RunItem]) -> None:
+    """Write operations on one run, in order, in as few requests as they take.
+
+    Doing so twice leaves the run as doing it once.
+    """
+    client, run_id = MlflowClient(tracking_uri=uri), items[0].key
+    # The last word on a tag counts. MLflow takes no param twice, and says so.
+    tags = {tag.key: tag for item in items for tag in item.tags}
+    values = [value for item in items for value in item.metrics], [param for item in items for param in item.params]
+    for metrics, params, some_tags in _parts(*values, list(tags.values())):
+        client.log_batch(run_id, metrics, params, some_tags)
+    _write_artifacts(client, run_id, {item.path: item.content for item in items if item.path is not None})
+    for item in items:
+        if item.status is not None:
+            client.set_terminated(run_id, item.status, item.end_time_ms)
 
 
-def _write_artifact(client: MlflowClient, run_id: str, path: str, content: bytes) -> None:
-    target = PurePosixPath(path)
+def _write_artifacts(client: MlflowClient, run_id: str, artifacts: Mapping[str, bytes]) -> None:
+    if not artifacts:
+        return
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / target.name
-        file.write_bytes(content)
-        parent = str(target.parent)
-        client.log_artifact(run_id, str(file), artifact_path=None if parent == "." else parent)
+        for path, content in artifacts.items():
+            file = Path(folder) / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        client.log_artifacts(run_id, folder)

@@ -84,10 +84,13 @@ class Compile:
         """An evaluation has scored."""
         with self._lock:
             self._series[key].append((step, score))
-        if parent is None:
-            parent = active_run_handle()
+        if parent is not None:
+            parent.metrics({key: score}, step)  # `close` waits for it
+            return
+        parent = active_run_handle()
         if parent is not None:
             parent.metrics({key: score}, step)
+            parent.settle()
 
     def ledger(self, lm: Any, *, in_example: bool, is_judging: bool) -> Ledger:
         """Where an LM call that begins now is counted, by the role in which the optimizer calls it.

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -27,6 +28,25 @@ DEFAULT_METRIC_KEY = "eval"
 ALWAYS_LOGGED = "dspy_mlflow_async.always_logged"
 
 
+class Postponed:
+    """What an evaluation in an event loop leaves to threads: a slow store would hold up everything else in the loop.
+
+    Attributes:
+        evaluation: The evaluation, once it has begun.
+        opening: What opens its run, or None. To be called before its first example; then comes ``Evaluation.enter``.
+        closing: What logs its results and ends its run. To be called when it is over.
+    """
+
+    def __init__(self) -> None:
+        self.evaluation: Evaluation | None = None
+        self.opening: Callable[[], None] | None = None
+        self.closing: list[Callable[[], None]] = []
+
+
+# Where the evaluation that begins next in this context puts what it postpones; None: it postpones nothing.
+POSTPONED: ContextVar[Postponed | None] = ContextVar("dspy_mlflow_async_postponed", default=None)
+
+
 class Evaluation:
     """What one call of ``dspy.Evaluate`` holds from its start to its end.
 
@@ -45,7 +65,9 @@ class Evaluation:
         self._parent: RunHandle | None = None
         self._compile: Compile | None = None
         self._step = 0
-        self.postponed: list[Callable[[], None]] | None = None
+        self._postponed = POSTPONED.get()
+        if self._postponed is not None:
+            self._postponed.evaluation = self
         self._is_logged = False
         self._failure: Exception | None = None
         self._block: active.Block | None = None
@@ -66,21 +88,34 @@ class Evaluation:
 
     @guarded
     def open(self, instance: Any, inputs: dict[str, Any], compile: Compile | None) -> None:  # noqa: A002 - DSPy's word
-        """Open the run that the contract gives this evaluation, make it active, and log what is being evaluated."""
+        """Open the run that the contract gives this evaluation, make it active, and log what is being evaluated.
+
+        Which run that is, and its step, is decided here and now, whenever the store is asked.
+        """
         self._is_logged = True
         self._compile = compile
+        found = self._find_run()
+        if isinstance(found, RunHandle):
+            self.run = found
+        threads = inputs.get("num_threads") or instance.num_threads or dspy.settings.num_threads
+        fill = functools.partial(self._fill, found, inputs.get("program"), threads)
+        if self._postponed is None:
+            fill()
+            self.enter()
+        else:
+            self._postponed.opening = fill
+
+    @guarded
+    def _fill(self, found: RunHandle | Callable[[], RunHandle], program: Any, threads: Any) -> None:
         try:
-            self.run = self._run()
+            self.run = found if isinstance(found, RunHandle) else found()
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
             self._failure = error
             return
-        self._block = active.Block(self.run.run)
-        program = inputs.get("program")
         state = artifacts.program_state(program)
         if state is not None:
             self.run.artifact("model.json", state)
         self.run.params(artifacts.program_params(program) | artifacts.lm_params())
-        threads = inputs.get("num_threads") or instance.num_threads or dspy.settings.num_threads
         self.run.tags(
             {
                 "dspy.metric": metric_name(self.metric),
@@ -89,12 +124,18 @@ class Evaluation:
             }
         )
 
-    def _run(self) -> RunHandle:
+    def _find_run(self) -> RunHandle | Callable[[], RunHandle]:
         if self._compile is None:
-            return opening.open_run(self.key)
+            return opening.find_run(self.key)
         self._parent, self._step = self._compile.begin_evaluation(self.key)
         parent = self._parent.run if self._parent is not None else active.innermost()
-        return opening.create(f"{self.key}_{self._step}", parent=parent)
+        return functools.partial(opening.create, f"{self.key}_{self._step}", parent=parent)
+
+    @guarded
+    def enter(self) -> None:
+        """Make the run active here, if there is one."""
+        if self.run is not None:
+            self._block = active.Block(self.run.run)
 
     def leave(self) -> None:
         """Make active again, by value, what was before."""
@@ -102,15 +143,11 @@ class Evaluation:
             self._block.leave()
 
     def close(self, outputs: Any, status: str) -> None:
-        """Log the score and the table, end the run, and tell the compile around it.
-
-        An evaluation in an event loop sets ``postponed`` to a list, and calls what it finds there in a thread: a
-        store that takes its time would hold up everything else in the loop.
-        """
-        if self.postponed is None:
+        """Log the score and the table, end the run, and tell the compile around it."""
+        if self._postponed is None:
             self._close(outputs, status)
         else:
-            self.postponed.append(functools.partial(self._close, outputs, status))
+            self._postponed.closing.append(functools.partial(self._close, outputs, status))
 
     @guarded
     def _close(self, outputs: Any, status: str) -> None:

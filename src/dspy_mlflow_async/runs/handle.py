@@ -14,7 +14,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.runs.artifacts import table_json
-from dspy_mlflow_async.runs.asking import ask
+from dspy_mlflow_async.runs.asking import TIMEOUT, ask
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans import outcome as outcomes
 
@@ -62,7 +62,7 @@ def run_status(exception: BaseException | None) -> str:
 
 
 class RunHandle:
-    """A run that metrics, params, tags and artifacts are logged into by id.
+    """A run that metrics, params, tags and artifacts are logged into by id, in the background until it is settled.
 
     Args:
         run: MLflow's run.
@@ -94,7 +94,7 @@ class RunHandle:
         """Log metrics at ``step``; those that are None are left out."""
         now, keys = int(time.time() * 1000), self._metric_keys.of(values)
         metrics = [Metric(keys[key], float(value), now, step) for key, value in values.items() if value is not None]
-        self._note(self._writer.log(self.run_id, metrics=metrics))
+        self._writer.log(self.run_id, metrics=metrics)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log params. Those that the run held before keep their value: MLflow refuses a second."""
@@ -103,18 +103,17 @@ class RunHandle:
         fresh = [
             Param(keys[key], str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items() if keys[key] not in known
         ]
-        for start in range(0, len(fresh), 100):  # the store takes 100 at once
-            self._note(self._writer.log(self.run_id, params=fresh[start : start + 100]))
+        self._writer.log(self.run_id, params=fresh)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; those that are None are left out."""
         keys = self._tag_keys.of(values)
         tags = [RunTag(keys[key], str(value)[:MAX_TAG_LENGTH]) for key, value in values.items() if value is not None]
-        self._note(self._writer.log(self.run_id, tags=tags))
+        self._writer.log(self.run_id, tags=tags)
 
     def artifact(self, path: str, content: bytes) -> None:
         """Store ``content`` as the artifact ``path``."""
-        self._note(self._writer.artifact(self.run_id, path, content))
+        self._writer.artifact(self.run_id, path, content)
 
     def table(self, path: str, columns: Mapping[str, list[Any]]) -> None:
         """Store a table as ``mlflow.log_table`` does, below the rows that the run held before."""
@@ -131,13 +130,25 @@ class RunHandle:
             self._tables.append(entry)
             self.tags({seam.MLFLOW_LOGGED_ARTIFACTS: json.dumps(self._tables)})  # mlflow.load_table looks there
 
-    def end(self, status: str) -> None:
-        """End the run, if it is ours, and was not inherited by a forked process: there it is the parent's."""
-        if self.is_own and self._process_id == os.getpid():
-            self._note(self._writer.end(self.run_id, status, int(time.time() * 1000)))
-            seam.remember_last_run(self.run_id)
+    def end(self, status: str, *, is_leaving: bool = False) -> None:
+        """End the run, if it is ours, and was not inherited by a forked process: there it is the parent's.
 
-    def _note(self, is_stored: bool) -> None:
+        Args:
+            status: How it ends.
+            is_leaving: Whether the process ends, which waits for all at once.
+        """
+        if self.is_own and self._process_id == os.getpid():
+            self._writer.end(self.run_id, status, int(time.time() * 1000))
+            seam.remember_last_run(self.run_id)
+        if not is_leaving:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the store has what was logged, for a bounded time; the rest goes on in the background."""
+        try:
+            is_stored = ask(lambda: self._writer.settle(self.run_id, TIMEOUT))
+        except Exception:  # noqa: BLE001 - the store does not answer
+            is_stored = False
         self.is_complete = self.is_complete and is_stored
 
     def _stored_params(self) -> Mapping[str, str]:

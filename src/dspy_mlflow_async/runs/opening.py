@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -67,8 +68,10 @@ class Occupancy:
 _occupancy = Occupancy()
 
 
-def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
-    """The run that an evaluation or a compile which begins here logs into.
+def find_run(
+    name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None
+) -> RunHandle | Callable[[], RunHandle]:
+    """The run that an evaluation or a compile which begins here logs into, or what opens it, in whichever thread.
 
     None open: its own, or the one that ``mlflow run`` has made for this process. One that the user opened in this
     thread and task, and nobody else is in: that one, as MLflow does. One that was inherited, or that somebody is in:
@@ -79,20 +82,33 @@ def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[s
         child_name: The name of a child run; by default ``name``.
         tags: Tags of a run that is created.
 
-    Raises:
-        Exception: Where one has to be created, and the store does not do it within a bound.
+    Returns:
+        A run that is there, and taken from now on; or a function that asks the store for one, and raises where it
+        does not give one within a bound.
     """
     run = active.innermost()
     if run is None:
         run_id = seam.take_run_id()
-        return create(name, tags=tags) if run_id is None else _resume(run_id, name, tags)
+        if run_id is None:
+            return functools.partial(create, name, tags=tags)
+        return functools.partial(_resume, run_id, name, tags)
     if active.was_opened_here(run) and _occupancy.claim(run.info.run_id):
         return RunHandle(run, is_own=False)
-    return create(child_name or name, parent=run, tags=tags)
+    return functools.partial(create, child_name or name, parent=run, tags=tags)
+
+
+def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
+    """The run of ``find_run``, opened.
+
+    Raises:
+        Exception: Where one has to be created, and the store does not do it within a bound.
+    """
+    found = find_run(name, child_name=child_name, tags=tags)
+    return found if isinstance(found, RunHandle) else found()
 
 
 def close(handle: RunHandle, status: str) -> None:
-    """End the run of ``open_run`` or ``create``, or give it back."""
+    """End the run of ``open_run`` or ``create``, or give it back, with everything that was logged into it stored."""
     _occupancy.release(handle.run_id)
     unregister(handle)
     handle.end(status)
@@ -122,7 +138,7 @@ def end_open_runs() -> None:
         except KeyError:  # another thread was faster
             return
         active.forget(handle.run)  # lest MLflow's own exit handler ends it once more, FINISHED
-        handle.end(KILLED)
+        handle.end(KILLED, is_leaving=True)
 
 
 before_leaving(end_open_runs)
