@@ -13,7 +13,7 @@ from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
 from dspy_mlflow_async.export.retry import Backoff, Verdict
-from dspy_mlflow_async.export.writer import Writer
+from dspy_mlflow_async.export.together import TogetherWriter
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.books import Books, Place
@@ -49,8 +49,8 @@ class StoreQueue:
         self.spool = spool
         self._disk = Disk(spool)
         self._books = books
-        self._writer = Writer(uri)
-        self._urgent_writer = Writer(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
+        self._writer = TogetherWriter(uri)
+        self._urgent_writer = TogetherWriter(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
         self._lock = threading.Lock()  # the containers below; never held during I/O
         self._waiting: deque[Item] = deque()
         self._waiting_bytes = 0
