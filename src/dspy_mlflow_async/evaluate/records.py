@@ -225,7 +225,7 @@ def _created(name: str, parent: Any | None, tags: Mapping[str, str]) -> RunHandl
 def _taken_up(run: Any) -> RunHandle:
     MlflowClient().update_run(run.info.run_id, status=RUNNING)
     handle = RunHandle(run, is_own=True)
-    opening.register(handle)
+    opening.register(handle, is_resumed=True)
     return handle
 
 

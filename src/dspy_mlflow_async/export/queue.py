@@ -15,7 +15,7 @@ from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
 from dspy_mlflow_async.export.retry import Backoff, Verdict
-from dspy_mlflow_async.export.writer import Writer
+from dspy_mlflow_async.export.together import TogetherWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +57,8 @@ class StoreQueue:
         self._waits_again_at = 0.0  # monotonic
         self._disk = self._copies = Disk(spool)
         self._books = books
-        self._writer = Writer(uri)
-        self._urgent_writer = Writer(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
+        self._writer = TogetherWriter(uri)
+        self._urgent_writer = TogetherWriter(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
         self._lock = threading.Lock()  # the containers below; never held during I/O
         self._waiting: deque[Item] = deque()
         self._waiting_bytes = 0

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from mlflow.tracking import MlflowClient
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export.installation import pipeline
 from dspy_mlflow_async.export.items import Fate, RunItem
+from dspy_mlflow_async.export.together import parts
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_export as seam
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
-
-# What MLflow takes in one `log_batch` (mlflow.utils.validation).
-_MOST_METRICS, _MOST_OTHERS = 800, 100  # 1,000 together
 
 
 class RunWriter:
@@ -37,7 +31,7 @@ class RunWriter:
         tags: Sequence[RunTag] = (),
     ) -> None:
         """Log any number of metrics, params and tags."""
-        for m, p, t in _parts(list(metrics), list(params), list(tags)):
+        for m, p, t in parts(list(metrics), list(params), list(tags)):
             self._put(RunItem(key=run_id, size=500, metrics=m, params=p, tags=t))
 
     def artifact(self, run_id: str, path: str, content: bytes) -> None:
@@ -89,37 +83,3 @@ def run_writer(tracking_uri: str | None) -> RunWriter:
         tracking_uri: The store; None for the one that MLflow uses now.
     """
     return RunWriter(tracking_uri)
-
-
-def _parts(metrics: list[Any], params: list[Any], tags: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
-    while metrics or params or tags:
-        yield metrics[:_MOST_METRICS], params[:_MOST_OTHERS], tags[:_MOST_OTHERS]
-        metrics, params, tags = metrics[_MOST_METRICS:], params[_MOST_OTHERS:], tags[_MOST_OTHERS:]
-
-
-def write_run_items(uri: str, items: Sequence[RunItem]) -> None:
-    """Write operations on one run, in order, in as few requests as they take.
-
-    Doing so twice leaves the run as doing it once.
-    """
-    client, run_id = MlflowClient(tracking_uri=uri), items[0].key
-    # The last word on a tag counts. MLflow takes no param twice, and says so.
-    tags = {tag.key: tag for item in items for tag in item.tags}
-    values = [value for item in items for value in item.metrics], [param for item in items for param in item.params]
-    for metrics, params, some_tags in _parts(*values, list(tags.values())):
-        client.log_batch(run_id, metrics, params, some_tags)
-    _write_artifacts(client, run_id, {item.path: item.content for item in items if item.path is not None})
-    for item in items:
-        if item.status is not None:
-            client.set_terminated(run_id, item.status, item.end_time_ms)
-
-
-def _write_artifacts(client: MlflowClient, run_id: str, artifacts: Mapping[str, bytes]) -> None:
-    if not artifacts:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for path, content in artifacts.items():
-            file = Path(folder) / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-        client.log_artifacts(run_id, folder)

@@ -77,34 +77,6 @@ class Writer:
                     )
         return outcomes
 
-    def write_together(self, items: Sequence[Item]) -> list[Outcome]:
-        """Write what belongs to one trace or run, in order; operations on a run in as few requests as they take.
-
-        Returns:
-            An outcome for each item.
-        """
-        if len(items) > 1:
-            operations = [item for item in items if isinstance(item, RunItem)]
-            outcomes = self._run_at_once(operations) if len(operations) == len(items) else None
-            if outcomes is not None:
-                return outcomes
-        return self.write(items)
-
-    def _run_at_once(self, items: Sequence[RunItem]) -> list[Outcome] | None:
-        """All operations on one run; None where one is to blame, which shows when they are written one by one."""
-        from dspy_mlflow_async.export.runs import write_run_items
-
-        with self._gate, seam.suppressed_instrumentation(), seam.limited_http(self._request_seconds) as statuses:
-            try:
-                for item in items:
-                    prepare.prepare(item)
-                with seam.workspace_scope(items[0].workspace):
-                    write_run_items(self.uri, items)
-            except Exception as error:  # noqa: BLE001 - judged
-                is_away = judge(error, statuses) is Verdict.AWAY
-                return [Outcome(item, Verdict.AWAY, error) for item in items] if is_away else None
-        return [Outcome(item, Verdict.STORED) for item in items]
-
     # --- traces ---
 
     def _write_traces(self, items: Sequence[Item], statuses: list[int]) -> list[Outcome]:
@@ -308,7 +280,7 @@ class Writer:
         if isinstance(item, FollowUp):
             self._write_follow_up(item)
         elif isinstance(item, RunItem):
-            from dspy_mlflow_async.export.runs import write_run_items
+            from dspy_mlflow_async.export.together import write_run_items
 
             write_run_items(self.uri, [item])
 

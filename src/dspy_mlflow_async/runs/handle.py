@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +19,8 @@ from dspy_mlflow_async.runs.artifacts import table_json
 from dspy_mlflow_async.runs.asking import TIMEOUT, ask
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans import outcome as outcomes
+
+logger = logging.getLogger("dspy_mlflow_async")
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 _STATUS_BY_OUTCOME = {outcomes.CANCELLED: KILLED, outcomes.ABANDONED: KILLED, outcomes.ERROR: FAILED}
@@ -76,6 +80,7 @@ class RunHandle:
         self._is_new = is_own if is_new is None else is_new
         self.is_complete = True
         self._process_id = os.getpid()
+        self._monitor: Any = None
         self._tables: list[dict[str, str]] = []
         self._metric_keys, self._param_keys, self._tag_keys = _Keys(), _Keys(), _Keys()
         self._writer = export.run_writer(None)
@@ -137,11 +142,32 @@ class RunHandle:
             status: How it ends.
             is_leaving: Whether the process ends, which waits for all at once.
         """
+        monitor = None
         if self.is_own and self._process_id == os.getpid():
             self._writer.end(self.run_id, status, int(time.time() * 1000))
             seam.remember_last_run(self.run_id)
+            monitor = self._stop_system_metrics()
         if not is_leaving:
             self.settle()
+        if monitor is not None and self.is_complete:
+            monitor.join(1.0 if is_leaving else TIMEOUT)
+
+    def start_system_metrics(self, *, is_resumed: bool = False) -> None:
+        """Collect system metrics until the run ends, if the user has asked MLflow for them."""
+        try:
+            self._monitor = seam.start_system_metrics(self.run_id, is_resumed=is_resumed or not self._is_new)
+        except Exception as error:  # noqa: BLE001 - MLflow says a word and goes on, too
+            logger.warning("System metrics are not collected for the run %s: %s", self.run_id, error)
+
+    def _stop_system_metrics(self) -> threading.Thread | None:
+        monitor, self._monitor = self._monitor, None
+        if monitor is None:
+            return None
+        seam.forget_system_metrics(self.run_id)
+        # It asks the store, for as long as that takes; a daemon does not hold up the end of the process.
+        thread = threading.Thread(target=monitor.finish, name="dspy-mlflow-async-metrics", daemon=True)
+        thread.start()
+        return thread
 
     def settle(self) -> None:
         """Wait until the store has what was logged, for a bounded time; the rest goes on in the background."""

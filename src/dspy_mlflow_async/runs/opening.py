@@ -119,9 +119,10 @@ def close(handle: RunHandle, status: str) -> None:
 _open: dict[str, RunHandle] = {}  # single operations on a dict are atomic
 
 
-def register(handle: RunHandle) -> None:
-    """Note a run of ours that is open: should the process end before it, it is KILLED."""
+def register(handle: RunHandle, *, is_resumed: bool = False) -> None:
+    """Note a run of ours that is open: it has system metrics if MLflow's runs do, and a process that ends kills it."""
     _open[handle.run_id] = handle
+    handle.start_system_metrics(is_resumed=is_resumed)
 
 
 def unregister(handle: RunHandle) -> None:

@@ -150,6 +150,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("importlib.machinery:ModuleSpec._initializing", "does not wait for another thread's import", is_optional=True),
     Seam("mlflow.utils.mlflow_tags:MLFLOW_LOGGED_ARTIFACTS", _RUNS),
     Seam("mlflow.utils.mlflow_tags:MLFLOW_PARENT_RUN_ID", _RUNS),
+    Seam("mlflow.system_metrics.system_metrics_monitor:SystemMetricsMonitor", _RUNS),
+    Seam(f"{_FLUENT}:run_id_to_system_metrics_monitor", _RUNS),
     # MLflow, tests
     Seam(f"{_PROVIDER}:_get_span_processors", _CAPTURE),
     Seam("opentelemetry.util._once:Once._done", _CAPTURE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.dspy.util import _flatten_dspy_module_state, sanitize_params
 from mlflow.entities import LifecycleStage, LoggedModelOutput, RunStatus, RunTag
-from mlflow.environment_variables import MLFLOW_RUN_ID
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING, MLFLOW_RUN_ID
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.constant import TokenUsageKey
 from mlflow.tracing.utils import calculate_cost_by_model_and_token_usage
@@ -102,6 +103,32 @@ def is_away(error: Exception) -> bool:
 def remember_last_run(run_id: str) -> None:
     """What ``mlflow.end_run`` notes for ``mlflow.last_active_run``."""
     fluent._last_active_run_id.set(run_id)
+
+
+def start_system_metrics(run_id: str, *, is_resumed: bool) -> Any | None:
+    """Collect system metrics for a run, if the user has asked MLflow for them, as ``mlflow.start_run`` does.
+
+    Returns:
+        MLflow's monitor, whose ``finish`` ends it; None where nobody has asked.
+
+    Raises:
+        ImportError: Where psutil is missing.
+    """
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return None
+    if importlib.util.find_spec("psutil") is None:
+        raise ImportError("system metrics need the package psutil")
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=is_resumed)
+    fluent.run_id_to_system_metrics_monitor[run_id] = monitor  # mlflow.end_run() finishes it, too
+    monitor.start()
+    return monitor
+
+
+def forget_system_metrics(run_id: str) -> None:
+    """Take the monitor of a run out of MLflow's list."""
+    fluent.run_id_to_system_metrics_monitor.pop(run_id, None)
 
 
 def log_dummy_model(run_id: str, flavor: str) -> None:
