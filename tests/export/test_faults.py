@@ -22,7 +22,7 @@ from dspy_mlflow_async.export import queue as queueing
 from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.export.retry import Verdict, judge
-from dspy_mlflow_async.export.writer import Outcome
+from dspy_mlflow_async.export.writer import Outcome, Writer
 from dspy_mlflow_async.seams import mlflow_export as seam
 
 
@@ -179,7 +179,7 @@ def test_memory_is_bounded(make):
 
     assert stats.waiting < 8
     assert 20 == stats.waiting + stats.spooled
-    assert installed.queue._waiting_bytes <= 20_000
+    assert installed.queue.memory.size <= 20_000
     del installed.queue._start
     assert export.flush(100)
     assert arrived(installed, ids)
@@ -193,7 +193,7 @@ def test_feedback_follows_its_trace_to_the_disk(make):
     installed.queue.options = export.ExportOptions()
     export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
 
-    assert 0 == len(installed.queue._waiting)
+    assert 0 == len(installed.queue.memory)
     assert [trace_id] * 2 == [reference.key for reference in installed.queue.backlog.waiting()]
     del installed.queue._start
     assert export.flush(100)
@@ -399,10 +399,9 @@ def test_a_suspect_in_one_segment_holds_back_what_follows_in_the_next(make, monk
     export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
     installed.queue.save_everything()
     folder = installed.queue.spool.folder
-    writer = type(installed.queue._writer)
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_all_at_once", lambda self, items: False)
-        patch.setattr(writer, "_log_spans", lambda *_: (_ for _ in ()).throw(ValueError("for no clear reason")))
+        patch.setattr(Writer, "_all_at_once", lambda self, items: False)
+        patch.setattr(Writer, "_log_spans", lambda *_: (_ for _ in ()).throw(ValueError("for no clear reason")))
         summary = export.replay(folder=folder)
     assert (2, 0, 0) == (summary.left, summary.stored, summary.dead)
 

@@ -135,7 +135,7 @@ def test_a_trace_survives_the_codec(sqlite):
         mlflow.update_current_trace(tags={"t": "1"}, metadata={"m": "2"}, client_request_id="c")
         export.hold(root.trace_id)
     export.release(root.trace_id, assessments=[Feedback(name="f", value={"a": 1.0}, rationale="r")])
-    (item,) = sqlite.queue._waiting
+    (item,) = sqlite.queue.memory._waiting
     again = codec.decode(codec.encode(item))
 
     def plain(spans):  # OpenTelemetry makes tuples of lists, JSON lists of tuples

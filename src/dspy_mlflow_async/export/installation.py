@@ -145,7 +145,7 @@ def flush(timeout: float | None = None) -> bool:
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     with _lock:
-        current, closing = _pipeline, list(_closing)
+        current, closing = _pipeline, [(replaced, thread) for replaced, thread in _closing if thread.is_alive()]
     is_stored = True
     for replaced, thread in closing:
         thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

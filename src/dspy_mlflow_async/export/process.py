@@ -147,13 +147,9 @@ class ProcessQueue(StoreQueue):
         """Append an item to the spool: when this returns, the end of the process cannot lose it."""
         self._secure(item)
         # A disk that was full may have room again, but what came first goes first.
-        if self._waiting or self._in_flight or not self._to_spool(item):
-            with self._lock:
-                has_room = self._waiting_bytes + item.size <= self.options.max_waiting_bytes
-                if has_room:
-                    self._append(item)
-            if not has_room:
-                self._drop(item)
+        is_spooled = self.memory.is_empty and self._to_spool(item)
+        if not is_spooled and not self.memory.add(item, unless=lambda: not self._has_room_for(item)):
+            self._drop(item)
         if not self._wake.is_set():
             self._wake.set()
             self._start()
@@ -175,7 +171,7 @@ class ProcessQueue(StoreQueue):
         self._tell()
 
     def _rest(self) -> float | None:
-        return _LOOK if len(self.backlog) or self._waiting else None
+        return _LOOK if len(self.backlog) or len(self.memory) else None
 
     def hurry(self) -> None:
         """Let the child try everything now, whatever pause it meant to keep."""
@@ -207,12 +203,12 @@ class ProcessQueue(StoreQueue):
     def flush(self, deadline: float | None) -> bool:
         """Wait for the child; without a deadline, as long as something arrives within a minute."""
         while True:
-            before = len(self.backlog) + len(self._waiting)
+            before = len(self.backlog) + len(self.memory)
             patience = time.monotonic() + _PATIENCE
             if super().flush(patience if deadline is None else min(deadline, patience)):
                 return True
             is_over = deadline is not None and time.monotonic() >= deadline
-            if is_over or len(self.backlog) + len(self._waiting) >= before:
+            if is_over or len(self.backlog) + len(self.memory) >= before:
                 return False
 
     def save_everything(self) -> int:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export import codec
 from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
+from dspy_mlflow_async.export.memory import Memory, run_of
 from dspy_mlflow_async.export.retry import Backoff, Verdict
 from dspy_mlflow_async.export.together import TogetherWriter
 
@@ -59,14 +58,9 @@ class StoreQueue:
         self._books = books
         self._writer = TogetherWriter(uri)
         self._urgent_writer = TogetherWriter(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
-        self._lock = threading.Lock()  # the containers below; never held during I/O
-        self._waiting: deque[Item] = deque()
-        self._waiting_bytes = 0
-        self._count = 0  # how many items have ever come
-        self._in_flight: list[Item] = []
-        self._urgent: list[Item] = []  # what callers of `write_waiting` are writing
-        # Who has an item in flight says what becomes of it: the writer, or the end of the process, which does not
-        # wait for a store. Held while they do, and by nobody else.
+        self.memory = Memory()
+        # Who has an item in their hands says what becomes of it: the writer, a caller who waits, or the end of the
+        # process, which does not wait for a store. Held while they do, and by nobody else.
         self._fate = threading.Lock()
         self.backlog = Backlog()
         self._is_warned = False  # of records of a later version
@@ -81,6 +75,7 @@ class StoreQueue:
         self._stop = threading.Event()
         self._progress = threading.Condition()
         self._flushing = 0  # how many callers wait
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     # --- the caller's side ---
@@ -90,30 +85,25 @@ class StoreQueue:
         is_partial = self._is_partial(item)
         if not is_partial:
             self._secure(item)
-        with self._lock:
-            is_too_much = self._waiting_bytes + item.size > self.options.max_waiting_bytes
-            must_spool = (
-                self._stop.is_set()  # nobody writes any more: what comes now is sent by the next process
-                or self.backlog.has(item.key)
-                # Operations on runs are few, and somebody will wait for them.
-                or (is_too_much and not isinstance(item, RunItem))
-            )
-            if not must_spool:
-                self._append(item)
-                if 2 * self._waiting_bytes > self.options.max_waiting_bytes:
-                    self._hurry.set()
-        if must_spool and not is_partial and not self._to_spool(item):
+        if self.memory.add(item, unless=lambda: self._must_spool(item)):
+            if 2 * self.memory.size > self.options.max_waiting_bytes:
+                self._hurry.set()
+        elif not is_partial and not self._to_spool(item):
             self._drop(item)
         if not self._wake.is_set():
             self._wake.set()
             self._start()
 
-    def _append(self, item: Item) -> None:
-        """Keep an item in memory; the caller holds the lock."""
-        self._count += 1
-        item.number = self._count
-        self._waiting.append(item)
-        self._waiting_bytes += item.size
+    def _must_spool(self, item: Item) -> bool:
+        return (
+            self._stop.is_set()  # nobody writes any more: what comes now is sent by the next process
+            or self.backlog.has(item.key)
+            # Operations on runs are few, and somebody will wait for them.
+            or (not self._has_room_for(item) and not isinstance(item, RunItem))
+        )
+
+    def _has_room_for(self, item: Item) -> bool:
+        return self.memory.size + item.size <= self.options.max_waiting_bytes
 
     def write_now(self, item: Item) -> bool:
         """Write in the caller's thread; what does not work now is queued.
@@ -147,12 +137,7 @@ class StoreQueue:
         begun = time.monotonic()
         outcomes = self._urgent_writer.write_together(items) if items else []
         with self._fate:
-            mine = {id(item) for item in items}
-            with self._lock:
-                # Else `save_everything` has brought it to the disk meanwhile.
-                is_ours = all(any(each is item for each in self._urgent) for item in items)
-                self._urgent = [item for item in self._urgent if id(item) not in mine]
-            if not is_ours:
+            if items and not self.memory.is_taken(items):
                 self._settle_saved(outcomes)
                 return all(outcome.verdict is Verdict.STORED for outcome in outcomes)
             is_settled = {Verdict.STORED, Verdict.REFUSED}
@@ -160,12 +145,10 @@ class StoreQueue:
                 if outcome.verdict in is_settled:
                     self._settle(outcome, "waiting")
             again = [outcome.item for outcome in outcomes if outcome.verdict not in is_settled]
-            with self._lock:
-                self._waiting_bytes -= sum(item.size for item in items) - sum(item.size for item in again)
-                if again:
-                    self._note_wait(begun)
-                    self._waiting = deque(sorted([*again, *self._waiting], key=lambda item: item.number))
-        if self._waiting:
+            self.memory.give_back(items, again)
+        if again:
+            self._note_wait(begun)
+        if len(self.memory):
             self._wake.set()
             self._start()
         self._tell()
@@ -184,14 +167,8 @@ class StoreQueue:
         with self._progress:
             times_away = self.times_away
             while True:
-                with self._lock:
-                    is_taken = any(item.key == key for item in (*self._in_flight, *self._urgent))
-                    if not is_taken and not self.backlog.has(key):
-                        items = [item for item in self._waiting if item.key == key]
-                        if items:
-                            self._waiting = deque(item for item in self._waiting if item.key != key)
-                            self._urgent += items
-                        return items
+                if not self.backlog.has(key) and (items := self.memory.take_all_of(key)) is not None:
+                    return items
                 left = deadline - time.monotonic()
                 if left <= 0 or self._failures or self.times_away != times_away or not self._may_wait():
                     return None
@@ -225,14 +202,10 @@ class StoreQueue:
 
     def has_queued(self, key: str) -> bool:
         """Whether something of this trace or run still waits; then what comes next must wait behind it."""
-        with self._lock:
-            return bool(
-                self.backlog.has(key)
-                or any(item.key == key for item in (*self._waiting, *self._in_flight, *self._urgent))
-            )
+        return self.backlog.has(key) or self.memory.has(key)
 
     def _start(self) -> None:
-        with self._lock:
+        with self._starting:
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=self._run, name="dspy-mlflow-async-writer", daemon=True)
                 with contextlib.suppress(RuntimeError):  # the interpreter shuts down; `flush` writes in its thread
@@ -256,7 +229,7 @@ class StoreQueue:
     def _rest(self) -> float | None:
         """Seconds until something is due that nobody will wake us for."""
         due = self.backlog.due(self._away_until)
-        if due is None and self._waiting:
+        if due is None and len(self.memory):
             due = self._away_until
         return None if due is None else max(0.0, due - time.monotonic())
 
@@ -278,37 +251,17 @@ class StoreQueue:
 
     def _tell(self) -> None:
         with self._progress:
-            if not self._flushing and 2 * self._waiting_bytes <= self.options.max_waiting_bytes:
+            if not self._flushing and 2 * self.memory.size <= self.options.max_waiting_bytes:
                 self._hurry.clear()
             self._progress.notify_all()
 
-    def _take(self) -> list[Item]:
-        batch: list[Item] = []
-        size = 0
-        with self._lock:
-            urgent = {item.key for item in self._urgent}
-            behind: list[Item] = []  # what somebody else is writing
-            while self._waiting and len(batch) < _BATCH_ITEMS and size < _BATCH_BYTES:
-                # A run is a batch of its own: who waits for it does not wait for traces, or for another one.
-                if batch and _run_of(self._waiting[0]) != _run_of(batch[0]):
-                    break
-                item = self._waiting.popleft()
-                if item.key in urgent:
-                    behind.append(item)
-                    continue
-                batch.append(item)
-                size += item.size
-            self._waiting.extendleft(reversed(behind))
-            self._in_flight = batch
-        return batch
-
     def _write_waiting(self) -> bool:
-        batch = self._take()
+        batch = self.memory.take(_BATCH_ITEMS, _BATCH_BYTES)
         if not batch:
             return False
-        outcomes = self._writer.write(batch) if _run_of(batch[0]) is None else self._writer.write_together(batch)
+        outcomes = self._writer.write(batch) if run_of(batch[0]) is None else self._writer.write_together(batch)
         with self._fate:
-            if self._in_flight is not batch:
+            if not self.memory.is_taken(batch):
                 self._settle_saved(outcomes)
                 return False
             again = [outcome.item for outcome in outcomes if outcome.verdict is Verdict.AWAY]
@@ -317,10 +270,7 @@ class StoreQueue:
                     self._suspect(outcome)
                 elif outcome.verdict is not Verdict.AWAY:
                     self._settle(outcome, "waiting")
-            with self._lock:
-                self._waiting_bytes -= sum(item.size for item in batch) - sum(item.size for item in again)
-                self._waiting.extendleft(reversed(again))
-                self._in_flight = []
+            self.memory.give_back(batch, again)
             self._put_behind({outcome.item.key for outcome in outcomes if outcome.verdict is Verdict.SUSPECT})
         if again:
             self._found_away(outcomes)
@@ -330,13 +280,7 @@ class StoreQueue:
 
     def _put_behind(self, suspects: set[str]) -> None:
         """What waits behind a suspect goes after it to the spool: sent before it, it would be refused."""
-        if not suspects:
-            return
-        with self._lock:
-            behind = [item for item in self._waiting if item.key in suspects]
-            self._waiting = deque(item for item in self._waiting if item.key not in suspects)
-            self._waiting_bytes -= sum(item.size for item in behind)
-        for item in behind:
+        for item in self.memory.remove(suspects) if suspects else ():
             if not self._is_partial(item) and not self._to_spool(item):
                 self._drop(item)
 
@@ -390,25 +334,16 @@ class StoreQueue:
 
     def _spool_waiting(self) -> None:
         """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
-        is_safe = True
         self._disk.is_full = False
-        while is_safe and self._waiting:
+        while not self._disk.is_full:
             with self._fate:
-                with self._lock:
-                    if not self._waiting:
-                        return
-                    item = self._waiting.popleft()
-                    self._in_flight = [item]
-                is_safe = self._is_partial(item) or self._to_spool(item)
+                batch = self.memory.take(1, 1)
+                if not batch:
+                    return
+                is_safe = self._is_partial(batch[0]) or self._to_spool(batch[0])
+                self.memory.give_back(batch, [] if is_safe or not self._disk.is_full else batch)
                 if not is_safe and not self._disk.is_full:  # nobody can ever write it down
-                    self._drop(item)
-                    is_safe = True
-                with self._lock:
-                    self._in_flight = []
-                    if is_safe:
-                        self._waiting_bytes -= item.size
-                    else:
-                        self._waiting.appendleft(item)
+                    self._drop(batch[0])
 
     def _write_backlog(self) -> bool:
         batch, is_suspect = self.backlog.take(_BATCH_ITEMS, _BATCH_BYTES)
@@ -508,8 +443,7 @@ class StoreQueue:
 
     def is_empty(self) -> bool:
         """Whether nothing of this process waits, in memory or on disk."""
-        with self._lock:
-            return not (self._waiting or self._in_flight or self._urgent or len(self.backlog))
+        return self.memory.is_empty and not len(self.backlog)
 
     def flush(self, deadline: float | None) -> bool:
         """Wait until what has come so far is stored, or the store proves to be away, or the deadline is over.
@@ -523,8 +457,7 @@ class StoreQueue:
         with self._progress:
             self._flushing += 1
             away, suspect = self.times_away, self._times_suspect
-        with self._lock:
-            count = self._count
+        count = self.memory.count
         try:
             self.hurry()
             if not self.is_empty():
@@ -549,7 +482,7 @@ class StoreQueue:
         spooled: int | None = None  # what has come to the disk by the time that none of them is in memory
         with self._progress:
             while True:
-                if spooled is None and self._is_out_of_memory(count):
+                if spooled is None and not self.memory.has_any_of_first(count):
                     spooled = self.backlog.count
                 if spooled is not None and self.backlog.is_done_with(spooled):
                     return True
@@ -559,12 +492,6 @@ class StoreQueue:
                 if left <= 0:
                     return False
                 self._progress.wait(left)
-
-    def _is_out_of_memory(self, count: int) -> bool:
-        """Whether none of the first ``count`` items waits in memory or is in flight."""
-        with self._lock:
-            first = itertools.islice(self._waiting, 1)  # they are in order
-            return all(item.number > count for item in [*self._in_flight, *self._urgent, *first])
 
     def hurry(self) -> None:
         """Try everything now, whatever pause was meant to be kept."""
@@ -587,12 +514,7 @@ class StoreQueue:
         """
         self.stop()
         with self._fate:
-            with self._lock:
-                left = [*self._in_flight, *self._urgent, *self._waiting]
-                self._waiting.clear()
-                self._waiting_bytes = 0
-                self._in_flight, self._urgent = [], []
-            for item in left:
+            for item in self.memory.remove_all():
                 if not self._is_partial(item) and not self._to_spool(item):
                     self._drop(item)
         with contextlib.suppress(OSError):
@@ -602,8 +524,3 @@ class StoreQueue:
     def after_fork(self) -> None:
         """In a forked child: what is on disk and what is locked is the parent's."""
         self.spool.after_fork()
-
-
-def _run_of(item: Item) -> str | None:
-    """The run that an item is an operation on."""
-    return item.key if isinstance(item, RunItem) else None
