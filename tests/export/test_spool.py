@@ -21,6 +21,7 @@ from stores import call, read, wait_until
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export import codec, replaying, spool
 from dspy_mlflow_async.export.items import FollowUp, RunItem
+from dspy_mlflow_async.export.lock import Lock
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
@@ -108,7 +109,7 @@ def test_a_full_segment_is_its_writers_until_it_is_done_with(tmp_path, monkeypat
     monkeypatch.setattr(spool, "_SEGMENT_BYTES", 1)
     written = spool.Spool(tmp_path / "spool", "uri")
     references = [written.put(b"{}", key=str(n), counted=1) for n in range(3)]
-    locks = [spool.Lock(segment) for segment in spool.segments(written.folder)]
+    locks = [Lock(segment) for segment in spool.segments(written.folder)]
 
     assert [False] * 3 == [lock.acquire() for lock in locks]
     written.done(references[:1])

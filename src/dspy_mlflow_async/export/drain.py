@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dspy_mlflow_async.export import spool
 from dspy_mlflow_async.export.books import Books
+from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.tail import Tail
@@ -29,7 +30,7 @@ def main(path: str, uri: str) -> None:
     folder = Path(path)
     parent = int(os.environ.get("DSPY_MLFLOW_ASYNC_PARENT") or os.getppid())
     seam.bound_http()
-    lock = spool.Lock(folder / LOCK)
+    lock = Lock(folder / LOCK)
     if not lock.acquire():  # another child drains for all
         return
     lock.note("")

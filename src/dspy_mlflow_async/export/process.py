@@ -16,6 +16,7 @@ from dspy_mlflow_async.export import drain
 from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item
+from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.retry import Backoff
 from dspy_mlflow_async.export.spool import Spool
@@ -75,7 +76,7 @@ class Child:
             os.write(process.stdin.fileno(), drain.HURRY if hurry else drain.NEWS)
 
     def _is_drained_by_another(self) -> bool:
-        lock = spools.Lock(self._lock_file)
+        lock = Lock(self._lock_file)
         try:
             is_free = lock.acquire()
         except OSError:  # no folder yet

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dspy_mlflow_async.export import codec, spool
 from dspy_mlflow_async.export.items import Item
+from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import spool_root
 from dspy_mlflow_async.export.retry import Backoff, Verdict
 from dspy_mlflow_async.export.writer import Writer
@@ -164,7 +165,7 @@ def _info(folder: Path) -> SpoolInfo:
                 traces += b'"counted":1' in payload[:200]
         with contextlib.suppress(OSError):
             size += segment.stat().st_size
-        lock = spool.Lock(segment)
+        lock = Lock(segment)
         if lock.acquire():
             lock.release()
         else:
@@ -197,7 +198,7 @@ def _send(
     before = summary.stored + summary.dead
     waits = Waits()
     for segment in spool.segments(folder):
-        lock = spool.Lock(segment)
+        lock = Lock(segment)
         if not segment.exists() or not lock.acquire():
             summary = replace(summary, skipped=summary.skipped + segment.exists())
             continue

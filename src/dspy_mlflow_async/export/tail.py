@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspy_mlflow_async.export import spool
+from dspy_mlflow_async.export.lock import Lock
 
 _HEAD = re.compile(rb'"key":\s?"([^"]*)",\s?"counted":\s?(\d)')
 # Read no more at once than this beyond the last whole record.
@@ -18,7 +19,7 @@ _CHUNK = 8 * 2**20
 
 @dataclass(slots=True)
 class _Followed:
-    lock: spool.Lock | None  # ours if its writer is gone
+    lock: Lock | None  # ours if its writer is gone
     position: int = 0
     done: dict[int, bool] = field(default_factory=dict)
     left: int = 0
@@ -63,7 +64,7 @@ class Tail:
     def _poll_one(self, segment: Path) -> list[spool.Reference]:
         followed = self._followed.get(segment)
         if followed is None or followed.lock is None:
-            lock: spool.Lock | None = spool.Lock(segment)
+            lock: Lock | None = Lock(segment)
             try:
                 if lock is not None and not lock.acquire():
                     lock = None

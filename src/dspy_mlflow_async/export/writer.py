@@ -11,6 +11,7 @@ from typing import Any
 from mlflow.entities import Trace, TraceData
 
 from dspy_mlflow_async.export import gate, prepare
+from dspy_mlflow_async.export.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
 from dspy_mlflow_async.export.retry import Verdict, is_away, judge
 from dspy_mlflow_async.seams import mlflow_export as seam
@@ -58,7 +59,7 @@ class Writer:
         """
         outcomes: list[Outcome] = []
         with self._gate, seam.suppressed_instrumentation(), seam.limited_http(self._request_seconds) as statuses:
-            for group in _grouped(items):
+            for group in grouped(items):
                 # What follows an operation that must be tried again would be refused, or come too early.
                 failed = {o.item.key: o for o in outcomes if o.verdict in (Verdict.AWAY, Verdict.SUSPECT)}
                 if any(outcome.verdict is Verdict.AWAY for outcome in failed.values()):
@@ -120,7 +121,7 @@ class Writer:
         Returns:
             False where that is not possible, or did not work; then nothing is written.
         """
-        if any(item.workspace or _is_late(item) for item in items):
+        if any(item.workspace or is_late(item) for item in items):
             return False
         returned = []
         try:
@@ -128,7 +129,7 @@ class Writer:
                 if store is None:
                     return False
                 returned = [(item, store.start_trace(item.info)) for item in items if isinstance(item, TraceItem)]
-                for experiment_id, spans in _by_experiment(items):
+                for experiment_id, spans in by_experiment(items):
                     store.log_spans(experiment_id, spans)
         except Exception:  # noqa: BLE001 - what is wrong will show when written one by one
             return False
@@ -184,7 +185,7 @@ class Writer:
         statuses.clear()
         try:
             with seam.workspace_scope(item.workspace):
-                if _is_late(item):
+                if is_late(item):
                     self._correct_totals(item)
                 elif isinstance(item, TraceItem):
                     if not self._takes_spans and item.stage == "whole":
@@ -197,7 +198,7 @@ class Writer:
     def _write_spans_first(self, item: Any) -> None:
         """For stores that add the tokens of spans to what is there: the trace must have the last word."""
         self._log_spans(item.experiment_id, item.spans)
-        if _is_late(item):
+        if is_late(item):
             self._correct_totals(item)
         elif isinstance(item, TraceItem):
             info = self._start_with_all_assessments(item.info)
@@ -321,33 +322,3 @@ class Writer:
         if self._takes_batches:
             info.assessments = []  # kept by the store; older ones would drop what they are not given
         self.client.start_trace(info)
-
-
-def _is_late(item: Any) -> bool:
-    return isinstance(item, TraceItem) and item.stage == "late"
-
-
-def _grouped(items: Sequence[Item]) -> Iterable[list[Item]]:
-    """Consecutive items of one sort; a late or repeated trace begins a new group, so that order is kept.
-
-    Spans of a trace that others own may come one by one, and need no group of their own.
-    """
-    group: list[Item] = []
-    keys: set[str] = set()
-    for item in items:
-        is_trace = isinstance(item, (TraceItem, SpansItem))
-        is_repeated = item.key in keys and not isinstance(item, SpansItem)
-        if group and (is_trace != isinstance(group[0], (TraceItem, SpansItem)) or is_repeated or _is_late(item)):
-            yield group
-            group, keys = [], set()
-        group.append(item)
-        keys.add(item.key)
-    if group:
-        yield group
-
-
-def _by_experiment(items: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(item.experiment_id or "0", []).extend(item.spans)
-    return groups.items()
