@@ -173,7 +173,9 @@ async def test_budget(traces, runs, monkeypatch, budget, spent):
     for case in stopped.cases:
         assert "stopped" == case.status
         assert 6 == case.examples + len(case.not_run)
-        assert case.examples == len(case.result.results) > 0
+        # Whose run is opened first may have spent everything before the other's is.
+        assert case.examples == (len(case.result.results) if case.result else 0)
+    assert sum(case.examples for case in stopped.cases) > 0
     assert f"{sum(map(len, stopped.not_run.values()))} examples were not run" in str(stopped)
     assert {"good": 100.0, "half": 50.0} == {name: resumed[name].score for name in resumed}
     assert {} == resumed.not_run
