@@ -144,6 +144,7 @@ def _patched_functions():
     return (
         ParallelExecutor.execute,
         dspy.utils.callback._get_on_start_handler,
+        dspy.utils.callback._get_on_end_handler,
         threading.Thread.start,
         ThreadPoolExecutor.submit,
         mlflow.dspy.autolog,

@@ -23,7 +23,7 @@ from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.export.retry import Verdict, judge
 from dspy_mlflow_async.export.writer import Outcome, Writer
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_store
 
 
 @pytest.fixture(autouse=True)
@@ -525,7 +525,7 @@ def test_absolute_uris(uri, absolute, monkeypatch):
     """What may mean something else in another working directory does not any more."""
     monkeypatch.setattr(Path, "cwd", classmethod(lambda cls: cls("/there")))
 
-    assert (absolute or uri) == seam.absolute_uri(uri)
+    assert (absolute or uri) == mlflow_store.absolute_uri(uri)
 
 
 def test_a_store_whose_connections_are_all_in_use(tmp_path):

@@ -16,7 +16,7 @@ from opentelemetry.trace import Link as OtelLink
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_traces
 
 VERSION = 1
 
@@ -205,8 +205,10 @@ def _decode_span(record: dict[str, Any], resource: Resource) -> Any:
     )
     attachments = {}
     for attachment_id, content_type, content in record.get("attachments", ()):
-        attachments[attachment_id] = seam.restore_attachment(attachment_id, content_type, base64.b64decode(content))
-    return seam.restore_span(otel, attachments, None)
+        attachments[attachment_id] = mlflow_traces.restore_attachment(
+            attachment_id, content_type, base64.b64decode(content)
+        )
+    return mlflow_traces.restore_span(otel, attachments, None)
 
 
 def _context(trace_id: str, span_id: str) -> SpanContext:

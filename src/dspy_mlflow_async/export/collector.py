@@ -14,7 +14,7 @@ from dspy_mlflow_async.export.entry import Entry, Said
 from dspy_mlflow_async.export.entry import named as name_it
 from dspy_mlflow_async.export.items import FollowUp, Item, SpansItem, TraceItem
 from dspy_mlflow_async.export.sampling import is_kept
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_store, mlflow_traces
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -65,7 +65,7 @@ class Collector:
 
     def trace_started(self, otel_id: int, trace: Any, uri: str) -> Entry:
         """A root span began."""
-        entry = Entry(otel_id, trace, uri, seam.workspace_of(trace))
+        entry = Entry(otel_id, trace, uri, mlflow_traces.workspace_of(trace))
         self.entries[otel_id] = entry
         self._by_trace_id[entry.trace_id] = entry
         self._books.start()
@@ -80,18 +80,18 @@ class Collector:
         entry = self.entries.get(otel_id)
         if entry is None:
             old = self._recent.get(otel_id)
-            if old is None or seam.trace_id_of(otel_id) is not None:
+            if old is None or mlflow_traces.trace_id_of(otel_id) is not None:
                 return
             entry = self._reopen(old)
-        elif seam.peek_trace(entry.trace_id) is not None:
+        elif mlflow_traces.peek_trace(entry.trace_id) is not None:
             return
-        seam.adopt_trace(otel_id, entry.trace_id, entry.trace)
+        mlflow_traces.adopt_trace(otel_id, entry.trace_id, entry.trace)
 
     def _reopen(self, old: Entry) -> Entry:
         with self._lock:
             if known := self.entries.get(old.otel_id):
                 return known
-            entry = Entry(old.otel_id, seam.InMemoryTrace(copy.copy(old.trace.info)), old.uri, old.workspace)
+            entry = Entry(old.otel_id, mlflow_traces.InMemoryTrace(copy.copy(old.trace.info)), old.uri, old.workspace)
             entry.is_late = True
             entry.is_sync = old.is_sync
             entry.inherited = old.inherited
@@ -106,7 +106,7 @@ class Collector:
         entry = self.entries.get(otel_id)
         if entry is not None and entry.ended_at is not None:
             with entry.lock:
-                entry.open_ids.add(seam.encode_span_id(span_id))
+                entry.open_ids.add(mlflow_traces.encode_span_id(span_id))
 
     def child_ended(self, span: ReadableSpan, uri: str) -> None:
         """A child ended. Before its root has ended there is nothing to do."""
@@ -114,10 +114,10 @@ class Collector:
         if entry is None:
             self._stray_ended(span, uri)
         elif entry.inherited is not None:
-            if seam.encode_span_id(span.context.span_id) not in entry.inherited:
+            if mlflow_traces.encode_span_id(span.context.span_id) not in entry.inherited:
                 self._emit_span(span, entry.trace, entry.uri, entry.workspace)
         elif entry.ended_at is not None:
-            span_id = seam.encode_span_id(span.context.span_id)
+            span_id = mlflow_traces.encode_span_id(span.context.span_id)
             if entry.is_late and span_id not in entry.trace.span_dict:  # it began before the trace was handed on
                 self._stray_ended(span, uri)
             with entry.lock:
@@ -153,12 +153,12 @@ class Collector:
         spans = [span for span in list(trace.span_dict.values()) if span.end_time_ns is not None]
         return TraceItem(
             key=entry.trace_id,
-            size=2000 + seam.weigh(spans),
+            size=2000 + mlflow_traces.weigh(spans),
             counted=0 if entry.is_late else 1,
             supersedes=entry.safe_copy,
             info=trace.info,
             spans=spans,
-            experiment_id=seam.experiment_of(trace),
+            experiment_id=mlflow_traces.experiment_of(trace),
             stage="late" if entry.is_late else "whole",
             prompts=trace.prompts,
             workspace=entry.workspace,
@@ -168,26 +168,26 @@ class Collector:
         """A span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
         otel_id = span.context.trace_id
         old = self._recent.get(otel_id)
-        trace_id = seam.trace_id_of(otel_id)
-        trace = seam.peek_trace(trace_id) if trace_id else None
+        trace_id = mlflow_traces.trace_id_of(otel_id)
+        trace = mlflow_traces.peek_trace(trace_id) if trace_id else None
         if old is not None:
             with old.lock:
-                old.open_ids.discard(seam.encode_span_id(span.context.span_id))
+                old.open_ids.discard(mlflow_traces.encode_span_id(span.context.span_id))
             if not old.is_discarded:
                 self._emit_late(old, span)
         elif trace is not None:
-            self._emit_span(span, trace, uri, seam.workspace_of(trace))
+            self._emit_span(span, trace, uri, mlflow_traces.workspace_of(trace))
 
     def _emit_late(self, entry: Entry, span: ReadableSpan) -> None:
-        spans = [seam.finished_span(span)]
+        spans = [mlflow_traces.finished_span(span)]
         self._emit(
             entry.uri,
             TraceItem(
                 key=entry.trace_id,
-                size=seam.weigh(spans),
+                size=mlflow_traces.weigh(spans),
                 info=copy.copy(entry.trace.info),
                 spans=spans,
-                experiment_id=seam.experiment_of(entry.trace),
+                experiment_id=mlflow_traces.experiment_of(entry.trace),
                 stage="late",
                 workspace=entry.workspace,
             ),
@@ -195,16 +195,16 @@ class Collector:
         )
 
     def _emit_span(self, span: ReadableSpan, trace: Any, uri: str, workspace: str | None) -> None:
-        live = trace.span_dict.pop(seam.encode_span_id(span.context.span_id), None)
-        spans = [live or seam.finished_span(span)]
+        live = trace.span_dict.pop(mlflow_traces.encode_span_id(span.context.span_id), None)
+        spans = [live or mlflow_traces.finished_span(span)]
         item = SpansItem(
             key=trace.info.trace_id,
-            size=seam.weigh(spans),
+            size=mlflow_traces.weigh(spans),
             spans=spans,
             workspace=workspace,
-            experiment_id=seam.experiment_of(trace) or seam.get_experiment_id_for_trace(span),
+            experiment_id=mlflow_traces.experiment_of(trace) or mlflow_traces.get_experiment_id_for_trace(span),
         )
-        self._emit(uri, item, seam.is_evaluating() or not seam.wants_async())
+        self._emit(uri, item, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
 
     # --- handing on ---
 
@@ -219,13 +219,13 @@ class Collector:
             said = self._said.pop(entry.trace_id, None)
             trace = entry.trace
             # The spans go with the item; what stays behind must not keep them alive.
-            entry.trace = seam.InMemoryTrace(
+            entry.trace = mlflow_traces.InMemoryTrace(
                 replace(
                     trace.info, request_preview=None, response_preview=None, trace_metadata={}, tags={}, assessments=[]
                 )
             )
             self._remember(entry)
-        seam.pop_trace(entry.otel_id, entry.trace_id)
+        mlflow_traces.pop_trace(entry.otel_id, entry.trace_id)
         if entry.inherited is not None:
             return
         if self._discards(entry, trace):
@@ -237,8 +237,8 @@ class Collector:
             trace.info.trace_metadata.update(said.metadata)
             trace.info.tags.update(said.tags)
         item = self._item(entry, trace)
-        if not entry.is_late and seam.displays():
-            seam.display(trace.to_mlflow_trace())
+        if not entry.is_late and mlflow_traces.displays():
+            mlflow_traces.display(trace.to_mlflow_trace())
         self._emit(entry.uri, item, entry.is_sync)
 
     def _discards(self, entry: Entry, trace: Any) -> bool:
@@ -289,7 +289,7 @@ class Collector:
         entry.shown_at = now
         if entry.keeps is not None and now - entry.began <= _ABANDONED_AFTER:
             return  # it may yet be left out
-        if now - entry.began > _ABANDONED_AFTER and seam.peek_trace(entry.trace_id) is None:
+        if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.trace_id) is None:
             self._books.end()
             self.complete(entry, force=True)
             return
@@ -302,11 +302,11 @@ class Collector:
         info = replace(info, trace_metadata=dict(info.trace_metadata), tags=dict(info.tags), assessments=[])
         item = TraceItem(
             key=entry.trace_id,
-            size=2000 + seam.weigh(fresh),
+            size=2000 + mlflow_traces.weigh(fresh),
             info=info,
             spans=fresh,
             stage="partial",
-            experiment_id=seam.experiment_of(entry.trace),
+            experiment_id=mlflow_traces.experiment_of(entry.trace),
             workspace=entry.workspace,
         )
         self._emit(entry.uri, item, False)
@@ -361,7 +361,7 @@ class Collector:
                     workspace=old.workspace if old else None,
                 )
         if follow_up is not None:
-            self._emit(uri or seam.resolve_tracking_uri(), follow_up, is_sync)
+            self._emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
         elif entry is not None and count <= 0:
             with entry.lock:
                 is_complete = entry.ended_at is not None and not entry.open_ids

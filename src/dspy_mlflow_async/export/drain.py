@@ -14,7 +14,7 @@ from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.tail import Tail
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_http
 
 LOCK = "drain.lock"
 # What the parent writes: something is new, or somebody waits for it.
@@ -29,7 +29,7 @@ def main(path: str, uri: str) -> None:
     """Drain the spool in a folder until the parent is gone and nothing is left, or a bound has passed."""
     folder = Path(path)
     parent = int(os.environ.get("DSPY_MLFLOW_ASYNC_PARENT") or os.getppid())
-    seam.bound_http()
+    mlflow_http.bound_http()
     lock = Lock(folder / LOCK)
     if not lock.acquire():  # another child drains for all
         return

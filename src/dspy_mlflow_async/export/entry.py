@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export.sampling import KEEPS
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_traces
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -75,5 +75,5 @@ def named(assessment: Assessment, trace_id: str) -> Assessment:
     """A copy with an id of its own, by which the store recognises it when it is sent twice."""
     assessment = copy.copy(assessment)
     assessment.trace_id = trace_id
-    assessment.assessment_id = assessment.assessment_id or seam.generate_assessment_id()
+    assessment.assessment_id = assessment.assessment_id or mlflow_traces.generate_assessment_id()
     return assessment

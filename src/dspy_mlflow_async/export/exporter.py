@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_export as seam
 from dspy_mlflow_async.seams import mlflow_live as live_seam
+from dspy_mlflow_async.seams import mlflow_processor, mlflow_traces
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -40,7 +40,7 @@ class Queue:
         return True
 
 
-class WholeTraceExporter(seam.MlflowV3SpanExporter):
+class WholeTraceExporter(mlflow_processor.MlflowV3SpanExporter):
     """Hands ended spans to the collector; without a pipeline it is MLflow's exporter, writing in the caller."""
 
     def __init__(self, tracking_uri: str | None, pipeline: Pipeline) -> None:
@@ -76,8 +76,8 @@ class WholeTraceExporter(seam.MlflowV3SpanExporter):
         otel_id = span.context.trace_id
         entry = collector.entries.get(otel_id)
         if entry is None:  # begun before we were installed, or exported twice
-            trace_id = seam.trace_id_of(otel_id)
-            trace = seam.peek_trace(trace_id) if trace_id else None
+            trace_id = mlflow_traces.trace_id_of(otel_id)
+            trace = mlflow_traces.peek_trace(trace_id) if trace_id else None
             if trace is None:
                 return
             entry = collector.trace_started(otel_id, trace, self.uri)
@@ -85,14 +85,14 @@ class WholeTraceExporter(seam.MlflowV3SpanExporter):
             collector.complete(entry, force=True)
         elif entry.ended_at is None:
             if processor is not None:
-                seam.finish_root(processor, entry.trace, span)
-            collector.root_ended(entry, is_sync=seam.is_evaluating() or not seam.wants_async())
+                mlflow_processor.finish_root(processor, entry.trace, span)
+            collector.root_ended(entry, is_sync=mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
 
     def shutdown(self) -> None:
         """A provider is put away; its traces stay in flight, for others may still end in them."""
 
 
-class WholeTraceProcessor(seam.MlflowV3SpanProcessor):
+class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
     """MLflow's processor, less its work for each span: totals are computed when the trace is written."""
 
     span_exporter: WholeTraceExporter
@@ -110,7 +110,7 @@ class WholeTraceProcessor(seam.MlflowV3SpanProcessor):
 
     @guarded
     def _follow(self, otel_id: int, trace_id: str) -> None:
-        trace = seam.peek_trace(trace_id)
+        trace = mlflow_traces.peek_trace(trace_id)
         if trace is not None:
             self._pipeline.collector.trace_started(otel_id, trace, self.span_exporter.uri)
 
@@ -125,7 +125,7 @@ class WholeTraceProcessor(seam.MlflowV3SpanProcessor):
 
     def _root_started(self, span: Span) -> None:
         info = self._start_trace(span)
-        trace = None if info is None else seam.peek_trace(info.trace_id)
+        trace = None if info is None else mlflow_traces.peek_trace(info.trace_id)
         if trace is not None:
             live_seam.register(span, info.trace_id, trace)
 

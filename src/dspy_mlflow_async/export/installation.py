@@ -16,7 +16,7 @@ from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_by_id as by_id_seam
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_http, mlflow_processor, mlflow_store, mlflow_traces
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -59,12 +59,12 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         _pipeline = mine
         if _installed is None:
             _installed = [
-                seam.patch_processor_factory(_make_processor),
-                seam.bound_http(),
+                mlflow_processor.patch_processor_factory(_make_processor),
+                mlflow_http.bound_http(),
                 by_id_seam.patch_by_id(_note, _ensure_stored),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
             ]
-        for processor, _ in seam.replace_processors(_ours_for):
+        for processor, _ in mlflow_processor.replace_processors(_ours_for):
             _take_over(processor)
         mine.start()
 
@@ -78,7 +78,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
             unpatch_factory()
             unpatch_by_id()
             unhandle_sigterm()
-            seam.replace_processors(_theirs_for)
+            mlflow_processor.replace_processors(_theirs_for)
             thread = _close(mine)
 
             def finish() -> None:
@@ -101,25 +101,27 @@ def _close(old: Pipeline, successor: Pipeline | None = None) -> threading.Thread
 def _make_processor(tracking_uri: str, original: Callable[[str], Any]) -> Any:
     """What MLflow's provider gets: our processor, but for Databricks MLflow's own."""
     current = _pipeline
-    if current is None or seam.is_databricks_uri(seam.resolve_tracking_uri(tracking_uri)):
+    if current is None or mlflow_store.is_databricks_uri(mlflow_store.resolve_tracking_uri(tracking_uri)):
         return original(tracking_uri)
     return _new_processor(tracking_uri, current)
 
 
 def _new_processor(tracking_uri: str | None, current: Pipeline) -> WholeTraceProcessor:
-    return WholeTraceProcessor(WholeTraceExporter(tracking_uri, current), export_metrics=seam.exports_metrics())
+    return WholeTraceProcessor(
+        WholeTraceExporter(tracking_uri, current), export_metrics=mlflow_processor.exports_metrics()
+    )
 
 
 def _ours_for(processor: Any) -> Any | None:
     current = pipeline()
-    if isinstance(processor, WholeTraceProcessor) or seam.is_replaceable(processor):
+    if isinstance(processor, WholeTraceProcessor) or mlflow_processor.is_replaceable(processor):
         return _new_processor(processor.span_exporter._client.tracking_uri, current)
     return None
 
 
 def _theirs_for(processor: Any) -> Any | None:
     if isinstance(processor, WholeTraceProcessor):
-        return seam.original_processor(processor.span_exporter.uri)
+        return mlflow_processor.original_processor(processor.span_exporter.uri)
     return None
 
 
@@ -130,7 +132,7 @@ def _take_over(processor: Any) -> None:
         return
     current = pipeline()
     exporter = WholeTraceExporter(processor.span_exporter._client.tracking_uri, current)
-    for root in seam.retire(processor):
+    for root in mlflow_processor.retire(processor):
         exporter.take(root, None)
 
 
@@ -248,26 +250,26 @@ process_exit.at_exit(_leave)
 def _before_fork() -> None:
     gate.writes.close()
     _lock.acquire()
-    seam.manager_lock().acquire()
+    mlflow_traces.manager_lock().acquire()
 
 
 def _after_fork_in_parent() -> None:
-    seam.manager_lock().release()
+    mlflow_traces.manager_lock().release()
     _lock.release()
     gate.writes.open()
 
 
 def _after_fork_in_child() -> None:
-    seam.manager_lock().release()
+    mlflow_traces.manager_lock().release()
     _lock.release()
     gate.writes.reset()
     _closing.clear()
     for processor in list(processors):
-        seam.reset_processor_locks(processor)
+        mlflow_processor.reset_processor_locks(processor)
     current = _pipeline
     if current is not None:
         for uri in current.queues:
-            seam.abandon_connections(uri)
+            mlflow_store.abandon_connections(uri)
         current.after_fork()
         if _installed is not None:
             current.start()

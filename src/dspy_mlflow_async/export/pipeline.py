@@ -15,7 +15,7 @@ from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.spool import Reference, Spool, folder_of
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_store
 
 
 class Pipeline:
@@ -62,7 +62,7 @@ class Pipeline:
         return queue
 
     def _make_queue(self, uri: str) -> StoreQueue:
-        stable_uri = seam.absolute_uri(uri)  # what lies on disk may be sent from another working directory
+        stable_uri = mlflow_store.absolute_uri(uri)  # what lies on disk may be sent from another working directory
         folder = folder_of(spool_root(self.options.spool_dir), stable_uri)
         queue: StoreQueue
         if self.options.mode == "process":

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_traces
 
 
 def prepare(item: Item) -> None:
@@ -35,16 +35,16 @@ def _prepare_spans(item: TraceItem | SpansItem) -> None:
         if item.stage == "whole":
             total(info, item.spans)
             if item.spans:
-                seam.complete_metadata(Trace(info, TraceData(list(item.spans))))
+                mlflow_traces.complete_metadata(Trace(info, TraceData(list(item.spans))))
                 _clean_info(info)  # the previews are new
     item.prepared = True
 
 
 def total(info: Any, spans: Any) -> None:
     """Write the usage and cost of these spans into the trace."""
-    if usage := seam.aggregate_usage_from_spans(spans):
+    if usage := mlflow_traces.aggregate_usage_from_spans(spans):
         info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
-    if seam.computes_cost() and (cost := seam.aggregate_cost_from_spans(spans)):
+    if mlflow_traces.computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
         info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
 
 
@@ -95,7 +95,7 @@ def _clean_span(span: Any) -> Any:
         end_time=otel.end_time,
         status=Status(status.status_code, clean(status.description)) if status.description else status,
     )
-    return seam.restore_span(repaired, span._attachments, getattr(span, "_links", None))
+    return mlflow_traces.restore_span(repaired, span._attachments, getattr(span, "_links", None))
 
 
 def _clean_info(info: Any) -> None:

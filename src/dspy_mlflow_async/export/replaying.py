@@ -14,7 +14,7 @@ from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import spool_root
 from dspy_mlflow_async.export.retry import Backoff, Verdict
 from dspy_mlflow_async.export.writer import Writer
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_http, mlflow_store
 
 _BATCH = 32
 _ATTEMPTS = 4
@@ -113,8 +113,8 @@ def replay(
         progress: Called after each batch.
     """
     summary = ReplaySummary()
-    uri = seam.absolute_uri(seam.resolve_tracking_uri(tracking_uri)) if tracking_uri else None
-    unbound = seam.bound_http()
+    uri = mlflow_store.absolute_uri(mlflow_store.resolve_tracking_uri(tracking_uri)) if tracking_uri else None
+    unbound = mlflow_http.bound_http()
     try:
         for path in _chosen(folder, uri):
             target = uri or spool.uri_of(path)

@@ -9,7 +9,7 @@ from dspy_mlflow_async.export.installation import pipeline
 from dspy_mlflow_async.export.items import Fate, RunItem
 from dspy_mlflow_async.export.together import parts
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
@@ -19,7 +19,7 @@ class RunWriter:
     """Writes to the runs of one store, by id, in the background. Its methods never raise."""
 
     def __init__(self, tracking_uri: str | None) -> None:
-        self._uri = seam.resolve_tracking_uri(tracking_uri)
+        self._uri = mlflow_store.resolve_tracking_uri(tracking_uri)
         self._fate = Fate()
 
     def log(
@@ -68,7 +68,7 @@ class RunWriter:
 
     @guarded
     def _put(self, item: RunItem) -> None:
-        item.workspace, item.fate = seam.request_workspace(), self._fate
+        item.workspace, item.fate = mlflow_store.request_workspace(), self._fate
         pipeline().current().queue(self._uri).put(item)
 
     @guarded

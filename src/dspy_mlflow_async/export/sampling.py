@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_traces
 
 # Given the ended root span, as OpenTelemetry has it, says whether the trace is stored.
 Keeps = Callable[[Any], bool]
@@ -17,7 +17,7 @@ KEEPS: ContextVar[Keeps | None] = ContextVar("dspy_mlflow_async_keeps", default=
 
 def is_kept(keeps: Keeps, trace: Any) -> bool:
     """Whether ``keeps`` wants this trace. One whose root has not ended is stored, as is one that it fails on."""
-    root = seam.ended_root(trace)
+    root = mlflow_traces.ended_root(trace)
     return root is None or _ask(keeps, root) is not False
 
 

@@ -13,7 +13,7 @@ from dspy_mlflow_async.export import prepare
 from dspy_mlflow_async.export.items import Item, RunItem
 from dspy_mlflow_async.export.retry import Verdict, judge
 from dspy_mlflow_async.export.writer import Outcome, Writer
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_http, mlflow_store
 
 # What MLflow takes in one `log_batch` (mlflow.utils.validation).
 _MOST_METRICS, _MOST_OTHERS = 800, 100  # 1,000 together
@@ -37,11 +37,15 @@ class TogetherWriter(Writer):
 
     def _run_at_once(self, items: Sequence[RunItem]) -> list[Outcome] | None:
         """All operations on one run; None where one is to blame, which shows when they are written one by one."""
-        with self._gate, seam.suppressed_instrumentation(), seam.limited_http(self._request_seconds) as statuses:
+        with (
+            self._gate,
+            mlflow_http.suppressed_instrumentation(),
+            mlflow_http.limited_http(self._request_seconds) as statuses,
+        ):
             try:
                 for item in items:
                     prepare.prepare(item)
-                with seam.workspace_scope(items[0].workspace):
+                with mlflow_store.workspace_scope(items[0].workspace):
                     write_run_items(self.uri, items)
             except Exception as error:  # noqa: BLE001 - judged
                 is_away = judge(error, statuses) is Verdict.AWAY

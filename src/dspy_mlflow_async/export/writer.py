@@ -14,7 +14,7 @@ from dspy_mlflow_async.export import gate, prepare
 from dspy_mlflow_async.export.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
 from dspy_mlflow_async.export.retry import Verdict, is_away, judge
-from dspy_mlflow_async.seams import mlflow_export as seam
+from dspy_mlflow_async.seams import mlflow_http, mlflow_store, mlflow_traces
 
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
 _REQUEST_SECONDS = 30.0
@@ -36,17 +36,17 @@ class Writer:
     def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS) -> None:
         self.uri = uri
         self._request_seconds = request_seconds
-        self._client: seam.TracingClient | None = None
+        self._client: mlflow_store.TracingClient | None = None
         self._takes_batches: bool | None = None
         self._takes_spans = True
         # Only connections to a database must not be copied in the middle of something.
         self._gate = contextlib.nullcontext() if uri.startswith(("http:", "https:")) else gate.writes
 
     @property
-    def client(self) -> seam.TracingClient:
+    def client(self) -> mlflow_store.TracingClient:
         """MLflow's client, made when it is first needed, in the thread that may wait for it."""
         if self._client is None:
-            self._client = seam.TracingClient(self.uri)  # creates the tables of a new SQL store
+            self._client = mlflow_store.TracingClient(self.uri)  # creates the tables of a new SQL store
         return self._client
 
     def write(self, items: Sequence[Item]) -> list[Outcome]:
@@ -58,7 +58,11 @@ class Writer:
             An outcome for each item.
         """
         outcomes: list[Outcome] = []
-        with self._gate, seam.suppressed_instrumentation(), seam.limited_http(self._request_seconds) as statuses:
+        with (
+            self._gate,
+            mlflow_http.suppressed_instrumentation(),
+            mlflow_http.limited_http(self._request_seconds) as statuses,
+        ):
             for group in grouped(items):
                 # What follows an operation that must be tried again would be refused, or come too early.
                 failed = {o.item.key: o for o in outcomes if o.verdict in (Verdict.AWAY, Verdict.SUSPECT)}
@@ -109,7 +113,7 @@ class Writer:
         Raises:
             ConnectionError: Where a server is away: what it takes is asked when it is back.
         """
-        answer = seam.supports_span_batches(self.client)
+        answer = mlflow_store.supports_span_batches(self.client)
         if answer is None and (not statuses or is_away(statuses[-1])):
             host = self.uri.rpartition("@")[2]  # without a password
             raise ConnectionError(f"the MLflow server at {host} does not tell its version")
@@ -125,7 +129,7 @@ class Writer:
             return False
         returned = []
         try:
-            with seam.one_transaction(self.client) as store:
+            with mlflow_store.one_transaction(self.client) as store:
                 if store is None:
                     return False
                 returned = [(item, store.start_trace(item.info)) for item in items if isinstance(item, TraceItem)]
@@ -144,7 +148,7 @@ class Writer:
             if isinstance(item, TraceItem) and item.stage != "late":
                 statuses.clear()
                 try:
-                    with seam.workspace_scope(item.workspace):
+                    with mlflow_store.workspace_scope(item.workspace):
                         infos[index] = self.client.start_trace(item.info)
                 except Exception as error:  # noqa: BLE001 - judged
                     outcomes[index] = Outcome(item, judge(error, statuses), error)
@@ -168,7 +172,7 @@ class Writer:
     def _log_group(self, items: Sequence[Any], infos: Sequence[Any], statuses: list[int]) -> list[Outcome]:
         statuses.clear()
         try:
-            with seam.workspace_scope(items[0].workspace):
+            with mlflow_store.workspace_scope(items[0].workspace):
                 self._log_spans(items[0].experiment_id, [span for item in items for span in item.spans])
         except Exception as error:  # noqa: BLE001 - judged
             verdict = judge(error, statuses)
@@ -184,12 +188,12 @@ class Writer:
     def _completed(self, item: Any, info: Any, statuses: list[int]) -> Outcome:
         statuses.clear()
         try:
-            with seam.workspace_scope(item.workspace):
+            with mlflow_store.workspace_scope(item.workspace):
                 if is_late(item):
                     self._correct_totals(item)
                 elif isinstance(item, TraceItem):
                     if not self._takes_spans and item.stage == "whole":
-                        seam.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
+                        mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
                     self._finish(item, info)
         except Exception as error:  # noqa: BLE001 - judged
             return Outcome(item, judge(error, statuses), error)
@@ -203,7 +207,7 @@ class Writer:
         elif isinstance(item, TraceItem):
             info = self._start_with_all_assessments(item.info)
             if not self._takes_spans and item.stage == "whole":
-                seam.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
+                mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
             self._finish(item, info)
 
     def _start_with_all_assessments(self, info: Any) -> Any:
@@ -224,7 +228,7 @@ class Writer:
         try:
             self.client.log_spans(experiment_id or "0", list(spans))
         except Exception as error:
-            if not seam.is_unsupported(error):
+            if not mlflow_store.is_unsupported(error):
                 raise
             self._takes_spans = False
 
@@ -237,10 +241,10 @@ class Writer:
             attachments.update(span._attachments)
         with contextlib.suppress(Exception):
             if attachments:
-                seam.upload_attachments(self.client, info, attachments)
+                mlflow_store.upload_attachments(self.client, info, attachments)
         with contextlib.suppress(Exception):
             if item.prompts:
-                seam.link_prompts(self.client, item.key, item.prompts)
+                mlflow_store.link_prompts(self.client, item.key, item.prompts)
 
     def _correct_totals(self, item: TraceItem) -> None:
         """After late spans: the totals of the trace from all of its spans."""
@@ -252,9 +256,9 @@ class Writer:
             known = {span.span_id for span in item.spans}
             spans = [span for span in trace.data.spans if span.span_id not in known]
             trace = Trace(info, TraceData([*spans, *item.spans]))
-            seam.upload_spans_as_artifact(self.client, info, trace.data)
+            mlflow_store.upload_spans_as_artifact(self.client, info, trace.data)
         prepare.total(info, trace.data.spans)
-        seam.complete_metadata(Trace(info, trace.data))
+        mlflow_traces.complete_metadata(Trace(info, trace.data))
         info.trace_metadata.update(item.info.trace_metadata)
         info.tags.update(item.info.tags)
         self._restart(info)
@@ -269,7 +273,7 @@ class Writer:
                 continue
             statuses.clear()
             try:
-                with seam.workspace_scope(item.workspace):
+                with mlflow_store.workspace_scope(item.workspace):
                     write(item)
                 outcomes.append(Outcome(item, Verdict.STORED))
             except Exception as error:  # noqa: BLE001 - judged

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import dspy
-import dspy.utils.callback as dspy_callback
 from dspy.dsp.utils.settings import main_thread_config, thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
 from dspy.utils.callback_context import ACTIVE_CALL_ID
 from dspy.utils.parallelizer import ParallelExecutor
 from dspy.utils.usage_tracker import UsageTracker
-from mlflow.dspy.callback import MlflowCallback
 
 __all__ = ["ACTIVE_CALL_ID", "ParallelExecutor", "UsageTracker"]
 
@@ -37,51 +35,6 @@ def change_callbacks(change: Callable[[list[Any]], list[Any]]) -> None:
     overrides = thread_local_overrides.get()
     if "callbacks" in overrides:
         thread_local_overrides.set(dotdict({**overrides, "callbacks": change(list(overrides["callbacks"] or ()))}))
-
-
-def patch_start_handlers() -> Callable[[], None]:
-    """Tell MLflow's callbacks, ours among them, of the end of a call whose start somebody else's callback interrupts.
-
-    DSPy calls start handlers before its ``try``, so a KeyboardInterrupt in one of them leaves behind what the others
-    have begun. Where this DSPy chooses its handlers elsewhere, it does.
-
-    Returns:
-        The undo.
-    """
-    original = getattr(dspy_callback, "_get_on_start_handler", None)
-    if original is None:
-        return lambda: None
-
-    def _get_on_start_handler(callback: Any, instance: Any, fn: Any) -> Any:
-        handler = original(callback, instance, fn)
-        if isinstance(callback, MlflowCallback):
-            return handler
-
-        def start(**event: Any) -> None:
-            try:
-                handler(**event)
-            except Exception:
-                raise  # DSPy logs it and goes on, and the end comes
-            except BaseException as error:
-                _end_for_tracers(event["call_id"], instance, fn, error)
-                raise
-
-        return start
-
-    dspy_callback._get_on_start_handler = _get_on_start_handler
-
-    def undo() -> None:
-        if dspy_callback._get_on_start_handler is _get_on_start_handler:
-            dspy_callback._get_on_start_handler = original
-
-    return undo
-
-
-def _end_for_tracers(call_id: str, instance: Any, fn: Any, error: BaseException) -> None:
-    for callback in dspy.settings.get("callbacks", []) + getattr(instance, "callbacks", []):
-        if isinstance(callback, MlflowCallback):
-            end = dspy_callback._get_on_end_handler(callback, instance, fn)
-            end(call_id=call_id, outputs=None, exception=error)
 
 
 def overrides() -> Any:

@@ -12,7 +12,7 @@ _MANAGER = "mlflow.tracing.trace_manager:InMemoryTraceManager"
 _UTILS = "mlflow.tracing.utils"
 _FLUENT = "mlflow.tracking.fluent"
 _WORKERS = "makes DSPy's worker threads take up the tracing context"
-_INTERRUPTS = "ends what was begun when another callback is interrupted"
+_HANDLERS = "chooses a handler once per type, and ends what was begun when another callback is interrupted"
 _SETTINGS = "reads and changes DSPy's settings where dspy.configure would raise"
 _CONTEXT = "carries MLflow's current span, session and tags between threads and tasks"
 _SPANS = "begins and ends spans as MLflow does, with fewer steps"
@@ -38,8 +38,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("dspy.evaluate.evaluate:Evaluate._display_result_table", _EVALUATE),
     Seam("dspy.evaluate.evaluate:Evaluate._prepare_results_output", _EVALUATE),
     Seam("dspy.utils.callback:with_callbacks", _EVALUATE),
-    Seam("dspy.utils.callback:_get_on_start_handler", _INTERRUPTS, is_optional=True),
-    Seam("dspy.utils.callback:_get_on_end_handler", _INTERRUPTS, is_optional=True),
+    Seam("dspy.utils.callback:_get_on_start_handler", _HANDLERS, is_optional=True),
+    Seam("dspy.utils.callback:_get_on_end_handler", _HANDLERS, is_optional=True),
     # MLflow, the context that tells which span is current
     Seam(f"{_PROVIDER}:mlflow_runtime_context", _CONTEXT),
     Seam(f"{_PROVIDER}:mlflow_runtime_context._current_context", _CONTEXT),

@@ -1,0 +1,157 @@
+"""MLflow's span processor and exporter: where ours takes their place, and gives it back.
+
+For the export room. Checked on mlflow 3.11.1 and 3.17.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from mlflow.tracing import provider as tracing_provider
+from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey, TraceTagKey
+from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
+from mlflow.tracing.fluent import _EVAL_REQUEST_ID_TO_TRACE_ID, _set_last_active_trace_id
+from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
+from mlflow.tracing.trace_manager import _Trace
+from mlflow.tracing.utils import (
+    update_trace_state_from_span_conditionally,
+)
+from mlflow.tracing.utils.otlp import should_export_otlp_metrics
+from mlflow.utils.uri import is_databricks_uri
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+
+__all__ = [
+    "MlflowV3SpanExporter",
+    "MlflowV3SpanProcessor",
+    "exports_metrics",
+    "finish_root",
+    "is_replaceable",
+    "original_processor",
+    "patch_processor_factory",
+    "replace_processors",
+    "reset_processor_locks",
+    "retire",
+]
+
+
+def finish_root(processor: Any, trace: _Trace, root: Any) -> None:
+    """``BaseMlflowSpanProcessor._update_trace_info`` without its totals, which are computed when written."""
+    info = trace.info
+    info.request_time = root.start_time // 1_000_000
+    info.execution_duration = (root.end_time - root.start_time) // 1_000_000
+    update_trace_state_from_span_conditionally(trace, root)
+    attributes = root.attributes or {}
+    info.trace_metadata.update(
+        {
+            TraceMetadataKey.INPUTS: processor._truncate_metadata(attributes.get(SpanAttributeKey.INPUTS)),
+            TraceMetadataKey.OUTPUTS: processor._truncate_metadata(attributes.get(SpanAttributeKey.OUTPUTS)),
+        }
+    )
+    _set_last_active_trace_id(info.trace_id)
+    if evaluation_id := info.tags.get(TraceTagKey.EVAL_REQUEST_ID):
+        # The evaluation harness asks for the trace by this id.
+        _EVAL_REQUEST_ID_TO_TRACE_ID[evaluation_id] = info.trace_id
+
+
+def patch_processor_factory(make: Callable[[str, Callable[[str], Any]], Any]) -> Callable[[], None]:
+    """Let ``make(tracking_uri, original)`` build the span processor whenever MLflow builds its provider.
+
+    Returns:
+        The undo.
+    """
+    original = tracing_provider._get_mlflow_span_processor
+
+    def _get_mlflow_span_processor(tracking_uri: str) -> Any:
+        return make(tracking_uri, original)
+
+    tracing_provider._get_mlflow_span_processor = _get_mlflow_span_processor
+
+    def undo() -> None:
+        if tracing_provider._get_mlflow_span_processor is _get_mlflow_span_processor:
+            tracing_provider._get_mlflow_span_processor = original
+
+    return undo
+
+
+def is_replaceable(processor: Any) -> bool:
+    """Whether this is MLflow's own processor for a tracking server: Databricks, UC and serving are left alone."""
+    return (
+        type(processor) is MlflowV3SpanProcessor
+        and type(processor.span_exporter) is MlflowV3SpanExporter
+        and not is_databricks_uri(processor.span_exporter._client.tracking_uri)
+    )
+
+
+def replace_processors(replacement: Callable[[Any], Any | None]) -> list[tuple[Any, Any]]:
+    """Exchange processors inside the providers in use, so that their open spans end in the new one.
+
+    ``provider.set`` or ``reset`` would build a new provider, and open spans would end in the old.
+
+    Returns:
+        The exchanged pairs, old and new.
+    """
+    pairs: list[tuple[Any, Any]] = []
+    wrapper = tracing_provider.provider
+    state = getattr(tracing_provider, "_trace_disabled_state", {})  # a provider put aside by `trace_disabled`
+    for provider in (wrapper.get(), state.get("saved_provider")):
+        if not isinstance(provider, TracerProvider):
+            continue
+        active = provider._active_span_processor
+        with active._lock:
+            fresh = []
+            for old in active._span_processors:
+                new = replacement(old)
+                fresh.append(old if new is None else new)
+                if new is not None:
+                    pairs.append((old, new))
+            active._span_processors = tuple(fresh)
+    return pairs
+
+
+def retire(processor: Any) -> list[ReadableSpan]:
+    """Flush a processor of MLflow's that is no longer used, and stop its threads.
+
+    Returns:
+        Roots it had put off because children were still open.
+    """
+    exporter = processor.span_exporter
+    with getattr(exporter, "_deferred_lock", contextlib.nullcontext()):
+        deferred = getattr(exporter, "_deferred_root_spans", {})
+        roots = list(deferred.values())
+        deferred.clear()
+
+    def flush() -> None:
+        from mlflow.tracing.processor import base_mlflow
+
+        with contextlib.suppress(Exception):  # MLflow's own traces: it logs what it loses
+            if getattr(processor, "_batch_delegate", None) is not None:
+                base_mlflow.retire_batch_processor(processor)
+            elif queue := getattr(exporter, "_async_queue", None):
+                queue.flush(terminate=True)
+                queue._stop_event.clear()  # a terminated queue would write in the caller, should it be used again
+
+    if getattr(processor, "_batch_delegate", None) is not None or exporter._is_async_enabled:
+        threading.Thread(target=flush, name="dspy-mlflow-async-retire", daemon=True).start()
+    return roots
+
+
+def reset_processor_locks(processor: Any) -> None:
+    """After ``fork``: another thread of the parent may have held them."""
+    if hasattr(processor, "_deduplication_lock"):
+        processor._deduplication_lock = threading.RLock()
+    if hasattr(processor, "_pending_on_end_condition"):
+        processor._pending_on_end_condition = threading.Condition(threading.Lock())
+        processor._pending_on_end_count = 0
+
+
+def exports_metrics() -> bool:
+    """Whether MLflow's processor would export OpenTelemetry metrics."""
+    return bool(should_export_otlp_metrics())
+
+
+def original_processor(tracking_uri: str) -> Any:
+    """MLflow's own processor, to be put back."""
+    return tracing_provider._get_mlflow_span_processor(tracking_uri)

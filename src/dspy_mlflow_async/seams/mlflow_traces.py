@@ -1,0 +1,196 @@
+"""MLflow's traces in memory and the spans in them, and what MLflow does besides storing them.
+
+For the export room. Checked on mlflow 3.11.1 and 3.17.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from mlflow.entities import Span
+from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
+from mlflow.tracing.attachments import Attachment
+from mlflow.tracing.display import get_display_handler
+from mlflow.tracing.trace_manager import InMemoryTraceManager, _Trace
+from mlflow.tracing.utils import (
+    add_size_stats_to_trace_metadata,
+    aggregate_cost_from_spans,
+    aggregate_usage_from_spans,
+    encode_span_id,
+    generate_assessment_id,
+    get_experiment_id_for_trace,
+    maybe_get_request_id,
+    should_compute_cost_client_side,
+)
+from mlflow.tracing.utils.truncation import set_request_response_preview
+from mlflow.utils.databricks_utils import is_in_databricks_notebook
+from mlflow.utils.workspace_context import get_request_workspace
+from opentelemetry.sdk.trace import ReadableSpan
+
+__all__ = [
+    "InMemoryTrace",
+    "adopt_trace",
+    "aggregate_cost_from_spans",
+    "aggregate_usage_from_spans",
+    "complete_metadata",
+    "computes_cost",
+    "display",
+    "displays",
+    "encode_span_id",
+    "ended_root",
+    "experiment_of",
+    "finished_span",
+    "generate_assessment_id",
+    "get_experiment_id_for_trace",
+    "is_evaluating",
+    "manager_lock",
+    "peek_trace",
+    "pop_trace",
+    "restore_attachment",
+    "restore_span",
+    "trace_id_of",
+    "wants_async",
+    "weigh",
+    "workspace_of",
+]
+
+
+# The in-memory record of a trace: we keep it past `pop_trace`, to serialise in the writer and not in the caller.
+InMemoryTrace = _Trace
+
+
+def trace_id_of(otel_trace_id: int) -> str | None:
+    """MLflow's id of the trace, if the manager knows it."""
+    return InMemoryTraceManager.get_instance().get_mlflow_trace_id_from_otel_id(otel_trace_id)
+
+
+def peek_trace(trace_id: str) -> _Trace | None:
+    """The in-memory record of a trace. ``get_trace`` is public but holds the manager's lock while one looks."""
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        return trace
+
+
+def pop_trace(otel_trace_id: int, trace_id: str) -> None:
+    """Forget a trace. ``InMemoryTraceManager.pop_trace`` would convert every span in the caller's thread."""
+    manager = InMemoryTraceManager.get_instance()
+    with manager._lock:
+        manager._otel_id_to_mlflow_trace_id.pop(otel_trace_id, None)
+        manager._traces.pop(trace_id, None)
+
+
+def adopt_trace(otel_trace_id: int, trace_id: str, trace: _Trace) -> None:
+    """Make the manager know a trace (again): its cache evicts (1,000 entries), and late spans come after the end."""
+    manager = InMemoryTraceManager.get_instance()
+    with manager._lock:
+        manager._otel_id_to_mlflow_trace_id[otel_trace_id] = trace_id
+        if trace_id not in manager._traces:
+            manager._traces[trace_id] = trace
+
+
+def manager_lock() -> Any:
+    """The manager's lock, taken around ``fork`` so that the child does not inherit it locked."""
+    return InMemoryTraceManager.get_instance()._lock
+
+
+def experiment_of(trace: _Trace) -> str | None:
+    """The experiment of a trace; None for a remote one, whose location is None."""
+    try:
+        return trace.info.experiment_id
+    except AttributeError:
+        return None
+
+
+def ended_root(trace: _Trace) -> ReadableSpan | None:
+    """OpenTelemetry's span at the root of a trace, which MLflow's span keeps to itself; None while it is open."""
+    root = next((span for span in list(trace.span_dict.values()) if span.parent_id is None), None)
+    return None if root is None or root.end_time_ns is None else root._span
+
+
+def workspace_of(trace: _Trace | None) -> str | None:
+    """The workspace the trace began in (from mlflow 3.12 on it is kept with the trace)."""
+    if trace is None:
+        return None
+    return getattr(trace, "workspace", None) or get_request_workspace()
+
+
+def weigh(spans: Iterable[Any]) -> int:
+    """About how many bytes these spans hold. The mapping's own iteration copies under a lock; ``_dict`` does not."""
+    size = 0
+    for span in spans:
+        size += 600
+        attributes = span._span._attributes
+        for value in tuple(getattr(attributes, "_dict", attributes or {}).values()):
+            size += len(value) if isinstance(value, str) else 16
+        for attachment in span._attachments.values():
+            size += len(attachment.content_bytes)
+    return size
+
+
+def wants_async() -> bool:
+    """``MlflowV3SpanExporter._should_enable_async_logging`` of 3.17; 3.11 is synchronous unless told otherwise."""
+    if MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set():
+        return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get())
+    return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get()) and not _is_in_databricks_notebook()
+
+
+# A process does not move there, and every look fails an import, which takes a millisecond.
+_is_in_databricks_notebook = functools.cache(is_in_databricks_notebook)
+
+
+def is_evaluating() -> bool:
+    """Whether MLflow's evaluation harness waits for this very trace."""
+    return bool(maybe_get_request_id(is_evaluate=True))
+
+
+def displays() -> bool:
+    """Whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
+    if "IPython" in sys.modules and not type(get_display_handler()).disabled:
+        return bool(sys.modules["IPython"].get_ipython())
+    return "IS_IN_DB_MODEL_SERVING_ENV" in os.environ
+
+
+def display(trace: Any) -> None:
+    """Show a finished trace in the notebook, and keep it for the response of Databricks serving."""
+    if not is_evaluating():
+        get_display_handler().display_traces([trace])
+    try:
+        from mlflow.tracing.export.inference_table import maybe_add_trace_to_serving_buffer
+    except ImportError:  # mlflow < 3.12 has none
+        return
+    maybe_add_trace_to_serving_buffer(trace)
+
+
+def complete_metadata(trace: Any) -> None:
+    """Previews and size statistics, as MLflow adds them at export."""
+    set_request_response_preview(trace.info, trace.data)
+    add_size_stats_to_trace_metadata(trace)
+
+
+def computes_cost() -> bool:
+    """Whether the client is the one to compute the cost (Databricks, SageMaker)."""
+    return bool(should_compute_cost_client_side())
+
+
+def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: list[Any] | None) -> Span:
+    """A span from its parts; ``Span.from_dict`` differs between versions and loses attachments."""
+    span = Span(otel_span)
+    span._attachments = attachments
+    if links:
+        span._links = links
+    return span
+
+
+def restore_attachment(attachment_id: str, content_type: str, content: bytes) -> Attachment:
+    """An attachment with the id that the span's text refers to; the constructor makes a new one."""
+    attachment = Attachment(content_type=content_type, content_bytes=content)
+    attachment._id = attachment_id
+    return attachment
+
+
+def finished_span(span: ReadableSpan) -> Span:
+    """MLflow's view of a span that its trace manager no longer knows."""
+    return Span(span)
