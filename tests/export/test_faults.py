@@ -1,10 +1,12 @@
 """Whatever happens to the store, everything is there afterwards, once."""
 
+import gc
 import os
 import random
 import subprocess
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import mlflow
@@ -215,7 +217,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_counted(make, small_disk, monkeypatch, caplog):
     """What neither memory nor disk can hold is dropped, with one warning; what they hold is stored in the end."""
     monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(small_disk / "spool"))
-    installed = make(max_waiting_bytes=100_000)
+    installed = make(max_waiting_bytes=300_000)
     installed.stop_writing()
     ids = [call(text="x" * 3000) for _ in range(100)]
     stats = export.stats()
@@ -540,3 +542,22 @@ def test_a_store_whose_connections_are_all_in_use(tmp_path):
     assert "BAD_REQUEST" == caught.value.error_code
     assert Verdict.AWAY is judge(caught.value)
     engine.dispose()
+
+
+def test_what_waits_weighs_what_it_takes(make):
+    """The bound on memory is one of memory, not of texts alone."""
+    installed = make()
+    installed.stop_writing()
+    call()
+    gc.collect()
+    tracemalloc.start(1)
+    before, weighed = tracemalloc.get_traced_memory()[0], installed.queue.memory.size
+    for _ in range(300):
+        call()
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+
+    assert 0.7 * taken < installed.queue.memory.size - weighed < 1.5 * taken
+    del installed.queue._start
+    assert export.flush(100)

@@ -117,14 +117,18 @@ def workspace_of(trace: _Trace | None) -> str | None:
     return getattr(trace, "workspace", None) or get_request_workspace()
 
 
+# What MLflow's and OpenTelemetry's objects for one span take without its texts, by tracemalloc on CPython 3.11.
+_SPAN_BYTES = 4_000
+
+
 def weigh(spans: Iterable[Any]) -> int:
     """About how many bytes these spans hold. The mapping's own iteration copies under a lock; ``_dict`` does not."""
     size = 0
     for span in spans:
-        size += 600
+        size += _SPAN_BYTES
         attributes = span._span._attributes
         for value in tuple(getattr(attributes, "_dict", attributes or {}).values()):
-            size += len(value) if isinstance(value, str) else 16
+            size += sys.getsizeof(value)
         for attachment in span._attachments.values():
             size += len(attachment.content_bytes)
     return size
