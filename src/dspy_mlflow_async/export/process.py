@@ -30,6 +30,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 # How often the program looks what its child has done, and how long it waits while nothing arrives, in seconds.
 _LOOK = 0.25
 _PATIENCE = 60.0
+_FAILURES = 2
 # The child needs this room and MLflow: it goes round the package's own `__init__`, which would import DSPy.
 _BOOT = """
 import sys, types
@@ -202,14 +203,22 @@ class ProcessQueue(StoreQueue):
             self._unmatched.pop(segment, None)
 
     def flush(self, deadline: float | None) -> bool:
-        """Wait for the child; without a deadline, as long as something arrives within a minute."""
+        """Wait for the child; without a deadline, as long as something arrives within a minute.
+
+        A failure counts when it comes twice: the first may be of an attempt that the child began before it was told
+        to make haste.
+        """
+        self._last_failure = self.child.failure()
+        failures = 0
         while True:
             before = len(self.backlog) + len(self.memory)
             patience = time.monotonic() + _PATIENCE
             if super().flush(patience if deadline is None else min(deadline, patience)):
                 return True
-            is_over = deadline is not None and time.monotonic() >= deadline
-            if is_over or len(self.backlog) + len(self.memory) >= before:
+            failures = failures + 1 if len(self.backlog) + len(self.memory) >= before else 0
+            now = time.monotonic()
+            is_over = deadline is not None and now >= deadline
+            if is_over or failures == _FAILURES or (failures and now >= patience):
                 return False
 
     def save_everything(self) -> int:
