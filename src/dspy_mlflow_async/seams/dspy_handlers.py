@@ -10,6 +10,8 @@ import dspy
 import dspy.utils.callback as dspy_callback
 from mlflow.dspy.callback import MlflowCallback
 
+from dspy_mlflow_async.seams.patching import patch
+
 # Of these DSPy decides by the type and the function. What else has callbacks is rare, or decided by what it holds.
 _DECIDED_BY_TYPE = (dspy.Module, dspy.Adapter, dspy.Tool)
 
@@ -50,16 +52,7 @@ def patch_handlers() -> Callable[[], None]:
     def _get_on_end_handler(callback: Any, instance: Any, fn: Any) -> Any:
         return (choose_end if isinstance(callback, MlflowCallback) else end)(callback, instance, fn)
 
-    dspy_callback._get_on_start_handler = _get_on_start_handler
-    dspy_callback._get_on_end_handler = _get_on_end_handler
-
-    def undo() -> None:
-        if dspy_callback._get_on_start_handler is _get_on_start_handler:
-            dspy_callback._get_on_start_handler = start
-        if dspy_callback._get_on_end_handler is _get_on_end_handler:
-            dspy_callback._get_on_end_handler = end
-
-    return undo
+    return patch(dspy_callback, _get_on_start_handler=_get_on_start_handler, _get_on_end_handler=_get_on_end_handler)
 
 
 def _remembering(choose: _Choose) -> _Choose:

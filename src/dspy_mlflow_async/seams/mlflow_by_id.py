@@ -10,6 +10,8 @@ import mlflow
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
+from dspy_mlflow_async.seams.patching import patch
+
 # All take the trace's id first.
 _OF_ASSESSMENTS = ("get_assessment", "update_assessment", "delete_assessment")
 _OF_TAGS = ("set_trace_tag", "delete_trace_tag")
@@ -34,15 +36,7 @@ def patch_by_id(
         replacements[name] = _storing(originals[name], ensure_stored, lambda _: True)
     for name in _OF_TAGS:  # of a trace in memory MLflow changes them there, and they go with it
         replacements[name] = _storing(originals[name], ensure_stored, lambda trace_id: not _is_in_memory(trace_id))
-    for name, replacement in replacements.items():
-        setattr(TracingClient, name, replacement)
-
-    def undo() -> None:
-        for name, replacement in replacements.items():
-            if getattr(TracingClient, name) is replacement:
-                setattr(TracingClient, name, originals[name])
-
-    return undo
+    return patch(TracingClient, **replacements)
 
 
 def _is_in_memory(trace_id: str) -> bool:

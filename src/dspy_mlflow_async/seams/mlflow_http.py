@@ -14,6 +14,8 @@ from mlflow.tracking.request_header import registry as request_headers
 from mlflow.utils import rest_utils
 from opentelemetry import context as otel_context
 
+from dspy_mlflow_async.seams.patching import patch
+
 __all__ = [
     "bound_http",
     "limited_http",
@@ -68,14 +70,12 @@ def bound_http() -> Callable[[], None]:
             known.update(original_headers())
         return dict(known)
 
-    rest_utils._get_http_response_with_retries = _get_http_response_with_retries
-    request_headers.resolve_request_headers = resolve_request_headers
+    undo_responses = patch(rest_utils, _get_http_response_with_retries=_get_http_response_with_retries)
+    undo_headers = patch(request_headers, resolve_request_headers=resolve_request_headers)
 
     def undo() -> None:
-        if rest_utils._get_http_response_with_retries is _get_http_response_with_retries:
-            rest_utils._get_http_response_with_retries = original
-        if request_headers.resolve_request_headers is resolve_request_headers:
-            request_headers.resolve_request_headers = original_headers
+        undo_responses()
+        undo_headers()
 
     return undo
 

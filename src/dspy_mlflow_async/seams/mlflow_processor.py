@@ -23,6 +23,8 @@ from mlflow.tracing.utils.otlp import should_export_otlp_metrics
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
+from dspy_mlflow_async.seams.patching import patch
+
 __all__ = [
     "MlflowV3SpanExporter",
     "MlflowV3SpanProcessor",
@@ -67,13 +69,7 @@ def patch_processor_factory(make: Callable[[str, Callable[[str], Any]], Any]) ->
     def _get_mlflow_span_processor(tracking_uri: str) -> Any:
         return make(tracking_uri, original)
 
-    tracing_provider._get_mlflow_span_processor = _get_mlflow_span_processor
-
-    def undo() -> None:
-        if tracing_provider._get_mlflow_span_processor is _get_mlflow_span_processor:
-            tracing_provider._get_mlflow_span_processor = original
-
-    return undo
+    return patch(tracing_provider, _get_mlflow_span_processor=_get_mlflow_span_processor)
 
 
 def is_replaceable(processor: Any) -> bool:

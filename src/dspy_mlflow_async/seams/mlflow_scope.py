@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
 
 from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams.patching import patch
 
 SESSION = TraceMetadataKey.TRACE_SESSION
 USER = TraceMetadataKey.TRACE_USER
@@ -101,12 +102,11 @@ def patch_sampler(left_out: Callable[[], None]) -> Callable[[], None]:
         original(*args, **kwargs)
         _exchange(lambda sampler: RatioSampler(sampler, left_out))
 
-    trace_provider._initialize_tracer_provider = _initialize_tracer_provider
+    unpatch = patch(trace_provider, _initialize_tracer_provider=_initialize_tracer_provider)
     _exchange(lambda sampler: RatioSampler(sampler, left_out))
 
     def undo() -> None:
-        if trace_provider._initialize_tracer_provider is _initialize_tracer_provider:
-            trace_provider._initialize_tracer_provider = original
+        unpatch()
         _exchange(None)
 
     return undo

@@ -1,0 +1,28 @@
+"""Puts functions of ours in the place of others, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def patch(owner: Any, **replacements: Any) -> Callable[[], None]:
+    """Replace attributes of a module or a class.
+
+    Args:
+        owner: The module or the class.
+        **replacements: By name, what takes the place of what is there.
+
+    Returns:
+        The undo. It leaves alone what somebody else has put there since.
+    """
+    originals = {name: getattr(owner, name) for name in replacements}
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
+
+    def undo() -> None:
+        for name, replacement in replacements.items():
+            if getattr(owner, name) is replacement:
+                setattr(owner, name, originals[name])
+
+    return undo
