@@ -48,18 +48,15 @@ class Pipeline:
 
     def queue(self, uri: str) -> StoreQueue:
         """The queue of a (resolved) tracking URI."""
-        queue = self.queues.get(uri)
-        if queue is None:
-            with self._lock:
-                successor = self._successor
-                if successor is None:
-                    queue = self.queues.get(uri)
-                    if queue is None:
-                        queue = self.queues[uri] = self._make_queue(uri)
-            if queue is None:
-                assert successor is not None  # noqa: S101 - for the type checker
-                return successor.queue(uri)
-        return queue
+        if queue := self.queues.get(uri):
+            return queue
+        with self._lock:
+            successor = self._successor
+            if successor is None:
+                if uri not in self.queues:
+                    self.queues[uri] = self._make_queue(uri)
+                return self.queues[uri]
+        return successor.queue(uri)
 
     def _make_queue(self, uri: str) -> StoreQueue:
         stable_uri = mlflow_store.absolute_uri(uri)  # what lies on disk may be sent from another working directory

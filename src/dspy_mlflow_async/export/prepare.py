@@ -19,7 +19,7 @@ def prepare(item: Item) -> None:
     """Complete an item in place. Doing so twice does nothing."""
     if isinstance(item, FollowUp):
         item.assessments = [_clean_assessment(assessment) for assessment in item.assessments]
-        item.metadata, item.tags = _clean_mapping(item.metadata), _clean_mapping(item.tags)
+        item.metadata, item.tags = _clean_value(dict(item.metadata)), _clean_value(dict(item.tags))
     elif isinstance(item, RunItem):
         item.params = [Param(clean(param.key), clean(param.value)) for param in item.params]
         item.tags = [RunTag(clean(tag.key), clean(tag.value)) for tag in item.tags]
@@ -59,17 +59,6 @@ def clean(text: str) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
 
 
-def _is_clean(text: Any) -> bool:
-    return not isinstance(text, str) or clean(text) is text
-
-
-def _clean_mapping(mapping: Any) -> dict[str, Any]:
-    return {
-        (clean(key) if isinstance(key, str) else key): (clean(value) if isinstance(value, str) else value)
-        for key, value in mapping.items()
-    }
-
-
 def _clean_span(span: Any) -> Any:
     """The immutable form of a span, and a repaired copy of it where it holds what no database takes."""
     span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
@@ -87,8 +76,8 @@ def _clean_span(span: Any) -> Any:
         context=otel.context,
         parent=otel.parent,
         resource=otel.resource,
-        attributes=_clean_mapping(otel.attributes or {}),
-        events=[Event(clean(e.name), _clean_mapping(e.attributes or {}), e.timestamp) for e in otel.events],
+        attributes=_clean_value(dict(otel.attributes or {})),
+        events=[Event(clean(e.name), _clean_value(dict(e.attributes or {})), e.timestamp) for e in otel.events],
         links=otel.links,
         kind=otel.kind,
         start_time=otel.start_time,
@@ -99,8 +88,8 @@ def _clean_span(span: Any) -> Any:
 
 
 def _clean_info(info: Any) -> None:
-    info.trace_metadata = _clean_mapping(info.trace_metadata)
-    info.tags = _clean_mapping(info.tags)
+    info.trace_metadata = _clean_value(dict(info.trace_metadata))
+    info.tags = _clean_value(dict(info.tags))
     for name in ("request_preview", "response_preview", "client_request_id"):
         value = getattr(info, name)
         if isinstance(value, str):
@@ -120,6 +109,10 @@ def _clean_value(value: Any) -> Any:
         values = [_clean_value(each) for each in value]
         return value if all(new is old for new, old in zip(values, value, strict=True)) else values
     return value
+
+
+def _is_clean(value: Any) -> bool:
+    return _clean_value(value) is value
 
 
 def _clean_assessment(assessment: Any) -> Any:

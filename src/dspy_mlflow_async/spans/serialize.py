@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import orjson
 import pydantic
 
 from dspy_mlflow_async.settings import Redact
@@ -35,10 +34,7 @@ _ATTACHMENT_KEYS = frozenset({"data", "b64_json", "result"})
 
 def dump(value: Any) -> str:
     """JSON text of a plain value, as MLflow reads it back; what orjson has no words for takes the longer way."""
-    try:
-        return orjson.dumps(value).decode()
-    except (TypeError, ValueError):  # an integer beyond 64 bits, or a lone surrogate
-        return bounds.json_text(value)
+    return bounds.json_bytes(value).decode()
 
 
 def with_floats_replaced(value: Any, replace: Callable[[float], Any]) -> Any:
