@@ -297,23 +297,33 @@ def test_two_threads_switch_while_others_call(traces):
         tree(trace)  # one root
 
 
+class Wrong(dspy.Module):
+    """Fails, waits to be cancelled, or is dropped, as the question says."""
+
+    def forward(self, question):
+        if question == "@fails":
+            raise ValueError(question)
+        return dspy.Prediction(answer=question)
+
+    async def aforward(self, question):
+        if question == "@held":
+            await asyncio.Event().wait()
+        if question == "@dropped":
+            await _for_ever()
+        return self.forward(question)
+
+
+@types.coroutine
+def _for_ever():
+    while True:
+        yield
+
+
 @pytest.mark.timeout(600)  # seconds; the other tests share the machine
 def test_nothing_grows():
     """After 10,000 calls of several kinds, nothing that the tracer holds has grown."""
-
-    class Small(dspy.Module):
-        def forward(self, question):
-            if question == "@fails":
-                raise ValueError(question)
-            return dspy.Prediction(answer=question)
-
-        async def aforward(self, question):
-            if question == "@held":
-                await asyncio.Event().wait()
-            return self.forward(question)
-
     dspy.configure(lm=EchoLM(), disable_history=True)
-    predict, small = dspy.Predict("question -> answer"), Small()
+    predict, small = dspy.Predict("question -> answer"), Wrong()
     example = dspy.Example(question="@a").with_inputs("question")
 
     async def in_tasks():
@@ -350,28 +360,6 @@ def test_nothing_grows():
         after = _held()
 
     assert before == after
-
-
-class Wrong(dspy.Module):
-    """Fails, waits to be cancelled, or is dropped, as the question says."""
-
-    def forward(self, question):
-        if question == "@fails":
-            raise ValueError(question)
-        return dspy.Prediction(answer=question)
-
-    async def aforward(self, question):
-        if question == "@held":
-            await asyncio.Event().wait()
-        if question == "@dropped":
-            await _for_ever()
-        return self.forward(question)
-
-
-@types.coroutine
-def _for_ever():
-    while True:
-        yield
 
 
 EXAMPLES = [dspy.Example(question=each).with_inputs("question") for each in ("@a", "@fails", "@b")]

@@ -19,6 +19,22 @@ def run_id(sqlite, client):
     return client.create_run(sqlite.experiment_id).info.run_id
 
 
+@pytest.fixture
+def held_up(sqlite, monkeypatch):
+    """What says that a caller is writing, and what lets it go on."""
+    writing, go = threading.Event(), threading.Event()
+    urgent = sqlite.queue._urgent_writer
+    write = urgent.write_together
+
+    def slow_write(items):
+        writing.set()
+        assert go.wait(30)
+        return write(items)
+
+    monkeypatch.setattr(urgent, "write_together", slow_write)
+    return writing, go
+
+
 def test_one_that_is_refused_takes_no_other_along(client, run_id):
     """A param that has another value is refused; what was logged beside it is stored, and the caller is told."""
     client.log_param(run_id, "a", "1")
@@ -51,18 +67,9 @@ def test_more_than_one_request_takes(client, run_id):
     assert ("2", "1") == (data.tags["t0"], data.tags["t249"])
 
 
-def test_what_comes_while_it_is_written(sqlite, client, run_id, monkeypatch):
+def test_what_comes_while_it_is_written(sqlite, client, run_id, held_up):
     """It is written after that, by whomever; a flush waits for both."""
-    writing, go = threading.Event(), threading.Event()
-    urgent = sqlite.queue._urgent_writer
-    write = urgent.write_together
-
-    def slow_write(items):
-        writing.set()
-        assert go.wait(30)
-        return write(items)
-
-    monkeypatch.setattr(urgent, "write_together", slow_write)
+    writing, go = held_up
     writer = export.run_writer(None)
     writer.log(run_id, tags=[RunTag("t", "1")])
     thread = threading.Thread(target=writer.settle, args=(run_id,))
@@ -80,18 +87,9 @@ def test_what_comes_while_it_is_written(sqlite, client, run_id, monkeypatch):
     assert ("2", "KILLED") == (run.data.tags["t"], run.info.status)
 
 
-def test_the_process_ends_while_it_is_written(sqlite, client, run_id, monkeypatch):
+def test_the_process_ends_while_it_is_written(sqlite, client, run_id, held_up):
     """What is in the hands of a caller is kept on disk, unless the store proves to have it."""
-    writing, go = threading.Event(), threading.Event()
-    urgent = sqlite.queue._urgent_writer
-    write = urgent.write_together
-
-    def slow_write(items):
-        writing.set()
-        assert go.wait(30)
-        return write(items)
-
-    monkeypatch.setattr(urgent, "write_together", slow_write)
+    writing, go = held_up
     writer = export.run_writer(None)
     writer.end(run_id, "FINISHED", 99)
     thread = threading.Thread(target=writer.settle, args=(run_id,))
