@@ -45,6 +45,7 @@ def slow(server, store_uri, monkeypatch):
 async def with_longest_gap(call):
     """What ``call`` gives, and the longest time in seconds in which the loop got to do nothing else."""
     gaps = []
+    has_begun = asyncio.Event()
 
     async def tick():
         last = time.monotonic()
@@ -53,9 +54,10 @@ async def with_longest_gap(call):
             now = time.monotonic()
             gaps.append(now - last)
             last = now
+            has_begun.set()
 
     ticker = asyncio.ensure_future(tick())
-    await asyncio.sleep(0.02)
+    await has_begun.wait()
     try:
         return await call, max(gaps)
     finally:

@@ -32,8 +32,18 @@ def monitors():
 
 
 def take_some_time(question="-0"):
-    if question.endswith("-0"):
-        time.sleep(1.0)
+    """Until the store has two samples of the run that is active here, and of the one above it: the first lacks some."""
+    if not question.endswith("-0"):
+        return
+    client = mlflow.tracking.MlflowClient()
+    run = mlflow.active_run()
+    deadline = time.monotonic() + 60
+    while run is not None:
+        while len(client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")) < 2:
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.05)
+        parent_id = run.data.tags.get("mlflow.parentRunId")
+        run = client.get_run(parent_id) if parent_id else None
 
 
 def system_metrics(run):
@@ -82,8 +92,11 @@ def test_of_one_that_fails(runs):
 def test_not_asked_for(runs, monkeypatch):
     """Then there are none."""
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-    evaluate("a", program=Program(take_some_time))
+    seen = []
+    evaluate("a", program=Program(lambda question: seen.append(monitors())))
 
+    assert seen
+    assert [] == [monitor for each in seen for monitor in each]
     assert set() == system_metrics(runs.run("eval"))
 
 
