@@ -13,6 +13,7 @@ from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.context.threads import Undo, patch_all_threads, patch_worker_pool
 from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams import dspy as seam
+from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
 from dspy_mlflow_async.seams.dspy_handlers import patch_handlers
 
 
@@ -47,6 +48,7 @@ class _Hooks:
         self._calls = (
             _Patch(lambda: patch_worker_pool(seam.ParallelExecutor, _prepare_items)),
             _Patch(patch_handlers),
+            _Patch(patch_arguments),
         )
         self._threads = _Patch(lambda: patch_all_threads(_carrier_for_thread))
 
