@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
+from dspy_mlflow_async.seams import mlflow_live as live_seam
 from dspy_mlflow_async.seams import mlflow_traces
 
 
@@ -44,7 +45,7 @@ def total(info: Any, spans: Any) -> None:
     """Write the usage and cost of these spans into the trace."""
     if usage := mlflow_traces.aggregate_usage_from_spans(spans):
         info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
-    if mlflow_traces.computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
+    if live_seam.computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
         info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
 
 

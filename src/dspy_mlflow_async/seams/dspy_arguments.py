@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
 
 import dspy.utils.callback as dspy_callback
 
@@ -42,32 +43,67 @@ class _Inspect:
         return inspect.getcallargs(func, *positional, **named) if found is None else found
 
 
+class _Parameters(NamedTuple):
+    """A function's parameters, read from its code.
+
+    Attributes:
+        code: What they were read from.
+        named: All that may be given by name, keyword-only ones last.
+        positional: How many of them may be given by position.
+        rest: The name of ``*args``, or None.
+        others: The name of ``**kwargs``, or None.
+    """
+
+    code: CodeType
+    named: tuple[str, ...]
+    positional: int
+    rest: str | None
+    others: str | None
+
+
+_known: weakref.WeakKeyDictionary[FunctionType, _Parameters] = weakref.WeakKeyDictionary()
+
+
+def _parameters_of(func: FunctionType) -> _Parameters:
+    known = _known.get(func)
+    if known is None or known.code is not func.__code__:
+        code = func.__code__
+        total = code.co_argcount + code.co_kwonlyargcount
+        names = iter(code.co_varnames[total:])
+        known = _known[func] = _Parameters(
+            code,
+            code.co_varnames[:total],
+            code.co_argcount,
+            next(names) if code.co_flags & inspect.CO_VARARGS else None,
+            next(names) if code.co_flags & inspect.CO_VARKEYWORDS else None,
+        )
+    return known
+
+
 def _arguments_of(func: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a plain function, or None where they do not fit or where it is something else."""
     if type(func) is not FunctionType or not _OVERRIDES.isdisjoint(func.__dict__):
         return None
-    code, given = func.__code__, len(positional)
-    names, count = code.co_varnames, code.co_argcount
-    total = count + code.co_kwonlyargcount
-    rest = total + bool(code.co_flags & inspect.CO_VARARGS)
-    found: dict[str, Any] = dict(zip(names[:count], positional, strict=False))
-    if rest > total:
-        found[names[total]] = positional[count:]
+    _, parameters, count, rest, kwargs = _parameters_of(func)
+    given = len(positional)
+    found: dict[str, Any] = dict(zip(parameters[:count], positional, strict=False))
+    if rest is not None:
+        found[rest] = positional[count:]
     elif given > count:
         return None
-    others: dict[str, Any] | None = None
-    if code.co_flags & inspect.CO_VARKEYWORDS:
-        found[names[rest]] = others = {}
+    others: dict[str, Any] = {}
+    if kwargs is not None:
+        found[kwargs] = others
     for name, value in named.items():
-        if name in names[:total]:
-            if name in found:
+        if name not in parameters:
+            if kwargs is None:
                 return None
-            found[name] = value
-        elif others is None:
+            others[name] = value
+        elif name in found:
             return None
         else:
-            others[name] = value
-    return found if _add_defaults(func, found, names[given:count], names[count:total]) else None
+            found[name] = value
+    return found if _add_defaults(func, found, parameters[given:count], parameters[count:]) else None
 
 
 def _add_defaults(func: Any, found: dict[str, Any], unfilled: tuple[str, ...], keyword_only: tuple[str, ...]) -> bool:

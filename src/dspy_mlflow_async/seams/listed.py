@@ -40,6 +40,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("dspy.utils.callback:with_callbacks", _EVALUATE),
     Seam("dspy.utils.callback:_get_on_start_handler", _HANDLERS, is_optional=True),
     Seam("dspy.utils.callback:_get_on_end_handler", _HANDLERS, is_optional=True),
+    Seam("dspy.utils.callback:inspect", "tells the arguments of a call faster", is_optional=True),
     # MLflow, the context that tells which span is current
     Seam(f"{_PROVIDER}:mlflow_runtime_context", _CONTEXT),
     Seam(f"{_PROVIDER}:mlflow_runtime_context._current_context", _CONTEXT),
@@ -64,6 +65,9 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_UTILS}:encode_span_id", _SPANS),
     Seam(f"{_UTILS}:set_span_cost_attribute", _SPANS),
     Seam(f"{_UTILS}:should_compute_cost_client_side", _SPANS),
+    Seam("mlflow.tracking._tracking_service.utils:get_tracking_uri", _SPANS),
+    Seam("mlflow.tracking._tracking_service.utils:is_tracking_uri_set", _SPANS),
+    Seam("os:environ._data", _SPANS, is_optional=True),
     Seam(f"{_UTILS}.processor:apply_span_processors", _SPANS),
     Seam(f"{_UTILS}.default_log_level:default_log_level_for_span_type", _SPANS, is_optional=True),
     # MLflow, its own integration, which ours replaces

@@ -15,7 +15,7 @@ from mlflow.entities import SpanStatusCode, SpanType
 from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey, TraceMetadataKey, TraceTagKey
 from mlflow.tracing.context import _USER_TRACE_CONTEXT, _UserTraceContext
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.utils import encode_span_id, set_span_cost_attribute, should_compute_cost_client_side
+from mlflow.tracing.utils import encode_span_id, set_span_cost_attribute
 from mlflow.tracing.utils.processor import apply_span_processors
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
@@ -344,7 +344,7 @@ def end_span(
     if event is not None:
         recording.add_event("exception", event)
     recording.set_status(status)
-    if SpanAttributeKey.CHAT_USAGE in attributes and should_compute_cost_client_side():
+    if SpanAttributeKey.CHAT_USAGE in attributes and live_seam.computes_cost():
         set_span_cost_attribute(span.live)
     apply_span_processors(span.live)
     recording.end()

@@ -13,6 +13,8 @@ from mlflow.entities.span import LiveSpan, _SpanAttributesRegistry, create_mlflo
 from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
 from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.trace_manager import InMemoryTraceManager
+from mlflow.tracing.utils import should_compute_cost_client_side
+from mlflow.tracking._tracking_service.utils import get_tracking_uri, is_tracking_uri_set
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Span, TracerProvider
@@ -73,18 +75,44 @@ def live_span_of(span: Span) -> LiveSpan | None:
     return span.__dict__.get(_LIVE)
 
 
+# --- what MLflow asks of its settings for each span, asked more cheaply ----------------------------------------------
+
+# ``os.environ`` encodes a name and raises KeyError for each look; what it keeps is a dict.
+_encode = getattr(os.environ, "encodekey", str)
+_environment = getattr(os.environ, "_data", os.environ)
+_USE_DEFAULT = _encode("MLFLOW_USE_DEFAULT_TRACER_PROVIDER")
+_PROPAGATE = _encode("MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT")
+
+
 def is_isolated() -> bool:
     """Whether MLflow keeps a tracer provider of its own (``MLFLOW_USE_DEFAULT_TRACER_PROVIDER``, its default)."""
-    if os.environ.get("MLFLOW_USE_DEFAULT_TRACER_PROVIDER") is None:
-        return True
-    return bool(MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get())
+    return _USE_DEFAULT not in _environment or bool(MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get())
 
 
 def propagates_to_opentelemetry() -> bool:
     """Whether MLflow's current span is OpenTelemetry's too (``MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT``)."""
-    if MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT is None or "MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT" not in os.environ:
+    if _PROPAGATE not in _environment or MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT is None:
         return False
     return bool(MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT.get())
+
+
+_computing: dict[str, bool] = {}  # by tracking URI; a program has few
+
+
+def computes_cost() -> bool:
+    """Whether the client is the one to compute the cost of an LM call (Databricks, SageMaker), as MLflow decides it.
+
+    Where no store is set it is a local one, and those compute the cost themselves.
+    """
+    if not is_tracking_uri_set():
+        return False
+    uri = get_tracking_uri()
+    known = _computing.get(uri)
+    if known is None:
+        known = bool(should_compute_cost_client_side())
+        if uri == get_tracking_uri():  # nobody has set another one meanwhile
+            _computing[uri] = known
+    return known
 
 
 def _probe() -> bool:

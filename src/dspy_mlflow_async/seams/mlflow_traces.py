@@ -24,7 +24,6 @@ from mlflow.tracing.utils import (
     generate_assessment_id,
     get_experiment_id_for_trace,
     maybe_get_request_id,
-    should_compute_cost_client_side,
 )
 from mlflow.tracing.utils.truncation import set_request_response_preview
 from mlflow.utils.databricks_utils import is_in_databricks_notebook
@@ -37,7 +36,6 @@ __all__ = [
     "aggregate_cost_from_spans",
     "aggregate_usage_from_spans",
     "complete_metadata",
-    "computes_cost",
     "display",
     "displays",
     "encode_span_id",
@@ -70,8 +68,10 @@ def trace_id_of(otel_trace_id: int) -> str | None:
 
 def peek_trace(trace_id: str) -> _Trace | None:
     """The in-memory record of a trace. ``get_trace`` is public but holds the manager's lock while one looks."""
-    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
-        return trace
+    manager = InMemoryTraceManager.get_instance()
+    with manager._lock:
+        trace: _Trace | None = manager._traces.get(trace_id)
+    return trace
 
 
 def pop_trace(otel_trace_id: int, trace_id: str) -> None:
@@ -127,8 +127,7 @@ def weigh(spans: Iterable[Any]) -> int:
     for span in spans:
         size += _SPAN_BYTES
         attributes = span._span._attributes
-        for value in tuple(getattr(attributes, "_dict", attributes or {}).values()):
-            size += sys.getsizeof(value)
+        size += sum(map(sys.getsizeof, tuple(getattr(attributes, "_dict", attributes or {}).values())))
         for attachment in span._attachments.values():
             size += len(attachment.content_bytes)
     return size
@@ -172,11 +171,6 @@ def complete_metadata(trace: Any) -> None:
     """Previews and size statistics, as MLflow adds them at export."""
     set_request_response_preview(trace.info, trace.data)
     add_size_stats_to_trace_metadata(trace)
-
-
-def computes_cost() -> bool:
-    """Whether the client is the one to compute the cost (Databricks, SageMaker)."""
-    return bool(should_compute_cost_client_side())
 
 
 def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: list[Any] | None) -> Span:

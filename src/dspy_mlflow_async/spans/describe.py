@@ -6,6 +6,7 @@ The reference is ``mlflow.dspy.callback.MlflowCallback``. Nothing here changes w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -112,10 +113,22 @@ def describe_outputs(instance: Any, outputs: Any) -> Any:
 
 def program_hash(predictor: Any) -> str:
     """Twelve hexadecimal digits that name a predictor's instructions and demos, so that a trace names its candidate."""
-    digest = hashlib.sha256(str(predictor.signature.instructions).encode("utf-8", "backslashreplace"))
-    for demo in getattr(predictor, "demos", None) or ():
-        for text in _texts_of_demo(demo):
-            digest.update(without_addresses(text).encode("utf-8", "backslashreplace"))
+    instructions, demos = str(predictor.signature.instructions), getattr(predictor, "demos", None)
+    if not demos:
+        return _hash_of_instructions(instructions)
+    texts = [without_addresses(text) for demo in demos for text in _texts_of_demo(demo)]
+    return _hash_of(instructions, *texts)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of_instructions(instructions: str) -> str:
+    return _hash_of(instructions)
+
+
+def _hash_of(*texts: str) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:12]
 
 

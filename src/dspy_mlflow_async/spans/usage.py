@@ -30,6 +30,7 @@ from dspy_mlflow_async.spans.outcome import OK, outcome_of
 from dspy_mlflow_async.spans.witness import LmCall, RequestWitness
 
 Usage = Mapping[str, Any]
+_NOTHING: Usage = {}
 
 
 def token_usage(entries: Iterable[Usage]) -> dict[str, int]:
@@ -84,6 +85,8 @@ def _count(value: Any) -> int | None:
 
 
 def _mapping(value: Any) -> Usage:
+    if value is None:
+        return _NOTHING
     if isinstance(value, Mapping):
         return value
     dump = getattr(value, "model_dump", None)
