@@ -26,6 +26,7 @@ from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.export.retry import Verdict, judge
 from dspy_mlflow_async.export.writer import Outcome, Writer
 from dspy_mlflow_async.seams import mlflow_store
+from mlflow_server import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,24 @@ def test_a_server_that_is_down_at_start(make, server):
     assert arrived(installed, ids)
     assert installed.queue._writer._takes_batches
     assert installed.queue._writer._takes_spans
+
+
+def test_an_http_proxy_that_is_gone_and_comes_back(make, server, monkeypatch):
+    """The environment's proxies are looked up again for each batch, as everything else that may change."""
+    installed = make(uri=server.uri)
+    ids = [call()]
+    assert export.flush(100)
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("http_proxy", os.environ["HTTP_PROXY"])
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    ids += [call() for _ in range(3)]
+    assert not export.flush(20)
+    assert (1, 3) == (export.stats().stored, export.stats().spooled)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    wait_until(lambda: export.flush(5), 60)
+    assert arrived(installed, ids)
 
 
 @pytest.mark.parametrize("fault", [500, 429, 401, 503, "hang up"])

@@ -126,6 +126,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.utils.databricks_utils:is_in_databricks_notebook", _WRITE),
     Seam("mlflow.tracking.request_header:registry", _WRITE),
     Seam("mlflow.tracking.request_header.registry:resolve_request_headers", _WRITE),
+    Seam("requests.sessions:get_environ_proxies", _WRITE, is_optional=True),
     Seam("mlflow.utils:rest_utils", "bounds how long one write may take"),
     Seam("mlflow.utils.rest_utils:_get_http_response_with_retries", "bounds how long one write may take"),
     Seam("mlflow.utils.uri:is_databricks_uri", _WRITE),

@@ -9,10 +9,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow.tracking.request_header import registry as request_headers
 from mlflow.utils import rest_utils
 from opentelemetry import context as otel_context
+from requests import sessions
 
 from dspy_mlflow_async.seams.patching import patch
 
@@ -23,9 +25,21 @@ __all__ = [
 ]
 
 
-_http_limit: ContextVar[float | None] = ContextVar("dspy_mlflow_async_http_limit", default=None)
-_http_headers: ContextVar[dict[str, Any] | None] = ContextVar("dspy_mlflow_async_http_headers", default=None)
-_http_status: ContextVar[list[int] | None] = ContextVar("dspy_mlflow_async_http_status", default=None)
+class _Block:
+    """What holds for the requests of one ``limited_http`` block, and what need not be found out for each of them.
+
+    MLflow asks every header provider for every request, and Databricks' tries some imports that fail. Requests goes
+    through the whole environment three times to learn of proxies. Together a quarter of what a request costs.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.statuses: list[int] = []
+        self.headers: dict[str, Any] | None = None
+        self.proxies: dict[str, dict[str, str]] = {}  # by host
+
+
+_block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default=None)
 
 
 def bound_http() -> Callable[[], None]:
@@ -34,8 +48,20 @@ def bound_http() -> Callable[[], None]:
     Returns:
         The undo.
     """
-    original = rest_utils._get_http_response_with_retries
+    undos = [
+        patch(rest_utils, _get_http_response_with_retries=_limiting(rest_utils._get_http_response_with_retries)),
+        patch(request_headers, resolve_request_headers=_asking_once(request_headers.resolve_request_headers)),
+        patch(sessions, get_environ_proxies=_looking_once(sessions.get_environ_proxies)),  # type: ignore[attr-defined]
+    ]
 
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo
+
+
+def _limiting(respond: Callable[..., Any]) -> Callable[..., Any]:
     def _get_http_response_with_retries(
         method: str,
         url: str,
@@ -47,54 +73,58 @@ def bound_http() -> Callable[[], None]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        limit = _http_limit.get()
-        if limit is not None:
+        block = _block.get()
+        if block is not None:
             max_retries, raise_on_status = 0, False
-            kwargs["timeout"] = min(limit, kwargs.get("timeout") or limit)
-        response = original(
+            kwargs["timeout"] = min(block.seconds, kwargs.get("timeout") or block.seconds)
+        response = respond(
             method, url, max_retries, backoff_factor, backoff_jitter, retry_codes, raise_on_status, *args, **kwargs
         )
-        seen = _http_status.get()
-        if seen is not None:
-            seen.append(response.status_code)
+        if block is not None:
+            block.statuses.append(response.status_code)
         return response
 
-    original_headers = request_headers.resolve_request_headers
+    return _get_http_response_with_retries
 
+
+def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_request_headers(given: Any = None) -> Any:
-        # MLflow asks every provider for every request; Databricks' tries some imports that fail, a fifth of the cost.
-        known = _http_headers.get()
-        if known is None or given is not None:
-            return original_headers(given)
-        if not known:
-            known.update(original_headers())
-        return dict(known)
+        block = _block.get()
+        if block is None or given is not None:
+            return resolve(given)
+        if block.headers is None:
+            block.headers = dict(resolve())
+        return dict(block.headers)
 
-    undo_responses = patch(rest_utils, _get_http_response_with_retries=_get_http_response_with_retries)
-    undo_headers = patch(request_headers, resolve_request_headers=resolve_request_headers)
+    return resolve_request_headers
 
-    def undo() -> None:
-        undo_responses()
-        undo_headers()
 
-    return undo
+def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:
+    def get_environ_proxies(url: str, no_proxy: Any = None) -> Any:
+        block = _block.get()
+        if block is None or no_proxy is not None:
+            return find(url, no_proxy)
+        host = urlsplit(url).netloc
+        if host not in block.proxies:
+            block.proxies[host] = find(url)
+        return dict(block.proxies[host])
+
+    return get_environ_proxies
 
 
 @contextlib.contextmanager
 def limited_http(seconds: float) -> Iterator[list[int]]:
-    """One attempt for each request inside, bounded in time, with the header providers asked once.
+    """One attempt for each request inside, bounded in time, with headers and proxies found out once.
 
     Yields:
         The HTTP statuses seen; an ``MlflowException`` of the OTLP endpoint does not carry its own.
     """
-    statuses: list[int] = []
-    limit, seen, headers = _http_limit.set(seconds), _http_status.set(statuses), _http_headers.set({})
+    block = _Block(seconds)
+    token = _block.set(block)
     try:
-        yield statuses
+        yield block.statuses
     finally:
-        _http_headers.reset(headers)
-        _http_limit.reset(limit)
-        _http_status.reset(seen)
+        _block.reset(token)
 
 
 @contextlib.contextmanager
