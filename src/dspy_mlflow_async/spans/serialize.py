@@ -162,6 +162,7 @@ class Plain:
     def _mapping(self, value: dict[Any, Any], secrets: bool) -> dict[str, Any]:
         plain: dict[str, Any] = {}
         is_open = self._redact is None
+        is_record = secrets and value.get("value") is not None and any(map(names_secret, _names_in(value)))
         for key, item in list(value.items()):
             name = key if type(key) is str else _key(key)
             remaining = self._remaining - len(name)
@@ -169,7 +170,7 @@ class Plain:
                 plain["…"] = bounds.mark_of_items(len(plain), len(value), "keys")
                 break
             self._remaining = remaining
-            if secrets and item is not None and is_secret(name):
+            if secrets and item is not None and (is_secret(name) or (is_record and name == "value")):
                 plain[name] = MASK
                 self.has_secrets = True
             elif item is None and is_open:
@@ -274,6 +275,11 @@ class Plain:
             return self._container(shown, secrets=secrets)
         finally:
             self._path.discard(identity)
+
+
+def _names_in(record: dict[Any, Any]) -> tuple[Any, Any]:
+    """What a record of a name and a value, as HTTP archives and cloud APIs write headers, may call its name."""
+    return record.get("name"), record.get("key")
 
 
 def _may_be_media(text: str, key: str | None) -> bool:
