@@ -502,6 +502,7 @@ def test_nothing_grows_where_calls_go_wrong(call_all, monkeypatch):
         before = _held(standing)
         for _ in range(20):
             call_all()
+        gc.collect()  # DSPy 3.3 inspects the stack in each call, and so leaves its frames to the collector
         tracer.end_abandoned()
         assert len(traces) >= 20
         traces.clear()

@@ -91,6 +91,8 @@ def test_flush_under_load_waits_for_what_had_ended(sqlite):
     def work():
         while not is_over.is_set():
             call()
+            while export.stats().waiting > 200 and not is_over.wait(0.01):  # more than any store takes at once
+                pass
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -103,6 +105,39 @@ def test_flush_under_load_waits_for_what_had_ended(sqlite):
         is_over.set()
     for thread in threads:
         thread.join(30)
+    assert export.flush(100)
+    stats = export.stats()
+    assert stats.started == stats.stored
+
+
+def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
+    """What finds no room in memory goes to the disk, and is not what had ended when the flush began."""
+    installed = make(max_waiting_bytes=40_000)
+    queue = installed.queue
+    may_write, is_writing, is_over = threading.Event(), threading.Event(), threading.Event()
+    write = queue._writer.write
+
+    def write_one_batch(items):
+        may_go_on = is_over if is_writing.is_set() else may_write
+        is_writing.set()
+        may_go_on.wait(60)
+        return write(items)
+
+    monkeypatch.setattr(queue._writer, "write", write_one_batch)
+    first = call()
+    with ThreadPoolExecutor(1) as pool:
+        assert is_writing.wait(60)
+        flushing = pool.submit(export.flush, 60)
+        wait_until(queue._hurry.is_set)
+        while export.stats().spooled < 5:
+            call()
+        may_write.set()
+        try:
+            assert flushing.result(60)
+            assert {first} == set(installed.read())
+            assert export.stats().spooled == 5
+        finally:
+            is_over.set()
     assert export.flush(100)
     stats = export.stats()
     assert stats.started == stats.stored

@@ -75,6 +75,7 @@ class StoreQueue:
         self._stop = threading.Event()
         self._progress = threading.Condition()
         self._flushing = 0  # how many callers wait
+        self._moved = 0  # the backlog's count when something last went from memory to the disk, or was adopted
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -281,7 +282,7 @@ class StoreQueue:
     def _put_behind(self, suspects: set[str]) -> None:
         """What waits behind a suspect goes after it to the spool: sent before it, it would be refused."""
         for item in self.memory.remove(suspects) if suspects else ():
-            if not self._is_partial(item) and not self._to_spool(item):
+            if not self._is_partial(item) and not self._move_to_spool(item):
                 self._drop(item)
 
     def _settle_saved(self, outcomes: list[Outcome]) -> None:
@@ -332,6 +333,13 @@ class StoreQueue:
         self._books.move("waiting", "spooled", item.counted)
         return True
 
+    def _move_to_spool(self, item: Item) -> bool:
+        """Bring to the disk what has waited in memory; who flushes goes on waiting for it."""
+        if not self._to_spool(item):
+            return False
+        self._moved = self.backlog.count
+        return True
+
     def _spool_waiting(self) -> None:
         """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
         self._disk.is_full = False
@@ -340,7 +348,7 @@ class StoreQueue:
                 batch = self.memory.take(1, 1)
                 if not batch:
                     return
-                is_safe = self._is_partial(batch[0]) or self._to_spool(batch[0])
+                is_safe = self._is_partial(batch[0]) or self._move_to_spool(batch[0])
                 self.memory.give_back(batch, [] if is_safe or not self._disk.is_full else batch)
                 if not is_safe and not self._disk.is_full:  # nobody can ever write it down
                     self._drop(batch[0])
@@ -419,7 +427,7 @@ class StoreQueue:
         if self._is_partial(item):
             return
         self.backlog.suspect(item.key)
-        if not self._to_spool(item):
+        if not self._move_to_spool(item):
             self._drop(item)
 
     def _is_partial(self, item: Item) -> bool:
@@ -429,6 +437,7 @@ class StoreQueue:
     def feed(self, references: list[Reference]) -> None:
         """Send records that somebody else has spooled."""
         self.backlog.add(references)
+        self._moved = self.backlog.count
 
     def _adopt(self) -> None:
         """Now and then, while the store takes what it is given: what ended processes have left behind."""
@@ -457,7 +466,7 @@ class StoreQueue:
         with self._progress:
             self._flushing += 1
             away, suspect = self.times_away, self._times_suspect
-        count = self.memory.count
+        count, spooled = self.memory.count, self.backlog.count
         try:
             self.hurry()
             if not self.is_empty():
@@ -466,6 +475,7 @@ class StoreQueue:
                 self.work()
             return self._wait_for(
                 count,
+                spooled,
                 deadline,
                 is_away=lambda: self.times_away != away,
                 has_suspects=lambda: self._times_suspect != suspect,
@@ -476,17 +486,26 @@ class StoreQueue:
             self._tell()
 
     def _wait_for(
-        self, count: int, deadline: float | None, *, is_away: Callable[[], bool], has_suspects: Callable[[], bool]
+        self,
+        count: int,
+        spooled: int,
+        deadline: float | None,
+        *,
+        is_away: Callable[[], bool],
+        has_suspects: Callable[[], bool],
     ) -> bool:
-        """Wait until nothing is left of the first ``count`` items, or waiting is of no use."""
-        spooled: int | None = None  # what has come to the disk by the time that none of them is in memory
+        """Wait until nothing is left of the first ``count`` items and ``spooled`` records, or waiting is of no use.
+
+        What overflows to the disk meanwhile is not waited for.
+        """
+        left_memory = False
         with self._progress:
             while True:
-                if spooled is None and not self.memory.has_any_of_first(count):
-                    spooled = self.backlog.count
-                if spooled is not None and self.backlog.is_done_with(spooled):
+                if not left_memory and not self.memory.has_any_of_first(count):
+                    left_memory, spooled = True, max(spooled, self._moved)
+                if left_memory and self.backlog.is_done_with(spooled):
                     return True
-                if is_away() or (spooled is not None and has_suspects() and not self.backlog.waiting()):
+                if is_away() or (left_memory and has_suspects() and not self.backlog.waiting()):
                     return False
                 left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
                 if left <= 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,23 +17,26 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 
 class _MemoryExporter(SpanExporter):
-    """Hands each trace on when its root and all other spans of it have ended."""
+    """Hands each trace on when its root and all other spans of it have ended.
+
+    There is no lock: the collector may run in here, and end the span of a generator that nobody has finished.
+    """
 
     def __init__(self, keep: Callable[[Trace], None]) -> None:
         self._keep = keep
-        self._lock = threading.Lock()
-        self._ended_roots: set[int] = set()
+        self._ended_roots: dict[int, bool] = {}
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         manager = InMemoryTraceManager.get_instance()
-        with self._lock:
-            self._ended_roots.update(span.context.trace_id for span in spans if span.parent is None)
-            complete = [trace_id for trace_id in self._ended_roots if not _has_open_spans(manager, trace_id)]
-            self._ended_roots.difference_update(complete)
-        for trace_id in complete:
-            popped = manager.pop_trace(trace_id)
-            if popped is not None:
-                self._keep(popped.trace)
+        for span in spans:
+            if span.parent is None:
+                self._ended_roots[span.context.trace_id] = True
+        # A span has ended before it comes here, so of two that end at once the later one finds the trace complete.
+        for trace_id in tuple(self._ended_roots):
+            if not _has_open_spans(manager, trace_id) and self._ended_roots.pop(trace_id, False):
+                popped = manager.pop_trace(trace_id)
+                if popped is not None:
+                    self._keep(popped.trace)
         return SpanExportResult.SUCCESS
 
 
@@ -42,7 +44,7 @@ def _has_open_spans(manager: Any, otel_trace_id: int) -> bool:
     # InMemoryTraceManager.has_open_spans, which the lowest supported version lacks.
     trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id)
     with manager.get_trace(trace_id) as trace:
-        return trace is not None and any(span.end_time_ns is None for span in trace.span_dict.values())
+        return trace is not None and any(span.end_time_ns is None for span in tuple(trace.span_dict.values()))
 
 
 @contextlib.contextmanager
