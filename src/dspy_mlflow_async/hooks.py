@@ -63,6 +63,10 @@ class _Hooks:
         with self.lock:
             self._tracers.add(tracer)
 
+    def remove(self, tracer: Any) -> None:
+        with self.lock:
+            self._tracers.discard(tracer)
+
     def count_compiles(self, change: int) -> None:
         with self.lock:
             self._open_compiles = max(0, self._open_compiles + change)  # a start may be interrupted before it counts
@@ -92,6 +96,13 @@ def serve(tracer: Any) -> None:
     """
     with _hooks.lock:
         _hooks.add(tracer)
+        _hooks.update()
+
+
+def dismiss(tracer: Any) -> None:
+    """Take the patches out that nobody else needs: ``tracer`` has done its work, whoever still holds it."""
+    with _hooks.lock:
+        _hooks.remove(tracer)
         _hooks.update()
 
 

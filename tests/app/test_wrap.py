@@ -7,6 +7,7 @@ import logging
 import threading
 
 import anyio
+import cloudpickle
 import dspy
 import mlflow
 import pytest
@@ -121,6 +122,31 @@ def test_the_bound_holds_for_a_request(captured):
     root = next(span for span in captured[0].data.spans if span.parent_id is None)
     for key in ("mlflow.spanInputs", "mlflow.spanOutputs"):
         assert 900 <= len(root.to_dict()["attributes"][key].encode()) <= 1064
+
+
+def test_copies_of_programs_with_copying_of_their_own():
+    """A wrapped program is copied and pickled as what it is, whatever its program says of itself."""
+
+    class Own:
+        def __call__(self, question):
+            return question
+
+        def __deepcopy__(self, memo):
+            return Own()
+
+        def __copy__(self):
+            return Own()
+
+        def __getstate__(self):
+            return {"own": 1}
+
+        def __setstate__(self, state):
+            self.__dict__.update(state)
+
+    wrapped = wrap(Own())
+    for copied in (copy.copy(wrapped), copy.deepcopy(wrapped), cloudpickle.loads(cloudpickle.dumps(wrapped))):
+        assert repr(copied).startswith("wrap(")
+        assert "@a" == copied(question="@a")
 
 
 def test_everything_else_is_the_programs(traces):

@@ -5,6 +5,7 @@ import copy
 import json
 import pickle
 import threading
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import mlflow
 import numpy as np
 import pytest
 from dspy.utils.callback import BaseCallback
+from dspy.utils.parallelizer import ParallelExecutor
 from small import examples, is_right
 
 import dspy_mlflow_async
@@ -266,6 +268,22 @@ def test_sync(traces, runs, in_loop):
 
     assert 0.0 == comparison["good"].score
     assert {"good", "evaluate_all"} == set(runs())
+
+
+def test_nothing_stays_patched_where_somebody_keeps_the_context(experiment):
+    """Without a tracer an evaluation has one of its own, and what that needs goes when the evaluation is over."""
+    before = ParallelExecutor.execute
+    kept = []
+
+    def keep(example, prediction):
+        kept.append(copy_context())  # as LiteLLM's logging worker does
+        assert before is not ParallelExecutor.execute
+        return 1.0
+
+    result = evaluate_all({"a": Chain()}, devset=examples(size=2), metric=keep, display_progress=False)
+
+    assert (2, 100.0) == (len(kept), result["a"].score)
+    assert before is ParallelExecutor.execute
 
 
 def test_under_a_run_of_the_users(traces, runs):

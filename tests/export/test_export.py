@@ -1,6 +1,7 @@
 """Whole traces arrive in the store, whatever makes them and whatever order their spans end in."""
 
 import contextvars
+import gc
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -124,11 +125,14 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
         return write(items)
 
     monkeypatch.setattr(queue._writer, "write", write_one_batch)
+    has_begun = threading.Event()
+    hurry = queue.hurry
+    monkeypatch.setattr(queue, "hurry", lambda: (has_begun.set(), hurry()))
     first = call()
     with ThreadPoolExecutor(1) as pool:
         assert is_writing.wait(60)
         flushing = pool.submit(export.flush, 60)
-        wait_until(queue._hurry.is_set)
+        assert has_begun.wait(60)
         while export.stats().spooled < 5:
             call()
         may_write.set()
@@ -141,6 +145,39 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
     assert export.flush(100)
     stats = export.stats()
     assert stats.started == stats.stored
+
+
+def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
+    """A generator that nobody has finished ends its spans wherever Python's collector happens to run."""
+
+    class Cycle:
+        """Left to the collector."""
+
+    def generate(*spans):
+        try:
+            yield
+        finally:
+            for span in spans:
+                span.end()
+
+    with mlflow.start_span("root") as root:
+        child = mlflow.start_span_no_context("child", parent_span=root)
+    other = mlflow.start_span_no_context("other")
+    cycle = Cycle()
+    cycle.itself, cycle.generator = cycle, generate(child, other)
+    next(cycle.generator)
+    collector = sqlite.pipeline.collector
+    entry = collector._by_trace_id[root.trace_id]
+    with collector._lock, entry.lock, sqlite.queue.memory._lock:
+        del cycle
+        gc.collect()
+    assert child.end_time_ns
+
+    assert export.flush(100)
+    traces = sqlite.read()
+    assert ["child", "root"] == sorted(span.name for span in traces[root.trace_id].data.spans)
+    assert ["other"] == [span.name for span in traces[other.trace_id].data.spans]
+    assert export.ExportStats(started=2, ended=2, stored=2) == export.stats()
 
 
 def test_mlflows_own_flush_waits_for_us(sqlite):

@@ -17,6 +17,11 @@ from dspy_mlflow_async.app.threads import in_thread
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans.describe import describe_outputs
 
+# What `copy` and `pickle` ask an object for: the program's own would make a copy of it, and not of what wraps it.
+_COPYING = frozenset(
+    {"__copy__", "__deepcopy__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"}
+)
+
 
 def wrap(
     program: Any,
@@ -76,7 +81,7 @@ class Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         """Everything but the call forms is the program's."""
-        if "_program" not in self.__dict__:  # while it is copied or unpickled
+        if name in _COPYING or "_program" not in self.__dict__:  # the latter while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self._program, name)
 

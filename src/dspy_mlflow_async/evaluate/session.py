@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 import dspy
 
+from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback
 from dspy_mlflow_async.evaluate import records, summary
 from dspy_mlflow_async.evaluate.budget import Budget, Limits
@@ -297,5 +298,9 @@ def _traced() -> Iterator[None]:
     if any(isinstance(each, TracingCallback) and each.settings is not None for each in callbacks):
         yield
         return
-    with dspy.context(callbacks=[*callbacks, TracingCallback(log_traces=False)]):
-        yield
+    tracer = TracingCallback(log_traces=False)
+    try:
+        with dspy.context(callbacks=[*callbacks, tracer]):
+            yield
+    finally:
+        hooks.dismiss(tracer)  # others may keep this context, such as LiteLLM's logging worker

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.trace.export import SpanExportResult
 
+from dspy_mlflow_async.export import collected
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_live as live_seam
 from dspy_mlflow_async.seams import mlflow_processor, mlflow_traces
@@ -149,6 +150,14 @@ class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """A span ended."""
+        if collected.is_running_here():
+            collected.put_off(self._end, span)
+            return
+        if collected.waiting:
+            collected.take_up()
+        self._end(span)
+
+    def _end(self, span: ReadableSpan) -> None:
         if self._pipeline.is_closed:
             super().on_end(span)
             return

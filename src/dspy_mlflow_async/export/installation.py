@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dspy_mlflow_async.export import collected, gate
 from dspy_mlflow_async.export import exit as process_exit
-from dspy_mlflow_async.export import gate
 from dspy_mlflow_async.export.books import Books, ExportStats
 from dspy_mlflow_async.export.exporter import WholeTraceExporter, WholeTraceProcessor, processors
 from dspy_mlflow_async.export.options import ExportOptions
@@ -63,6 +63,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
                 mlflow_http.bound_http(),
                 by_id_seam.patch_by_id(_note, _ensure_stored),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
+                collected.watch(),
             ]
         for processor, _ in mlflow_processor.replace_processors(_ours_for):
             _take_over(processor)
@@ -73,11 +74,12 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         with _lock:
             if _pipeline is not mine or _installed is None:
                 return
-            unpatch_factory, unbound_http, unpatch_by_id, unhandle_sigterm = _installed
+            unpatch_factory, unbound_http, unpatch_by_id, unhandle_sigterm, unwatch = _installed
             _installed = _pipeline = None
             unpatch_factory()
             unpatch_by_id()
             unhandle_sigterm()
+            unwatch()
             mlflow_processor.replace_processors(_theirs_for)
             thread = _close(mine)
 
@@ -270,6 +272,7 @@ def _after_fork_in_child() -> None:
     if current is not None:
         for uri in current.queues:
             mlflow_store.abandon_connections(uri)
+        collected.waiting.clear()  # the parent's
         current.after_fork()
         if _installed is not None:
             current.start()

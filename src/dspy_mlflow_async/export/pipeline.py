@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from dspy_mlflow_async.export import collected
 from dspy_mlflow_async.export.books import Books
 from dspy_mlflow_async.export.collector import Collector
 from dspy_mlflow_async.export.items import Item
@@ -124,7 +125,8 @@ class Pipeline:
         self.collector.tick()
 
     def keep_house(self) -> None:
-        """The caller's own chores, which may end spans."""
+        """What the collector has ended, and the caller's own chores, which may end spans."""
+        collected.take_up()
         if self._housekeeping is not None:
             self._housekeeping()
 
@@ -153,6 +155,7 @@ class Pipeline:
             How many operations were left, by spool folder.
         """
         self.stop_ticking()
+        collected.take_up()
         self.collector.hand_on_everything()
         left = {}
         for queue in list(self.queues.values()):

@@ -437,7 +437,8 @@ class StoreQueue:
     def feed(self, references: list[Reference]) -> None:
         """Send records that somebody else has spooled."""
         self.backlog.add(references)
-        self._moved = self.backlog.count
+        if references:
+            self._moved = self.backlog.count
 
     def _adopt(self) -> None:
         """Now and then, while the store takes what it is given: what ended processes have left behind."""
