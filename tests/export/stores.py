@@ -45,6 +45,11 @@ def read(uri, experiment_id, **options):
             return found
 
 
+def check_sum(stats):
+    """Every trace that began is in one place."""
+    assert stats.started == (stats.stored + stats.waiting + stats.spooled + stats.dead + stats.dropped + stats.open)
+
+
 class Installed:
     """The pipeline as a test sees it."""
 
