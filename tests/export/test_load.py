@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -9,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
 import pytest
-from stores import check_sum, wait_until
-from test_spool import PROGRAM, start
+from stores import check_sum, read, wait_until
+from test_spool import PROGRAM, finish, place, start  # noqa: F401 - `place` is a fixture
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export import spool
@@ -143,3 +144,76 @@ def test_processes_with_one_spool_in_an_outage(make, server, proxy, tmp_path):
     assert {("trace", trace_id) for trace_id in ids} <= set(results)
     assert {200} == {status for statuses in results.values() for status in statuses}
     assert [1] * (len(ids) - 3) == [n for trace in traces.values() if (n := len(trace.info.assessments))]
+
+
+FORKS = """
+import faulthandler, json, multiprocessing
+from dspy_mlflow_async.export import gate
+faulthandler.register(signal.SIGUSR1)
+
+def work(ids, go_on):
+    while go_on():
+        ids.append(call())
+        threading.Event().wait(0.03)
+
+def flush():  # so that the writer does not rest
+    while not over.is_set():
+        export.flush(1)
+
+def threads_of(number, ids, go_on):
+    threads = [threading.Thread(target=work, args=(ids, go_on)) for _ in range(number)]
+    [thread.start() for thread in threads]
+    return threads
+
+def child(path):
+    ids = []
+    [thread.join(60) for thread in threads_of(2, ids, lambda: len(ids) < 10)]
+    stats = export.stats()
+    assert len(ids) == stats.started == stats.ended, stats
+    with open(path, "w") as file:
+        json.dump(ids, file)
+
+assert export.flush(60)
+ids, over = [], threading.Event()
+threads = [*threads_of(2, ids, lambda: not over.is_set()), threading.Thread(target=flush)]
+threads[-1].start()
+context, children = multiprocessing.get_context("fork"), []
+for number in range(10):
+    while not gate.writes._inside:  # the writer is at work
+        threading.Event().wait(0.001)
+    children.append(context.Process(target=child, args=(f"{what}/{number}",)))
+    children[-1].start()
+[process.join(4) for process in children]
+over.set()
+[process.join(60 / 10) for process in children]
+for process in children:
+    if process.exitcode is None:  # it says where it hangs
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1)
+        process.kill()
+assert [0] * 10 == [process.exitcode for process in children]
+[thread.join(30) for thread in threads]
+assert export.flush(80)
+stats = export.stats()
+assert stats.started == stats.stored == len(ids) + 1, stats
+with open(f"{what}/parent", "w") as file:
+    json.dump(ids, file)
+"""
+
+
+def test_forks_under_load(place, tmp_path):  # noqa: F811
+    """Ten forks while threads call and the writer writes: nobody hangs, and everything of everybody is there, once."""
+    process = start(FORKS, *place, str(tmp_path))
+    (first,), err = finish(process, 110)
+
+    assert 0 == process.returncode, err
+    assert "" == err
+    by_process = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir() if file.is_file()}
+    assert 11 == len(by_process)
+    assert all(len(ids) >= 10 for ids in by_process.values())
+    ids = [first, *itertools.chain(*by_process.values())]
+    traces = read(*place)
+    assert len(ids) == len(set(ids)) == len(traces)
+    assert set(ids) == set(traces)
+    assert {2} == {len(trace.data.spans) for trace in traces.values()}
+    assert 0 == sum(info.records for info in export.spools())
