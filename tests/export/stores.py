@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import mlflow
 from mlflow.tracing import provider as tracing_provider
@@ -45,6 +46,11 @@ def read(uri, experiment_id, **options):
             return found
 
 
+def check_sum(stats):
+    """Every trace that began is in one place."""
+    assert stats.started == (stats.stored + stats.waiting + stats.spooled + stats.dead + stats.dropped + stats.open)
+
+
 class Installed:
     """The pipeline as a test sees it."""
 
@@ -70,13 +76,23 @@ class Installed:
 
 
 class Proxy:
-    """Stands before a server and fails as told: a status to answer, "hang up" half-way, "hang", or None."""
+    """Stands before a server and fails as told.
+
+    Attributes:
+        fault: A status to answer; "hang up" half-way through the answer; "cut" the request half-way; "hang"; seconds to
+            wait, or an event to wait for, before the server is asked; None; or an iterator of those, one a request.
+        faults: How many requests have met one.
+        seen: Set when one has.
+        answers: What the server was asked and has answered: request and status.
+    """
 
     def __init__(self, port):
         self.port = port
         self.fault = None
         self.faults = 0
         self.seen = threading.Event()
+        self.answers = []
+        self._in_turn = threading.Lock()
         self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -98,10 +114,7 @@ class Proxy:
             request = self._read_request(client)
             if not request:
                 return
-            fault = self.fault
-            if fault is not None:
-                self.faults += 1
-                self.seen.set()
+            fault = self._next_fault()
             if isinstance(fault, int):
                 body = b'{"detail": "proxy"}'
                 client.sendall(
@@ -112,15 +125,32 @@ class Proxy:
             if fault == "hang":
                 self._closed.wait(60)
                 return
+            if isinstance(fault, float):
+                self._closed.wait(fault)
+            if isinstance(fault, threading.Event):
+                fault.wait(60)
             with socket.create_connection(("127.0.0.1", self.port), timeout=60) as upstream:
+                if fault == "cut":
+                    upstream.sendall(request[: len(request) // 2])
+                    return
                 upstream.sendall(request)
                 answer = b""
                 while chunk := upstream.recv(65536):
                     answer += chunk
+            if answer:
+                self.answers.append((request, int(answer.split(b" ", 2)[1])))
             if fault == "hang up":  # the server has done its work, and the answer is lost half-way
                 client.sendall(answer[:5])
                 return
             client.sendall(answer)
+
+    def _next_fault(self):
+        with self._in_turn:
+            fault = next(self.fault) if isinstance(self.fault, Iterator) else self.fault
+            self.faults += fault is not None
+        if fault is not None:
+            self.seen.set()
+        return fault
 
     @staticmethod
     def _read_request(client):

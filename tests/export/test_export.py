@@ -15,13 +15,9 @@ from mlflow.tracing.client import TracingClient
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from stores import call, span_processor, wait_until
+from stores import call, check_sum, span_processor, wait_until
 
 from dspy_mlflow_async import export
-
-
-def check_sum(stats):
-    assert stats.started == (stats.stored + stats.waiting + stats.spooled + stats.dead + stats.dropped + stats.open)
 
 
 def test_a_trace_arrives_whole(sqlite):

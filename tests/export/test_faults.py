@@ -1,12 +1,14 @@
 """Whatever happens to the store, everything is there afterwards, once."""
 
 import gc
+import itertools
 import os
 import random
 import subprocess
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import mlflow
@@ -150,6 +152,80 @@ def test_a_server_that_fails(make, proxy, fault):
     assert 1 == len(installed.read()[held].info.assessments)
     assert 1 == len(mlflow.tracking.MlflowClient(proxy.uri).get_metric_history(run_id, "score"))
     assert export.ExportStats(started=10, ended=10, stored=10) == export.stats()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [pytest.param((0.3, 1.0, 0.6), id="slow"), pytest.param((0.3, "hang up", 1.0, "cut", 0.6), id="hangs up")],
+)
+def test_a_server_that_stumbles_while_the_program_goes_on(make, proxy, answers):
+    """Callers do not wait for it, and everything is there afterwards, once: feedback and metrics, too."""
+    installed = make(uri=proxy.uri)
+    ids, seconds = [call()], []
+    assert export.flush(100)
+    client = mlflow.tracking.MlflowClient(proxy.uri)
+    run_id = client.create_run(installed.experiment_id).info.run_id
+    writer = export.run_writer(proxy.uri)
+    no_answer, over, steps = threading.Event(), threading.Event(), itertools.count()
+
+    def work():
+        begun, step = time.monotonic(), next(steps)
+        trace_id = call()
+        export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
+        writer.log(run_id, metrics=[Metric("score", 1.0, step, step)])
+        seconds.append(time.monotonic() - begun)
+        ids.append(trace_id)
+
+    def go_on():
+        while not over.wait(0.1):
+            work()
+
+    proxy.fault = itertools.chain([no_answer], itertools.cycle(answers))
+    ids.append(call())
+    assert proxy.seen.wait(20)
+    for _ in range(20):
+        work()
+    assert 1 == proxy.faults  # the server has not answered anybody meanwhile
+    no_answer.set()
+    threads = [threading.Thread(target=go_on) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: proxy.faults > len(answers) + 1, 60)
+    over.set()
+    for thread in threads:
+        thread.join(30)
+    proxy.fault = None
+
+    assert sorted(seconds)[len(seconds) * 9 // 10] < 0.1  # the quickest answer takes three times as long
+    wait_until(lambda: export.flush(5), 60)
+    assert arrived(installed, ids)
+    assert [0, 0, *[1] * len(seconds)] == sorted(len(trace.info.assessments) for trace in installed.read().values())
+    assert len(seconds) == len(client.get_metric_history(run_id, "score"))
+    assert export.ExportStats(started=len(ids), ended=len(ids), stored=len(ids)) == export.stats()
+    assert 0 == sum(info.records for info in export.spools())
+
+
+def test_what_comes_in_turns_is_written_together(make, proxy):
+    """Traces, what is said of each, and the metrics of two runs: requests do not grow with the turns they take."""
+    installed = make(uri=proxy.uri)
+    client = mlflow.tracking.MlflowClient(proxy.uri)
+    runs = [client.create_run(installed.experiment_id).info.run_id for _ in range(2)]
+    ids = [call()]
+    assert export.flush(100)
+    installed.stop_writing()
+    proxy.answers.clear()
+    for step in range(30):
+        ids.append(call())
+        export.release(ids[-1], assessments=[Feedback(name="score", value=1.0)])
+        for run_id in runs:
+            export.run_writer(proxy.uri).log(run_id, metrics=[Metric("score", 1.0, step, step)])
+    del installed.queue._start
+
+    assert export.flush(100)
+    asked = Counter(request.split(b" ", 2)[1].rpartition(b"/")[2] for request, _ in proxy.answers)
+    assert {b"traces": 30 + 2, b"assessments": 30, b"log-batch": 2} == asked  # 30 begun, and all spans in two batches
+    assert arrived(installed, ids)
+    assert [30, 30] == [len(client.get_metric_history(run_id, "score")) for run_id in runs]
 
 
 def test_a_refusal_goes_to_the_dead_letters(sqlite):

@@ -14,22 +14,24 @@ def is_late(item: Any) -> bool:
 
 
 def grouped(items: Sequence[Item]) -> Iterable[list[Item]]:
-    """Consecutive items of one sort; a late or repeated trace begins a new group, so that order is kept.
+    """Items in few groups of one sort each, which keep the order of what has the same key.
 
-    Spans of a trace that others own may come one by one, and need no group of their own.
+    A trace that comes again needs another group. Late ones are by themselves, since they cannot be written in one
+    transaction; spans of a trace that others own may come one by one, and so may operations other than traces.
     """
-    group: list[Item] = []
-    keys: set[str] = set()
+    groups: list[tuple[str, list[Item]]] = []
+    last: dict[str, int] = {}  # by key: the group with its latest item
     for item in items:
-        is_trace = isinstance(item, (TraceItem, SpansItem))
-        is_repeated = item.key in keys and not isinstance(item, SpansItem)
-        if group and (is_trace != isinstance(group[0], (TraceItem, SpansItem)) or is_repeated or is_late(item)):
-            yield group
-            group, keys = [], set()
-        group.append(item)
-        keys.add(item.key)
-    if group:
-        yield group
+        is_trace = isinstance(item, TraceItem)
+        sort = "late" if is_late(item) else "trace" if is_trace or isinstance(item, SpansItem) else "other"
+        # What is said of a trace twice in one request has no order.
+        first = last[item.key] + is_trace if item.key in last else 0
+        index = next((index for index in range(first, len(groups)) if groups[index][0] == sort), len(groups))
+        if index == len(groups):
+            groups.append((sort, []))
+        groups[index][1].append(item)
+        last[item.key] = index
+    return (group for _, group in groups)
 
 
 def by_experiment(items: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:

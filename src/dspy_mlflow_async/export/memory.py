@@ -12,6 +12,9 @@ from dspy_mlflow_async.export.items import Item, RunItem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+# How many items of other sorts a batch leaves out before it is taken as it is: callers wait meanwhile.
+_LOOK_AHEAD = 512
+
 
 class Memory:
     """Items that wait, and batches of them that somebody has taken. Safe for threads; nothing here does I/O.
@@ -65,18 +68,19 @@ class Memory:
             return True
 
     def take(self, most: int, most_bytes: int) -> list[Item]:
-        """The next batch, in order; nothing of what others have in their hands."""
+        """The next batch, traces or one run, each key in order; nothing of what others have in their hands."""
         batch: list[Item] = []
         size = 0
         with self._lock:
             theirs = {item.key for item in itertools.chain(*self._taken)}
             passed_over: list[Item] = []
-            while self._waiting and len(batch) < most and size < most_bytes:
-                # A run is a batch of its own: who waits for it does not wait for traces, or for another one.
-                if batch and run_of(self._waiting[0]) != run_of(batch[0]):
-                    break
+            others = 0
+            while self._waiting and len(batch) < most and size < most_bytes and others < _LOOK_AHEAD:
                 item = self._waiting.popleft()
-                if item.key in theirs:
+                # A run is a batch of its own: who waits for it does not wait for traces, or for another one.
+                is_other = bool(batch) and run_of(item) != run_of(batch[0])
+                others += is_other
+                if is_other or item.key in theirs:
                     passed_over.append(item)
                     continue
                 batch.append(item)

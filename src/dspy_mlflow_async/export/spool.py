@@ -134,6 +134,7 @@ class Spool:
         self._segment: Path | None = None
         self._handle = -1
         self._written = self._synced = 0
+        self._is_name_safe = False  # whether a power cut would leave the current segment its name
         self._live: dict[Path, int] = {}  # our segments, and how many of their records are not done with
         self._full: dict[Path, int] = {}  # handles of those that take no more; open, since that is what locks them
 
@@ -178,8 +179,15 @@ class Spool:
             if segment != self._segment or self._synced >= end:
                 return  # synced by another caller, or when the segment was closed: that takes `_sync`, too
             reached = self._written
-            _sync_file(handle)
+            self._sync_with_name(handle)
             self._synced = reached
+
+    def _sync_with_name(self, handle: int) -> None:
+        """Sync the current segment, and once its name in the folder."""
+        _sync_file(handle)
+        if not self._is_name_safe:
+            sync_folder(self.folder)
+            self._is_name_safe = True
 
     def _open_segment(self) -> None:
         self._retire_segment()
@@ -193,6 +201,7 @@ class Spool:
         fcntl.flock(handle, fcntl.LOCK_EX)  # says that its writer lives
         nameless.rename(segment)
         self._segment, self._handle, self._written, self._synced = segment, handle, 0, 0
+        self._is_name_safe = False
 
     def close(self) -> None:
         """Sync and give up all segments, adopted ones too, so that others may drain them."""
@@ -213,7 +222,7 @@ class Spool:
                 return
             if self._live.get(segment):
                 with contextlib.suppress(OSError):
-                    _sync_file(handle)
+                    self._sync_with_name(handle)
                 self._full[segment] = handle
                 return
             os.close(handle)
@@ -300,15 +309,31 @@ class Spool:
 
 
 def make_folder(folder: Path, uri: str) -> None:
-    """Make a spool's folder, readable by its owner alone, and note which store it is for."""
+    """Make a spool's folder, readable by its owner alone, and note which store it is for; all safe from a power cut."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in new:
+        sync_folder(path.parent)
     note = folder / _URI_FILE
     if not note.exists():
         folder.chmod(0o700)
         temporary = folder / f".{_URI_FILE}-{os.getpid()}-{secrets.token_hex(3)}"
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             file.write(uri)
+            file.flush()
+            _sync_file(file.fileno())
         temporary.replace(note)
+        sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a power cut, as far as its file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def uri_of(folder: Path) -> str | None:

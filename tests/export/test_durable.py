@@ -1,0 +1,121 @@
+"""`durable=True`: what a caller has been told is safe survives a power cut, on a slow disk too."""
+
+import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from stores import call, wait_until
+from test_spool import PROGRAM, place, read, start  # noqa: F401 - `place` is a fixture
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.export import spool
+
+SYNC_SECONDS = 0.05
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that takes its time; gives what it was asked to sync."""
+    synced, sync = [], spool._sync_file
+
+    def slow_sync(handle):
+        threading.Event().wait(SYNC_SECONDS)
+        sync(handle)
+        synced.append(handle)
+
+    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    return synced
+
+
+def test_a_slow_disk(make, slow_disk):
+    """A call costs one sync, or two if one is under way; those that wait at the same time share it."""
+    installed = make(durable=True)
+
+    def timed(_):
+        begun = time.monotonic()
+        return call(), time.monotonic() - begun
+
+    with ThreadPoolExecutor(16) as pool:
+        ids, seconds = zip(*pool.map(timed, range(160)), strict=True)
+
+    assert SYNC_SECONDS <= min(seconds)
+    assert 10 <= len(slow_disk) <= 80
+    assert export.flush(100)
+    traces = installed.read()
+    assert set(ids) == set(traces)
+    assert {4} == {len(trace.data.spans) for trace in traces.values()}
+    assert export.ExportStats(started=160, ended=160, stored=160) == export.stats()
+    assert 0 == sum(info.records for info in export.spools())
+
+
+# Notes what a power cut would leave: of a file as many bytes as it had when it was last synced, of a folder the names.
+DISK = """
+import json, os, stat, threading
+
+def noting(sync, syncs=[]):
+    def synced(handle):
+        found = os.fstat(handle)
+        is_folder = stat.S_ISDIR(found.st_mode)
+        if not is_folder:
+            syncs.append(handle)
+            if len(syncs) > 40:  # what is being synced now never gets there
+                os.write(journal, b"hangs\\n")
+                threading.Event().wait()
+        left = {entry.name: entry.inode() for entry in os.scandir(handle)} if is_folder else found.st_size
+        sync(handle)
+        os.write(journal, json.dumps([found.st_ino, left]).encode() + b"\\n")
+    return synced
+
+journal = os.open(os.environ["JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+os.fsync, os.fdatasync = noting(os.fsync), noting(os.fdatasync)
+"""
+
+
+def cut_power(folder, left):
+    """Bring a folder to what is left on the disk, by inode; gives the number of bytes that were lost."""
+    names = left.get(folder.stat().st_ino, {})
+    lost = 0
+    for path in list(folder.iterdir()):
+        if path.name not in names:
+            path.rename(folder.parent / f"lost-{path.name}-{path.stat().st_ino}")
+        elif path.is_dir():
+            lost += cut_power(path, left)
+        else:
+            kept = left.get(path.stat().st_ino, 0)
+            lost += path.stat().st_size - kept
+            os.truncate(path, kept)
+    return lost
+
+
+def test_a_power_cut(place, tmp_path, tmp_path_factory):  # noqa: F811
+    """What was synced is what replay sends: all that callers were told is safe, and nothing torn."""
+    body = """
+def work():
+    while True: os.write(1, call().encode() + b"\\n")
+for _ in range(4): threading.Thread(target=work).start()
+"""
+    away = "http://127.0.0.1:9"
+    journal = tmp_path_factory.mktemp("disk") / "journal"
+    program = DISK + PROGRAM.replace("print(call(), flush=True)", "")
+    process = start(body, away, place[1], "durable", program=program, JOURNAL=str(journal))
+    try:
+        wait_until(lambda: journal.exists() and b"hangs\n" in journal.read_bytes(), 60)
+    finally:
+        process.kill()
+    told = process.communicate(timeout=30)[0].split()
+    left = dict(json.loads(line) for line in journal.read_text().splitlines() if line != "hangs")
+    lost = cut_power(tmp_path, left)
+
+    (info,) = export.spools()
+    assert away == info.tracking_uri
+    assert 0 < lost
+    assert (0, 0) == (info.damaged, info.dead)
+    summary = export.replay(tracking_uri=place[0], folder=info.folder)
+    traces = read(*place)
+    assert 40 <= len(told) == len(set(told))
+    assert set(told) <= set(traces)
+    assert summary.traces == len(traces) <= len(told) + 4  # at most those whose callers had not been told yet
+    assert {2} == {len(trace.data.spans) for trace in traces.values()}
