@@ -326,6 +326,20 @@ def test_synchronous_writing(sqlite, monkeypatch, how):
     assert 1 == export.stats().stored
 
 
+def test_synchronous_writing_of_a_trace_that_was_shown_before(make, monkeypatch):
+    """What was to be stored of it while it was open may still wait; nobody has to, for that."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+    installed = make(visible_after=0.1)
+    installed.stop_writing()
+    with mlflow.start_span("root") as root:
+        with mlflow.start_span("child"):
+            pass
+        wait_until(lambda: installed.queue.has_queued(root.trace_id))
+
+    assert ["root", "child"] == [span.name for span in installed.read()[root.trace_id].data.spans]
+    assert export.ExportStats(started=1, ended=1, stored=1) == export.stats()
+
+
 def test_text_that_no_database_takes(sqlite):
     """Lone surrogates and NUL are replaced, and the trace is stored."""
     with mlflow.start_span("na\ud800me") as root:

@@ -107,12 +107,15 @@ class StoreQueue:
         return self.memory.size + item.size <= self.options.max_waiting_bytes
 
     def write_now(self, item: Item) -> bool:
-        """Write in the caller's thread; what does not work now is queued.
+        """Write in the caller's thread, behind what waits of the same trace; what does not work now is queued.
 
         Returns:
             Whether it is stored.
         """
-        if self._may_wait() and not self.has_queued(item.key):
+        if self.has_queued(item.key):  # what has ended of it was shown while it was open
+            self.put(item)
+            return self.write_waiting(item.key, _URGENT_SECONDS)
+        if self._may_wait():
             begun = time.monotonic()
             outcome = self._urgent_writer.write([item])[0]
             if outcome.verdict in (Verdict.STORED, Verdict.REFUSED):
