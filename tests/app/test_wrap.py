@@ -327,11 +327,12 @@ async def test_a_stream_that_fails(traces):
     def fail(marker):
         raise error
 
-    with dspy.context(lm=EchoLM(during=fail)), pytest.raises(ValueError, match="no") as raised:
+    with dspy.context(lm=EchoLM(during=fail)), pytest.raises(Exception, match=r"no|unhandled errors") as raised:
         async for _ in wrap(SyncOnly()).stream(question="@a"):
             pass
 
-    assert error is raised.value
+    # DSPy before 3.4 leaves it in its task group's exception group.
+    assert [error] == list(getattr(raised.value, "exceptions", [raised.value]))
     assert "error" == tree(traces[0], "outcome")[1]
 
 
