@@ -180,6 +180,11 @@ class ProcessQueue(StoreQueue):
         self._somebody_waits.set()
         super().hurry()
 
+    def _take_out(self, key: str, deadline: float) -> list[Item] | None:
+        """Wait until the child has written what there is of a trace or run."""
+        self._somebody_waits.set()
+        return super()._take_out(key, deadline)
+
     def _collect(self) -> None:
         with self._collecting:
             self._read_notes()
