@@ -121,7 +121,7 @@ def _without_await(function: Callable[_Arguments, Coroutine[Any, Any, _Result]])
         if _is_in_trio():
             raise RuntimeError(f"in trio, use `await {function.__name__}(...)` in place of {call.__name__}(...)")
         if not _is_loop_running():
-            return anyio.run(begin)
+            return _run(begin)
         # A notebook: its loop is blocked while this runs, so the evaluations get a thread with a loop of their own.
         with start_blocking_portal() as portal:
             return portal.call(begin)
@@ -131,6 +131,16 @@ def _without_await(function: Callable[_Arguments, Coroutine[Any, Any, _Result]])
 
 
 evaluate_all = _without_await(aevaluate_all)
+
+
+def _run(begin: Callable[[], Coroutine[Any, Any, _Result]]) -> _Result:
+    try:
+        return anyio.run(begin)
+    except asyncio.CancelledError:
+        if sys.version_info >= (3, 11):
+            raise
+        # Ctrl-C cancels the task; anyio tells that from a cancellation by what tasks cannot do before Python 3.11.
+        raise KeyboardInterrupt from None
 
 
 def _is_loop_running() -> bool:
