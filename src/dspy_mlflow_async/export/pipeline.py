@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dspy_mlflow_async.export import collected
 from dspy_mlflow_async.export.books import Books
 from dspy_mlflow_async.export.collector import Collector
+from dspy_mlflow_async.export.folder import folder_of
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.process import ProcessQueue
 from dspy_mlflow_async.export.queue import StoreQueue
-from dspy_mlflow_async.export.spool import Reference, Spool, folder_of
+from dspy_mlflow_async.export.spool import Reference, Spool
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store

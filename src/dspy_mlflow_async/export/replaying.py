@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dspy_mlflow_async.export import codec, spool
+from dspy_mlflow_async.export.folder import uri_of
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import spool_root
@@ -117,7 +118,7 @@ def replay(
     unbound = mlflow_http.bound_http()
     try:
         for path in _chosen(folder, uri):
-            target = uri or spool.uri_of(path)
+            target = uri or uri_of(path)
             if dry_run:
                 info = _info(path)
                 summary = replace(
@@ -136,23 +137,23 @@ def replay(
 
 
 def _chosen(folder: Path | None, uri: str | None) -> list[Path]:
-    if folder is not None and (spool.uri_of(folder) is not None or spool.segments(folder)):
+    if folder is not None and (uri_of(folder) is not None or spool.segments(folder)):
         return [folder]
     root = folder if folder is not None else spool_root()
     if uri is not None:
-        return [path for path in _folders(root) if spool.uri_of(path) == uri]
+        return [path for path in _folders(root) if uri_of(path) == uri]
     return _folders(root)
 
 
 def _folders(root: Path) -> list[Path]:
     try:
-        return sorted(p for p in root.iterdir() if p.is_dir() and (spool.uri_of(p) or spool.segments(p)))
+        return sorted(p for p in root.iterdir() if p.is_dir() and (uri_of(p) or spool.segments(p)))
     except OSError:
         return []
 
 
 def _info(folder: Path) -> SpoolInfo:
-    info = SpoolInfo(folder, spool.uri_of(folder))
+    info = SpoolInfo(folder, uri_of(folder))
     records = traces = size = damaged = 0
     in_use = False
     paths = spool.segments(folder)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export import codec
+from dspy_mlflow_async.export.folder import make_folder, sync_folder
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.tail import Tail
@@ -30,7 +30,6 @@ _DONE = re.compile(rb"(\d{1,15} [sd]) ([0-9a-f]{8})\n")
 _SEGMENT_BYTES = 16 * 2**20
 # One of this size goes away as soon as nothing in it is needed, even if more could be written to it.
 _SEGMENT_BYTES_IF_EMPTY = 2**20
-_URI_FILE = "tracking-uri"
 # The name of a segment that a draining child may read while its process still writes it.
 SHARED = "-shared.seg"
 # macOS has no fdatasync.
@@ -46,11 +45,6 @@ class Reference:
     length: int
     key: str = ""
     counted: int = 0
-
-
-def folder_of(root: Path, uri: str) -> Path:
-    """The spool of a tracking URI. The name is a hash, since a URI may hold a password."""
-    return root / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def frame(payload: bytes) -> bytes:
@@ -306,42 +300,6 @@ class Spool:
             if handle >= 0:
                 os.close(handle)  # flock belongs to the open file, which the parent still has
         self._segment, self._handle, self._written, self._live, self._full = None, -1, 0, {}, {}
-
-
-def make_folder(folder: Path, uri: str) -> None:
-    """Make a spool's folder, readable by its owner alone, and note which store it is for; all safe from a power cut."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in new:
-        sync_folder(path.parent)
-    note = folder / _URI_FILE
-    if not note.exists():
-        folder.chmod(0o700)
-        temporary = folder / f".{_URI_FILE}-{os.getpid()}-{secrets.token_hex(3)}"
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(uri)
-            file.flush()
-            _sync_file(file.fileno())
-        temporary.replace(note)
-        sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a power cut, as far as its file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def uri_of(folder: Path) -> str | None:
-    """The tracking URI that a spool belongs to."""
-    try:
-        return (folder / _URI_FILE).read_text()
-    except OSError:
-        return None
 
 
 def remove(segment: Path) -> None:
