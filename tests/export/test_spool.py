@@ -1,6 +1,7 @@
 """The spool: what is written can be read, what is damaged is skipped and counted, and replay sends it once."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -102,6 +103,21 @@ def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkey
     assert [True] == synced
     assert b"[]" == written.read(first)
     assert 2 == len(spool.segments(written.folder))
+
+
+def test_a_sync_that_fails_when_a_segment_is_closed(tmp_path, monkeypatch):
+    """Who waits for it is not told that the record is safe."""
+
+    def fail(handle):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    written = spool.Spool(tmp_path / "spool", "sqlite:///x.db")
+    reference = written.put(b"{}", key="tr-1", counted=1)
+    handle, end = written._handle, written._written
+    monkeypatch.setattr(spool, "_sync_file", fail)
+    written.close()  # before the one who has written it comes to its sync
+    with pytest.raises(OSError, match="could not be synced"):
+        written._sync_to(reference.segment, handle, end)
 
 
 def test_a_full_segment_is_its_writers_until_it_is_done_with(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ The format is described in ``docs/export.md``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -129,6 +130,7 @@ class Spool:
         self._handle = -1
         self._written = self._synced = 0
         self._is_name_safe = False  # whether a power cut would leave the current segment its name
+        self._unsynced: set[Path] = set()  # segments that could not be synced when they were closed
         self._live: dict[Path, int] = {}  # our segments, and how many of their records are not done with
         self._full: dict[Path, int] = {}  # handles of those that take no more; open, since that is what locks them
 
@@ -170,6 +172,8 @@ class Spool:
 
     def _sync_to(self, segment: Path, handle: int, end: int) -> None:
         with self._sync:
+            if segment in self._unsynced:
+                raise OSError(errno.EIO, "could not be synced", str(segment))
             if segment != self._segment or self._synced >= end:
                 return  # synced by another caller, or when the segment was closed: that takes `_sync`, too
             reached = self._written
@@ -215,8 +219,10 @@ class Spool:
             if segment is None:
                 return
             if self._live.get(segment):
-                with contextlib.suppress(OSError):
+                try:
                     self._sync_with_name(handle)
+                except OSError:
+                    self._unsynced.add(segment)  # whoever waits for the sync of a record in it is told
                 self._full[segment] = handle
                 return
             os.close(handle)
