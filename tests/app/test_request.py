@@ -219,7 +219,8 @@ def test_the_calls_in_order(traces):
         with dspy.context(lm=failing), pytest.raises(ValueError, match="no answer"):
             predict(question="@bad")
 
-    good, bad = r.lm_calls
+    good, bad, *again = r.lm_calls  # DSPy 3.3 asks once more, with another adapter
+    assert {("echo/bad", "error")} >= {(call.model, call.outcome) for call in again}
     assert ("echo/fine", "ok", False, 15) == (good.model, good.outcome, good.cache_hit, good.tokens["total_tokens"])
     assert ("echo/bad", "error", None, {}) == (bad.model, bad.outcome, bad.cache_hit, bad.tokens)
     assert 0 < good.latency < TIMEOUT
