@@ -104,7 +104,6 @@ class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
         processors.add(self)
 
     def _start_trace(self, root_span: Span) -> Any:
-        """As MLflow's; some of its callers are MLflow's own."""
         info = super()._start_trace(root_span)
         if info is not None and not self._pipeline.is_closed:
             self._follow(root_span.context.trace_id, info.trace_id)

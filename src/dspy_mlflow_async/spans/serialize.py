@@ -162,7 +162,7 @@ class Plain:
     def _mapping(self, value: dict[Any, Any], secrets: bool) -> dict[str, Any]:
         plain: dict[str, Any] = {}
         is_open = self._redact is None
-        is_record = secrets and value.get("value") is not None and any(map(names_secret, _names_in(value)))
+        is_record = secrets and _is_secret_record(value)
         for key, item in list(value.items()):
             name = key if type(key) is str else _key(key)
             remaining = self._remaining - len(name)
@@ -277,9 +277,9 @@ class Plain:
             self._path.discard(identity)
 
 
-def _names_in(record: dict[Any, Any]) -> tuple[Any, Any]:
-    """What a record of a name and a value, as HTTP archives and cloud APIs write headers, may call its name."""
-    return record.get("name"), record.get("key")
+def _is_secret_record(record: dict[Any, Any]) -> bool:
+    """Whether this is the name of a secret and its value, as HTTP archives and cloud APIs write headers."""
+    return record.get("value") is not None and (names_secret(record.get("name")) or names_secret(record.get("key")))
 
 
 def _may_be_media(text: str, key: str | None) -> bool:
