@@ -18,7 +18,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from stores import call, check_sum, span_processor, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import collector
+from dspy_mlflow_async.export import collected, collector
 
 
 def test_a_trace_arrives_whole(sqlite):
@@ -142,6 +142,13 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
     assert export.flush(100)
     stats = export.stats()
     assert stats.started == stats.stored
+
+
+def test_undone_after_the_collectors_callbacks_were_cleared(sqlite):
+    """The list is everybody's: that ours is gone keeps nothing from being undone."""
+    gc.callbacks.remove(collected._note)
+    sqlite.undo()
+    assert MlflowV3SpanExporter is type(span_processor().span_exporter)
 
 
 def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):

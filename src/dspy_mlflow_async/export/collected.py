@@ -6,6 +6,7 @@ there waits until somebody else ends a span, flushes, or looks after what is ove
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +27,8 @@ def watch() -> Callable[[], None]:
 
     def undo() -> None:
         global _thread  # noqa: PLW0603 - there is one collector
-        gc.callbacks.remove(_note)
+        with contextlib.suppress(ValueError):  # somebody has cleared the list
+            gc.callbacks.remove(_note)
         _thread = None
         take_up()
 
