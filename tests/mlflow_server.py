@@ -41,6 +41,7 @@ class MlflowServer:
         ]  # fmt: skip
         environment = {key: value for key, value in os.environ.items() if not key.startswith(_KEPT_FROM_IT)}
         environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment["MLFLOW_ALLOW_FILE_STORE"] = "true"  # for tests of what it does not take
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._folder

@@ -1,5 +1,6 @@
 """Whatever happens to the store, everything is there afterwards, once."""
 
+import contextvars
 import gc
 import itertools
 import os
@@ -25,10 +26,11 @@ from dspy_mlflow_async.export import backlog
 from dspy_mlflow_async.export import queue as queueing
 from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.pipeline import Pipeline
-from dspy_mlflow_async.export.retry import Verdict, judge
-from dspy_mlflow_async.export.writer import Outcome, Writer
+from dspy_mlflow_async.export.lanes import in_lanes
+from dspy_mlflow_async.export.retry import Outcome, Verdict, judge
+from dspy_mlflow_async.export.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store
-from mlflow_server import free_port
+from mlflow_server import free_port, mlflow_server
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +232,81 @@ def test_what_comes_in_turns_is_written_together(make, proxy):
     assert [30, 30] == [len(client.get_metric_history(run_id, "score")) for run_id in runs]
 
 
+def test_the_metrics_of_an_outage_are_sent_together(make, proxy):
+    """What a run has logged while the server was away takes a few requests, not one for each score."""
+    installed = make(uri=proxy.uri)
+    client = mlflow.tracking.MlflowClient(proxy.uri)
+    run_id = client.create_run(installed.experiment_id).info.run_id
+    writer = export.run_writer(proxy.uri)
+    proxy.fault = 503
+    writer.log(run_id, metrics=[Metric("score", 0.0, 0, 0)])
+    wait_until(lambda: export.spools() and export.spools()[0].records, 60)
+    for step in range(1, 60):
+        writer.log(run_id, metrics=[Metric("score", step / 60, step, step)])
+    assert not export.flush(10)
+    assert 60 == export.spools()[0].records
+    proxy.answers.clear()
+    proxy.fault = None
+
+    wait_until(lambda: export.flush(5), 60)
+    asked = Counter(request.split(b" ", 2)[1].rpartition(b"/")[2] for request, _ in proxy.answers)
+    assert asked[b"log-batch"] <= 3
+    proxy.answers.clear()
+    assert list(range(60)) == sorted(metric.step for metric in client.get_metric_history(run_id, "score"))
+
+
+@pytest.mark.skipif(not mlflow_store._FINALIZES, reason="before MLflow 3.12 spans go first, trace by trace")
+def test_a_server_far_away_is_asked_several_things_at_once(make, proxy):
+    """What a long way costs is paid once for several traces, not once for each of them."""
+    installed = make(uri=proxy.uri)
+    ids = [call()]
+    assert export.flush(100)
+    installed.stop_writing()
+    ids += [call() for _ in range(20)]
+    answer = proxy.fault = threading.Event()
+    del installed.queue._start
+    ids.append(call())  # wakes the writer
+
+    wait_until(lambda: proxy.faults >= 4, 60)  # and none of them has been answered yet
+    answer.set()
+    assert export.flush(100)
+    assert arrived(installed, ids)
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "dspy-mlflow-async-request"], 10)
+
+
+def test_a_server_that_keeps_no_spans(make, tmp_path):
+    """Files behind a server: it says so when it is given spans, and gets them as artifacts."""
+    with mlflow_server(tmp_path, str(tmp_path / "mlruns")) as server:
+        installed = make(uri=server.uri)
+        ids = [call() for _ in range(3)]
+        assert export.flush(100)
+        assert arrived(installed, ids)
+        assert not installed.queue._writer._takes_spans
+
+
+def test_lanes_run_side_by_side_each_in_a_copy_of_the_context():
+    variable = contextvars.ContextVar("variable", default=None)
+    variable.set("caller's")
+    both, seen, threads = threading.Barrier(2, timeout=10), [], set()
+
+    def work(item):
+        seen.append((item, variable.get()))
+        threads.add(threading.current_thread())
+        both.wait()
+        return True
+
+    in_lanes(work, [0, 1], 8)
+    assert [(0, "caller's"), (1, "caller's")] == sorted(seen)
+    assert 2 == len(threads)
+    assert [threading.current_thread()] == [thread for thread in threads if thread.is_alive()]
+
+
+def test_nothing_further_is_begun_once_a_lane_says_so():
+    seen = []
+    in_lanes(lambda item: seen.append(item) or item < 2, range(10), 1)
+    assert [0, 1, 2] == seen
+
+
 def test_a_refusal_goes_to_the_dead_letters(sqlite):
     """A deleted experiment takes no traces: they are kept with the reason, and not tried for ever."""
     client = mlflow.tracking.MlflowClient(sqlite.uri)
@@ -387,10 +464,10 @@ def test_run_operations_keep_their_order(sqlite):
     writer.log(one, metrics=[Metric("m", 1, 1, 0)], params=[Param(f"p{n}", "1") for n in range(150)])
     assert writer.settle(one)
     sqlite.stop_writing()
-    urgent.write_together, write = lambda items: [queueing_outcome(item) for item in items], urgent.write_together
+    urgent.write, write = lambda items: [queueing_outcome(item) for item in items], urgent.write
     writer.log(one, metrics=[Metric("m", float("nan"), 2, 1)])
     assert not writer.settle(one)
-    urgent.write_together = write
+    urgent.write = write
     writer.log(one, metrics=[Metric("m", 3, 3, 2)])
     writer.end(one, "FAILED", 99)
     writer.log(two, tags=[RunTag("t", "1")])

@@ -24,14 +24,14 @@ def held_up(sqlite, monkeypatch):
     """What says that a caller is writing, and what lets it go on."""
     writing, go = threading.Event(), threading.Event()
     urgent = sqlite.queue._urgent_writer
-    write = urgent.write_together
+    write = urgent.write
 
     def slow_write(items):
         writing.set()
         assert go.wait(30)
         return write(items)
 
-    monkeypatch.setattr(urgent, "write_together", slow_write)
+    monkeypatch.setattr(urgent, "write", slow_write)
     return writing, go
 
 

@@ -12,17 +12,17 @@ from dspy_mlflow_async.export import codec
 from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
-from dspy_mlflow_async.export.memory import Memory, run_of
+from dspy_mlflow_async.export.memory import Memory
 from dspy_mlflow_async.export.retry import Backoff, Verdict
-from dspy_mlflow_async.export.together import TogetherWriter
+from dspy_mlflow_async.export.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dspy_mlflow_async.export.books import Books, Place
     from dspy_mlflow_async.export.options import ExportOptions
+    from dspy_mlflow_async.export.retry import Outcome
     from dspy_mlflow_async.export.spool import Reference, Spool
-    from dspy_mlflow_async.export.writer import Outcome
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -56,8 +56,8 @@ class StoreQueue:
         self._waits_again_at = 0.0  # monotonic
         self._disk = self._copies = Disk(spool)
         self._books = books
-        self._writer = TogetherWriter(uri)
-        self._urgent_writer = TogetherWriter(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
+        self._writer = Writer(uri)
+        self._urgent_writer = Writer(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
         self.memory = Memory()
         # Who has an item in their hands says what becomes of it: the writer, a caller who waits, or the end of the
         # process, which does not wait for a store. Held while they do, and by nobody else.
@@ -139,7 +139,7 @@ class StoreQueue:
         if items is None:
             return False
         begun = time.monotonic()
-        outcomes = self._urgent_writer.write_together(items) if items else []
+        outcomes = self._urgent_writer.write(items) if items else []
         with self._fate:
             if items and not self.memory.is_taken(items):
                 self._settle_saved(outcomes)
@@ -263,7 +263,7 @@ class StoreQueue:
         batch = self.memory.take(_BATCH_ITEMS, _BATCH_BYTES)
         if not batch:
             return False
-        outcomes = self._writer.write(batch) if run_of(batch[0]) is None else self._writer.write_together(batch)
+        outcomes = self._writer.write(batch)
         with self._fate:
             if not self.memory.is_taken(batch):
                 self._settle_saved(outcomes)

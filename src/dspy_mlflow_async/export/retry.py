@@ -5,8 +5,13 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlflow.exceptions import MlflowException
+
+if TYPE_CHECKING:
+    from dspy_mlflow_async.export.items import Item
 
 # One of our own: the shared one is the program's, which may have seeded it.
 _random = random.Random()  # noqa: S311 - no secret
@@ -19,6 +24,15 @@ class Verdict(enum.Enum):
     AWAY = "away"  # the store cannot be reached, is overloaded, or does not know us: try everything later
     SUSPECT = "suspect"  # failed without a clear reason: try later, and blame the record if others succeed
     REFUSED = "refused"  # never going to work
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one item."""
+
+    item: Item
+    verdict: Verdict
+    error: Exception | None = None
 
 
 # Credentials can be renewed, and a proxy may say 404 for a while, but then without MLflow's error code.

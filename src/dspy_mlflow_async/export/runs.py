@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export.installation import pipeline
 from dspy_mlflow_async.export.items import Fate, RunItem
-from dspy_mlflow_async.export.together import parts
+from dspy_mlflow_async.export.run_items import parts
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
 

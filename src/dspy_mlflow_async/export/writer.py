@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mlflow.entities import Trace, TraceData
@@ -13,21 +12,16 @@ from mlflow.entities import Trace, TraceData
 from dspy_mlflow_async.export import gate, prepare
 from dspy_mlflow_async.export.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
-from dspy_mlflow_async.export.retry import Verdict, is_away, judge
+from dspy_mlflow_async.export.lanes import in_lanes
+from dspy_mlflow_async.export.retry import Outcome, Verdict, is_away, judge
+from dspy_mlflow_async.export.run_items import write_runs
 from dspy_mlflow_async.seams import mlflow_http, mlflow_store, mlflow_traces
 
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
 _REQUEST_SECONDS = 30.0
+# Traces that are started at once on a server. MLflow's exporter makes all of its requests in ten threads.
+_LANES = 8
 _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, and does not like to get it twice
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one item."""
-
-    item: Item
-    verdict: Verdict
-    error: Exception | None = None
 
 
 class Writer:
@@ -40,7 +34,9 @@ class Writer:
         self._takes_batches: bool | None = None
         self._takes_spans = True
         # Only connections to a database must not be copied in the middle of something.
-        self._gate = contextlib.nullcontext() if uri.startswith(("http:", "https:")) else gate.writes
+        is_server = uri.startswith(("http:", "https:"))
+        self._gate = contextlib.nullcontext() if is_server else gate.writes
+        self._lanes = _LANES if is_server else 1
 
     @property
     def client(self) -> mlflow_store.TracingClient:
@@ -75,11 +71,7 @@ class Writer:
                 ]
                 if todo := [item for item in group if item.key not in failed]:
                     is_trace = isinstance(todo[0], (TraceItem, SpansItem))
-                    outcomes += (
-                        self._write_traces(todo, statuses)
-                        if is_trace
-                        else self._one_by_one(todo, self._write_other, statuses)
-                    )
+                    outcomes += (self._write_traces if is_trace else self._write_others)(todo, statuses)
         return outcomes
 
     # --- traces ---
@@ -142,20 +134,7 @@ class Writer:
         return True
 
     def _starts_then_spans(self, items: Sequence[Any], statuses: list[int]) -> list[Outcome]:
-        outcomes: dict[int, Outcome] = {}
-        infos: dict[int, Any] = {}
-        for index, item in enumerate(items):
-            if isinstance(item, TraceItem) and item.stage != "late":
-                statuses.clear()
-                try:
-                    with mlflow_store.workspace_scope(item.workspace):
-                        infos[index] = self.client.start_trace(item.info)
-                except Exception as error:  # noqa: BLE001 - judged
-                    outcomes[index] = Outcome(item, judge(error, statuses), error)
-                    if outcomes[index].verdict is Verdict.AWAY:
-                        for late in range(index, len(items)):
-                            outcomes[late] = Outcome(items[late], Verdict.AWAY, error)
-                        break
+        outcomes, infos = self._start_all(items)
         groups: dict[tuple[str | None, str | None], list[int]] = {}
         for index, item in enumerate(items):
             if index not in outcomes:
@@ -166,8 +145,42 @@ class Writer:
                 self._log_group([items[i] for i in indexes], [infos.get(i) for i in indexes], statuses),
                 strict=True,
             ):
-                outcomes[index] = outcome  # noqa: PERF403 - several groups fill it
+                outcomes[index] = outcome
         return [outcomes[index] for index in range(len(items))]
+
+    def _start_all(self, items: Sequence[Any]) -> tuple[dict[int, Outcome], dict[int, Any]]:
+        """Start the traces among these items.
+
+        Returns:
+            By index: what became of those that cannot go on, and the stored traces of those that were started.
+        """
+        outcomes: dict[int, Outcome] = {}
+        infos: dict[int, Any] = {}
+
+        def start(index: int) -> bool:
+            item = items[index]
+            with mlflow_http.limited_http(self._request_seconds) as statuses:
+                try:
+                    with mlflow_store.workspace_scope(item.workspace):
+                        infos[index] = self._start(item)
+                except Exception as error:  # noqa: BLE001 - judged
+                    outcomes[index] = Outcome(item, judge(error, statuses), error)
+                    return outcomes[index].verdict is not Verdict.AWAY
+            return True
+
+        begun = [i for i, item in enumerate(items) if isinstance(item, TraceItem) and not is_late(item)]
+        in_lanes(start, begun, self._lanes)
+        away = next((outcome for outcome in outcomes.values() if outcome.verdict is Verdict.AWAY), None)
+        if away is not None:
+            for index, item in enumerate(items):
+                if index not in infos:
+                    outcomes.setdefault(index, Outcome(item, Verdict.AWAY, away.error))
+        return outcomes, infos
+
+    def _start(self, item: TraceItem) -> Any:
+        """The trace as it is stored, or as it was sent where nobody asks for more."""
+        has_files = not self._takes_spans or any(span._attachments for span in item.spans)
+        return mlflow_store.start_trace(self.client, item.info, reads_answer=has_files)
 
     def _log_group(self, items: Sequence[Any], infos: Sequence[Any], statuses: list[int]) -> list[Outcome]:
         statuses.clear()
@@ -193,6 +206,8 @@ class Writer:
                     self._correct_totals(item)
                 elif isinstance(item, TraceItem):
                     if not self._takes_spans and item.stage == "whole":
+                        if _ARTIFACT_LOCATION not in info.tags:  # started before the store said what it takes
+                            info = self._stored_info(item.key)
                         mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
                     self._finish(item, info)
         except Exception as error:  # noqa: BLE001 - judged
@@ -280,16 +295,17 @@ class Writer:
                 outcomes.append(Outcome(item, judge(error, statuses), error))
         return outcomes
 
-    def _write_other(self, item: Item) -> None:
-        prepare.prepare(item)
-        if isinstance(item, FollowUp):
-            self._write_follow_up(item)
-        elif isinstance(item, RunItem):
-            from dspy_mlflow_async.export.together import write_run_items
-
-            write_run_items(self.uri, [item])
+    def _write_others(self, items: Sequence[Item], statuses: list[int]) -> list[Outcome]:
+        outcomes = self._one_by_one(
+            [item for item in items if isinstance(item, FollowUp)], self._write_follow_up, statuses
+        )
+        operations = [item for item in items if isinstance(item, RunItem)]
+        if outcomes and outcomes[-1].verdict is Verdict.AWAY:
+            return outcomes + [Outcome(item, Verdict.AWAY, outcomes[-1].error) for item in operations]
+        return outcomes + write_runs(self.uri, operations, statuses)
 
     def _write_follow_up(self, item: FollowUp) -> None:
+        prepare.prepare(item)
         if item.metadata:  # only `start_trace` can set it; it leaves alone what it is not given
             info = self._stored_info(item.key)
             info.trace_metadata.update(item.metadata)

@@ -32,11 +32,11 @@ class _Block:
     through the whole environment three times to learn of proxies. Together a quarter of what a request costs.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, around: _Block | None) -> None:
         self.seconds = seconds
         self.statuses: list[int] = []
-        self.headers: dict[str, Any] | None = None
-        self.proxies: dict[str, dict[str, str]] = {}  # by host
+        self.headers: dict[str, Any] | None = around.headers if around is not None else None
+        self.proxies: dict[str, dict[str, str]] = around.proxies if around is not None else {}  # by host
 
 
 _block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default=None)
@@ -116,10 +116,12 @@ def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:
 def limited_http(seconds: float) -> Iterator[list[int]]:
     """One attempt for each request inside, bounded in time, with headers and proxies found out once.
 
+    Inside another block, and in threads that work for it, what is known already is not found out again.
+
     Yields:
         The HTTP statuses seen; an ``MlflowException`` of the OTLP endpoint does not carry its own.
     """
-    block = _Block(seconds)
+    block = _Block(seconds, _block.get())
     token = _block.set(block)
     try:
         yield block.statuses

@@ -13,11 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.empty_pb2 import Empty
+from mlflow.entities import Trace, TraceData
 from mlflow.entities.model_registry import PromptVersion
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.service_pb2 import StartTraceV3
+from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import TraceMetadataKey
 from mlflow.tracking._tracking_service.utils import _get_store, _resolve_tracking_uri
+from mlflow.utils.proto_json_utils import message_to_json
+from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX
 from mlflow.utils.uri import is_databricks_uri
 from mlflow.utils.workspace_context import get_request_workspace
 from packaging.version import Version
@@ -32,6 +38,7 @@ __all__ = [
     "one_transaction",
     "request_workspace",
     "resolve_tracking_uri",
+    "start_trace",
     "supports_span_batches",
     "upload_attachments",
     "upload_spans_as_artifact",
@@ -102,6 +109,26 @@ def supports_span_batches(client: TracingClient) -> bool | None:
             return None
         return bool(version >= Version("3.12.0.dev0"))
     return _FINALIZES
+
+
+def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
+    """``client.start_trace``. A server's answer takes as long to read as the request to write, and repeats it.
+
+    Args:
+        client: The client of the store.
+        info: The trace.
+        reads_answer: Whether the caller needs what the store has added, which is where the trace's artifacts lie.
+
+    Returns:
+        The trace as it is stored; ``info`` itself where the answer is not read.
+    """
+    store = client.store
+    if reads_answer or type(store).start_trace is not RestStore.start_trace:
+        return client.start_trace(info)
+    trace = Trace(info=info, data=TraceData(spans=[]))
+    body = message_to_json(StartTraceV3(trace=trace.to_proto()))
+    store._call_endpoint(StartTraceV3, body, endpoint=_V3_TRACE_REST_API_PATH_PREFIX, response_proto=Empty())
+    return info
 
 
 class _OneSession:
