@@ -51,6 +51,58 @@ def test_a_slow_disk(make, slow_disk):
     assert 0 == sum(info.records for info in export.spools())
 
 
+def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch):
+    """While a newcomer syncs, all those return whose records an earlier sync has made safe."""
+    written = spool.Spool(tmp_path / "spool", "uri")
+    sync, begun = spool._sync_file, []
+    go = [threading.Event() for _ in range(3)]
+
+    def slow_sync(handle):
+        begun.append(1)
+        assert go[min(len(begun), len(go)) - 1].wait(30)
+        sync(handle)
+
+    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+
+    def put(key):
+        written.put(b"{}", key=key, counted=1, durable=True)
+
+    with ThreadPoolExecutor(16) as pool:
+        first = pool.submit(put, "first")
+        wait_until(lambda: len(begun) == 1)
+        second = [pool.submit(put, f"second {number}") for number in range(10)]
+        wait_until(lambda: written._live and 11 in written._live.values())
+        go[0].set()
+        wait_until(lambda: len(begun) == 2)
+        third = [pool.submit(put, f"third {number}") for number in range(4)]
+        wait_until(lambda: 15 in written._live.values())
+        go[1].set()
+        wait_until(lambda: len(begun) == 3)
+        for future in (first, *second):
+            future.result(10)
+        assert not any(future.done() for future in third)
+        go[2].set()
+    written.close()
+
+
+def test_many_callers_share_few_syncs(tmp_path, slow_disk):
+    """Each waits for the sync under way and for the next one, and so 64 of them need no more than one of them does."""
+    written = spool.Spool(tmp_path / "spool", "uri")
+    waited = []
+
+    def put_some(_):
+        for _ in range(8):
+            before = len(slow_disk)
+            written.put(b"{}", key="key", counted=1, durable=True)
+            waited.append(len(slow_disk) - before)
+
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(put_some, range(64)))
+    assert len(slow_disk) <= 3 * 8
+    assert sorted(waited)[len(waited) * 95 // 100] <= 3
+    written.close()
+
+
 # Notes what a power cut would leave: of a file as many bytes as it had when it was last synced, of a folder the names.
 DISK = """
 import json, os, stat, threading

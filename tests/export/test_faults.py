@@ -25,8 +25,8 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.export import backlog
 from dspy_mlflow_async.export import queue as queueing
 from dspy_mlflow_async.export import spool as spools
-from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.export.lanes import in_lanes
+from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.export.retry import Outcome, Verdict, judge
 from dspy_mlflow_async.export.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export import codec
 from dspy_mlflow_async.export.folder import make_folder, sync_folder
+from dspy_mlflow_async.export.group_sync import GroupSync
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.tail import Tail
@@ -125,7 +126,7 @@ class Spool:
         self.tail = tail  # segments of others whose records we bring to the store
         self._suffix = SHARED if is_shared else ".seg"
         self._append = threading.Lock()
-        self._sync = threading.Lock()
+        self._syncs = GroupSync()
         self._segment: Path | None = None
         self._handle = -1
         self._written = self._synced = 0
@@ -171,14 +172,17 @@ class Spool:
             raise
 
     def _sync_to(self, segment: Path, handle: int, end: int) -> None:
-        with self._sync:
+        def is_safe() -> bool:
             if segment in self._unsynced:
                 raise OSError(errno.EIO, "could not be synced", str(segment))
-            if segment != self._segment or self._synced >= end:
-                return  # synced by another caller, or when the segment was closed: that takes `_sync`, too
+            return segment != self._segment or self._synced >= end  # or synced when it was closed, in a turn of its own
+
+        def sync() -> None:
             reached = self._written
             self._sync_with_name(handle)
             self._synced = reached
+
+        self._syncs.until(is_safe, sync)
 
     def _sync_with_name(self, handle: int) -> None:
         """Sync the current segment, and once its name in the folder."""
@@ -213,7 +217,7 @@ class Spool:
 
     def _retire_segment(self) -> None:
         """Write no more to the current segment. It stays locked, and so ours, while its records are not done with."""
-        with self._sync:  # nobody syncs a handle that is closed, or is another file's by then
+        with self._syncs.turn():  # nobody syncs a handle that is closed, or is another file's by then
             segment, handle = self._segment, self._handle
             self._handle, self._segment = -1, None
             if segment is None:
@@ -301,7 +305,7 @@ class Spool:
 
     def after_fork(self) -> None:
         """In a forked child: the parent's segment is the parent's."""
-        self._append, self._sync = threading.Lock(), threading.Lock()
+        self._append, self._syncs = threading.Lock(), GroupSync()
         for handle in (*self._full.values(), self._handle):
             if handle >= 0:
                 os.close(handle)  # flock belongs to the open file, which the parent still has

@@ -1,0 +1,55 @@
+"""One caller syncs for all who wait: a disk that takes 10 ms for a sync holds up nobody for longer than two of them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+class GroupSync:
+    """Turns at one file, of which only one is taken at a time.
+
+    A lock would do, but whoever waits for it must have it to learn that another's sync was good for them, too, and
+    meanwhile the next begins.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_taken = False
+
+    def until(self, is_safe: Callable[[], bool], sync: Callable[[], None]) -> None:
+        """Return when ``is_safe``, after a turn of another or one of one's own, in which ``sync`` is called.
+
+        Args:
+            is_safe: Whether there is nothing to wait for; asked when a turn is over. What it raises is raised here.
+            sync: Makes it so.
+        """
+        with self._changed:
+            while not is_safe():
+                if not self._is_taken:
+                    self._is_taken = True
+                    break
+                self._changed.wait()
+            else:
+                return
+        with self._released():
+            sync()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A turn for something else, in which nobody syncs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken)
+            self._is_taken = True
+        with self._released():
+            yield
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
