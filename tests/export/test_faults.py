@@ -9,7 +9,9 @@ import subprocess
 import threading
 import time
 import tracemalloc
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -17,6 +19,7 @@ import pytest
 import sqlalchemy
 from mlflow.entities import Feedback, Metric, Param, RunTag
 from mlflow.store.db.utils import _get_managed_session_maker
+from mlflow.tracking.request_header.databricks_request_header_provider import DatabricksRequestHeaderProvider
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import QueuePool
 from stores import call, read, wait_until
@@ -272,6 +275,28 @@ def test_a_server_far_away_is_asked_several_things_at_once(make, proxy):
     assert export.flush(100)
     assert arrived(installed, ids)
     wait_until(lambda: not [t for t in threading.enumerate() if t.name == "dspy-mlflow-async-request"], 10)
+
+
+def test_headers_and_proxies_are_found_out_once_for_a_batch(make, server, monkeypatch):
+    """MLflow asks every provider of headers, and requests the whole environment for proxies, for each request."""
+    installed = make(uri=server.uri)
+    call()
+    assert export.flush(100)
+    installed.stop_writing()
+    ids = [call() for _ in range(30)]
+    asked = []
+    in_context, scan = DatabricksRequestHeaderProvider.in_context, urllib.request.getproxies_environment
+    monkeypatch.setattr(
+        DatabricksRequestHeaderProvider, "in_context", lambda self: asked.append("headers") or in_context(self)
+    )
+    monkeypatch.setattr("requests.utils.getproxies", lambda: asked.append("proxies") or scan())
+    del installed.queue._start
+    assert export.flush(100)
+    found_out = Counter(asked)
+    lanes = 4  # which may begin at the same time
+    assert 1 <= found_out["headers"] <= lanes + 1
+    assert found_out["proxies"] <= lanes + 1
+    assert set(ids) <= set(installed.read())
 
 
 def test_a_server_that_keeps_no_spans(make, tmp_path):
@@ -638,6 +663,30 @@ def test_flush_returns_when_neither_the_store_nor_the_disk_takes_anything(make, 
 
     assert export.flush(100)
     assert arrived(installed, ids)
+
+
+def test_flush_asks_for_itself(sqlite, monkeypatch):
+    """An attempt that began before it, and fails while it waits, says nothing about now."""
+    monkeypatch.setattr(queueing, "_ATTEMPTS_IN_MEMORY", 1)
+    monkeypatch.setattr(queueing.Backoff, "pause", lambda self: 60.0)
+    writer, under_way, go = sqlite.queue._writer, threading.Event(), threading.Event()
+    write = writer.write
+
+    def away_once(items):
+        writer.write = write
+        under_way.set()
+        assert go.wait(30)
+        return [Outcome(item, Verdict.AWAY, ConnectionError("away")) for item in items]
+
+    writer.write = away_once
+    ids = [call()]
+    assert under_way.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(export.flush, 30)
+        wait_until(lambda: sqlite.queue._flushing)
+        go.set()
+        assert flushed.result()
+    assert arrived(sqlite, ids)
 
 
 def test_new_options_during_an_outage(make, server):

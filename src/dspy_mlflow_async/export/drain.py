@@ -37,14 +37,14 @@ def main(path: str, uri: str) -> None:
     tail = Tail(folder, counts=True, follows_living=True)
     queue = StoreQueue(ExportOptions(), Books(), uri, spool.Spool(folder, uri, tail=tail))
     gone_since: float | None = None
-    times_away = 0
+    away_at = 0
     while True:
         has_parent = _wait(parent, 0.0, queue)
         queue.feed(queue.spool.adopt())
         queue.work()
-        if queue.times_away != times_away:
-            times_away = queue.times_away
-            lock.note(f"{os.getpid()} {times_away}")
+        if queue.away_at != away_at:
+            away_at = queue.away_at
+            lock.note(f"{os.getpid()} {away_at}")
         if not has_parent:
             gone_since = gone_since or time.monotonic()
             if queue.is_empty() or time.monotonic() - gone_since > _OUTLIVE:

@@ -169,6 +169,7 @@ class ProcessQueue(StoreQueue):
         if failure != self._last_failure:
             self._last_failure = failure
             if failure:
+                self._attempts += 1  # the child's
                 self._failed()
         self._tell()
 

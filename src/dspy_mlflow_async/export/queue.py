@@ -68,7 +68,9 @@ class StoreQueue:
         self._backoff = Backoff()
         self._failures = 0  # writes in a row that found the store away
         self._away_until = 0.0  # monotonic
-        self.times_away = 0  # how often the store was found away; a flush that sees one more gives up
+        self._attempts = 0  # how often the writer has begun to write what waits
+        self._hurried = 0  # the attempt under way, or the last one, when somebody asked for one at once
+        self.away_at = 0  # the last attempt that found the store away; who waits gives up if it began after that
         self._times_suspect = 0  # how often a record failed for no clear reason
         self._wake = threading.Event()
         self._hurry = threading.Event()
@@ -169,12 +171,12 @@ class StoreQueue:
     def _take_out(self, key: str, deadline: float) -> list[Item] | None:
         """What waits of a trace or run, now in the hands of the caller; None where others have it, and keep it."""
         with self._progress:
-            times_away = self.times_away
+            attempts = self._attempts
             while True:
                 if not self.backlog.has(key) and (items := self.memory.take_all_of(key)) is not None:
                     return items
                 left = deadline - time.monotonic()
-                if left <= 0 or self._failures or self.times_away != times_away or not self._may_wait():
+                if left <= 0 or self._failures or self.away_at > attempts or not self._may_wait():
                     return None
                 self._hurry.set()
                 self._wake.set()
@@ -244,6 +246,7 @@ class StoreQueue:
                 self._spool_waiting()
                 break
             began = time.monotonic()
+            self._attempts += 1
             did_something = self._write_waiting()
             did_something = self._write_backlog() or did_something
             self._tell()
@@ -307,7 +310,8 @@ class StoreQueue:
     def _found_away(self, outcomes: list[Outcome]) -> None:
         """The store is away: try again soon, and after some attempts bring what waits to safety."""
         self._failures += 1
-        pause = self._backoff.pause()
+        # Somebody who asked while this attempt was under way wants one that begins now.
+        pause = 0.0 if self._hurried == self._attempts else self._backoff.pause()
         if self._failures < _ATTEMPTS_IN_MEMORY and not len(self.backlog):
             self._stop.wait(pause)
             return
@@ -390,7 +394,7 @@ class StoreQueue:
     def _failed(self) -> None:
         """Let those who flush know that trying does not help now."""
         with self._progress:
-            self.times_away += 1
+            self.away_at = self._attempts
             self._progress.notify_all()
 
     def _load(self, reference: Reference) -> Item | None:
@@ -469,7 +473,7 @@ class StoreQueue:
         """
         with self._progress:
             self._flushing += 1
-            away, suspect = self.times_away, self._times_suspect
+            attempts, suspect = self._attempts, self._times_suspect
         count, spooled = self.memory.count, self.backlog.count
         try:
             self.hurry()
@@ -481,7 +485,7 @@ class StoreQueue:
                 count,
                 spooled,
                 deadline,
-                is_away=lambda: self.times_away != away,
+                is_away=lambda: self.away_at > attempts,
                 has_suspects=lambda: self._times_suspect != suspect,
             )
         finally:
@@ -518,6 +522,7 @@ class StoreQueue:
 
     def hurry(self) -> None:
         """Try everything now, whatever pause was meant to be kept."""
+        self._hurried = self._attempts
         self._hurry.set()
         self._away_until = 0.0
         self.backlog.hurry()

@@ -20,7 +20,7 @@ from dspy_mlflow_async.seams import mlflow_http, mlflow_store, mlflow_traces
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
 _REQUEST_SECONDS = 30.0
 # Traces that are started at once on a server. MLflow's exporter makes all of its requests in ten threads.
-_LANES = 8
+_LANES = 4
 _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, and does not like to get it twice
 
 

@@ -25,18 +25,25 @@ __all__ = [
 ]
 
 
-class _Block:
-    """What holds for the requests of one ``limited_http`` block, and what need not be found out for each of them.
+class _Known:
+    """What need not be found out for each request of a block, and of the blocks inside it.
 
     MLflow asks every header provider for every request, and Databricks' tries some imports that fail. Requests goes
     through the whole environment three times to learn of proxies. Together a quarter of what a request costs.
     """
 
-    def __init__(self, seconds: float, around: _Block | None) -> None:
+    def __init__(self) -> None:
+        self.headers: dict[str, Any] | None = None
+        self.proxies: dict[str, dict[str, str]] = {}  # by host
+
+
+class _Block:
+    """What holds for the requests of one ``limited_http`` block."""
+
+    def __init__(self, seconds: float, known: _Known) -> None:
         self.seconds = seconds
         self.statuses: list[int] = []
-        self.headers: dict[str, Any] | None = around.headers if around is not None else None
-        self.proxies: dict[str, dict[str, str]] = around.proxies if around is not None else {}  # by host
+        self.known = known
 
 
 _block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default=None)
@@ -92,9 +99,9 @@ def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
         block = _block.get()
         if block is None or given is not None:
             return resolve(given)
-        if block.headers is None:
-            block.headers = dict(resolve())
-        return dict(block.headers)
+        if block.known.headers is None:
+            block.known.headers = dict(resolve())
+        return dict(block.known.headers)
 
     return resolve_request_headers
 
@@ -105,9 +112,9 @@ def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:
         if block is None or no_proxy is not None:
             return find(url, no_proxy)
         host = urlsplit(url).netloc
-        if host not in block.proxies:
-            block.proxies[host] = find(url)
-        return dict(block.proxies[host])
+        if host not in block.known.proxies:
+            block.known.proxies[host] = find(url)
+        return dict(block.known.proxies[host])
 
     return get_environ_proxies
 
@@ -121,7 +128,8 @@ def limited_http(seconds: float) -> Iterator[list[int]]:
     Yields:
         The HTTP statuses seen; an ``MlflowException`` of the OTLP endpoint does not carry its own.
     """
-    block = _Block(seconds, _block.get())
+    around = _block.get()
+    block = _Block(seconds, around.known if around is not None else _Known())
     token = _block.set(block)
     try:
         yield block.statuses
