@@ -60,6 +60,16 @@ def test_demo_says_what_to_do_about_a_folder_it_cannot_write(command, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_demo_says_what_to_do_about_a_store_that_mlflow_cannot_use(command, tmp_path):
+    """Made by another version of MLflow, or no database at all."""
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    done = command("demo", "--folder", str(tmp_path))
+    assert 1 == done.returncode
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "mlflow.db: " in done.stdout
+    assert "demo --folder PATH" in done.stdout
+
+
 def test_demo_says_what_to_do_about_a_model_that_does_not_answer(command):
     """So is a model that does not answer."""
     done = command("demo", "--model", "openai/none", "--api-base", "http://127.0.0.1:9", env={"OPENAI_API_KEY": "none"})

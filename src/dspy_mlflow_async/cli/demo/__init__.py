@@ -59,7 +59,7 @@ def play(console: Console, folder: Path, model: str | None = None, api_base: str
                 verdict = check.check(scene.traces(), planned, scene.billed(), exact=scripted)
     except OSError as error:
         console.print(
-            f"{error}\nName a folder that you may write to: dspy-mlflow-async demo --folder PATH", markup=False
+            f"{error}\nName another folder, that you may write to: dspy-mlflow-async demo --folder PATH", markup=False
         )
         return 1
     except Exception as error:

@@ -17,6 +17,8 @@ import mlflow
 import tqdm
 from mlflow import MlflowClient
 from mlflow.entities import Trace
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from dspy_mlflow_async import autolog
 from dspy_mlflow_async.cli.demo.script import Script, Ticket, load_tickets, markers_in
@@ -83,7 +85,7 @@ def set_up(folder: Path, model: str | None, api_base: str | None) -> Iterator[St
         api_base: The user's endpoint, or None.
 
     Raises:
-        OSError: Where the folder cannot be written, or loopback has no port.
+        OSError: Where the folder cannot be written, its store is none of this MLflow's, or loopback has no port.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tickets = load_tickets()
@@ -98,16 +100,22 @@ def set_up(folder: Path, model: str | None, api_base: str | None) -> Iterator[St
         else:
             lm = dspy.LM(model, **({"api_base": api_base} if api_base else {}), cache=False)
         mlflow.set_tracking_uri(store)
-        client = MlflowClient(tracking_uri=store)
-        experiment_id = client.create_experiment(
-            f"demo {time.strftime('%Y-%m-%d %H:%M:%S')}.{time.time_ns() // 1_000_000 % 1000:03}",
-            artifact_location=(folder / "artifacts").resolve().as_uri(),
-        )
+        experiment_id = _create_experiment(store, folder)
         mlflow.set_experiment(experiment_id=experiment_id)
         dspy.configure(lm=lm)
         autolog(silent=True, log_compiles=True, log_evals=True)
         stack.callback(autolog, disable=True)
         yield Stage(tickets, store, experiment_id, endpoint, lm.model)
+
+
+def _create_experiment(store: str, folder: Path) -> str:
+    name = f"demo {time.strftime('%Y-%m-%d %H:%M:%S')}.{time.time_ns() // 1_000_000 % 1000:03}"
+    artifacts = (folder / "artifacts").resolve().as_uri()
+    try:
+        experiment_id: str = MlflowClient(tracking_uri=store).create_experiment(name, artifact_location=artifacts)
+    except (MlflowException, SQLAlchemyError) as error:  # made by another version, or no database at all
+        raise OSError(f"MLflow cannot use {store}: {error}") from error
+    return experiment_id
 
 
 @contextlib.contextmanager
