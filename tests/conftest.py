@@ -29,7 +29,7 @@ from clean import assert_context_is_clean
 from dspy_mlflow_async import guard, testing
 from dspy_mlflow_async.composition import AutologCallback
 from dspy_mlflow_async.context import frame
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.spans import tracer
 from echo import EchoLM
 
@@ -135,7 +135,7 @@ def _leaves_nothing_behind():
         _USER_TRACE_CONTEXT.set(None)
         mlflow_runtime_context.attach(Context())
         dspy_settings.thread_local_overrides.set(overrides)
-        seam.turn_own_autolog_off()
+        autolog_seam.turn_own_autolog_off()
         InMemoryTraceManager.reset()
         mlflow.clear_active_model()  # loading a model makes it active, and its store is another than the next test's
 
@@ -148,7 +148,7 @@ def _patched_functions():
         threading.Thread.start,
         ThreadPoolExecutor.submit,
         mlflow.dspy.autolog,
-        seam.own_autolog_module().safe_patch,
+        autolog_seam.own_autolog_module().safe_patch,
     )
 
 

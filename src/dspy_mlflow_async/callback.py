@@ -13,7 +13,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.compile import Compile
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED, Evaluation
 from dspy_mlflow_async.runs.handle import run_status
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans import describe, tracer
 from dspy_mlflow_async.spans.describe import Description
@@ -44,7 +44,7 @@ def _begins(handler: _Handler) -> _Handler:
     return cast("_Handler", start)
 
 
-class TracingCallback(seam.MlflowCallback):
+class TracingCallback(autolog_seam.MlflowCallback):
     """Records DSPy's calls as MLflow spans; for ``dspy.context(callbacks=[...])`` and one object's ``callbacks=[...]``.
 
     ``autolog()`` installs one for the whole process. It is a subclass of ``mlflow.dspy.callback.MlflowCallback``,
@@ -246,7 +246,7 @@ class TracingCallback(seam.MlflowCallback):
             return None
         if not tracer.is_recording(heeds_switch=self.can_be_switched):
             return None
-        seam.add_dependencies_schema(self._dependencies_schema)
+        autolog_seam.add_dependencies_schema(self._dependencies_schema)
         return tracer.start(call_id, description(*call), settings)
 
 

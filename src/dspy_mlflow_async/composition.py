@@ -15,7 +15,7 @@ from dspy_mlflow_async.callback import TracingCallback
 from dspy_mlflow_async.context.threads import Undo, patch_attribute
 from dspy_mlflow_async.runs import active
 from dspy_mlflow_async.seams import dspy as dspy_seam
-from dspy_mlflow_async.seams import mlflow as mlflow_seam
+from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
@@ -150,11 +150,11 @@ def autolog(
             _installation.beyond_mlflow = {**for_spans, **for_export, **reach, "export": export}
             _install_export(options)
             _install(settings, context_runs=context_runs, propagate_threads=propagate_threads, silent=silent)
-        mlflow_seam.note_autolog({**as_mlflow, "disable": disable, "silent": silent})
+        autolog_seam.note_autolog({**as_mlflow, "disable": disable, "silent": silent})
 
 
 # mlflow.autolog() and MLflow's registry of integrations look for this name on the function.
-autolog.integration_name = mlflow_seam.FLAVOR  # type: ignore[attr-defined]
+autolog.integration_name = autolog_seam.FLAVOR  # type: ignore[attr-defined]
 
 
 def is_installed() -> bool:
@@ -227,11 +227,11 @@ def _undo(name: str) -> None:
 
 def _replace_mlflow(*, silent: bool) -> None:
     """Never two tracers at once: take MLflow's own out, and let a later ``mlflow.dspy.autolog()`` come to us."""
-    foreign = [c for c in dspy_seam.global_callbacks() if type(c) is mlflow_seam.MlflowCallback]
+    foreign = [c for c in dspy_seam.global_callbacks() if type(c) is autolog_seam.MlflowCallback]
     # Once `mlflow.dspy.autolog` comes to us, what MLflow notes of its integration is ours.
-    if foreign or ("mlflow" not in _installation.undos and mlflow_seam.is_own_autolog_on()):
-        mlflow_seam.turn_own_autolog_off()
-        dspy_seam.change_callbacks(lambda present: [c for c in present if type(c) is not mlflow_seam.MlflowCallback])
+    if foreign or ("mlflow" not in _installation.undos and autolog_seam.is_own_autolog_on()):
+        autolog_seam.turn_own_autolog_off()
+        dspy_seam.change_callbacks(lambda present: [c for c in present if type(c) is not autolog_seam.MlflowCallback])
         if not silent:
             logger.info("mlflow.dspy.autolog() was on; dspy-mlflow-async replaces it.")
     _ensure("mlflow", _redirect_mlflow_autolog)
@@ -240,7 +240,7 @@ def _replace_mlflow(*, silent: bool) -> None:
 def _redirect_mlflow_autolog() -> Undo:
     import mlflow.dspy
 
-    module = mlflow_seam.own_autolog_module()
+    module = autolog_seam.own_autolog_module()
     undos = [
         # Whoever holds the original function would patch compile and Evaluate under us.
         patch_attribute(module, "safe_patch", lambda *args, **kwargs: None),  # noqa: ARG005 - safe_patch's signature
@@ -256,7 +256,7 @@ def _redirect_mlflow_autolog() -> Undo:
                 # MLflow's evaluations switch off and on again: the way back must lead here.
                 with _installation.lock:
                     _uninstall(keep=("mlflow",))
-                    mlflow_seam.note_autolog({**arguments, "disable": True})
+                    autolog_seam.note_autolog({**arguments, "disable": True})
                 return
             if not arguments.get("silent"):
                 logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")

@@ -23,7 +23,6 @@ MAX_LINES = 350
 LONG = {
     "dspy_mlflow_async.export.queue",
     "dspy_mlflow_async.export.collector",
-    "dspy_mlflow_async.seams.mlflow",
 }
 MODULES = source.modules()
 

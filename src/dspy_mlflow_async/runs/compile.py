@@ -18,7 +18,7 @@ from dspy_mlflow_async.runs import active, artifacts, opening
 from dspy_mlflow_async.runs.asking import ask
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
 from dspy_mlflow_async.runs.usage import add_up
-from dspy_mlflow_async.seams import mlflow as mlflow_seam
+from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans.usage import Ledger
 
@@ -59,7 +59,7 @@ class Compile:
             self.run = opening.open_run(
                 None,
                 child_name=type(self._optimizer).__name__,
-                tags={seam.MLFLOW_AUTOLOGGING: mlflow_seam.FLAVOR},
+                tags={seam.MLFLOW_AUTOLOGGING: autolog_seam.FLAVOR},
             )
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the compile goes on
             logger.warning("The compile of %s has no run (%s).", type(self._optimizer).__name__, error)
@@ -181,7 +181,7 @@ class Compile:
     @guarded
     def _show_in_ui(self, run: RunHandle) -> None:
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
-            ask(lambda: seam.log_dummy_model(run.run_id, mlflow_seam.FLAVOR))
+            ask(lambda: seam.log_dummy_model(run.run_id, autolog_seam.FLAVOR))
 
 
 def _judges(optimizer: Any, inputs: dict[str, Any]) -> list[Any]:

@@ -1,17 +1,16 @@
-"""MLflow's side: spans by hand, the context they are current in, and the callback that ours replaces."""
+"""MLflow's spans by hand, and the context they are current in."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlflow.tracing.provider as trace_provider
 import mlflow.tracing.sampling as trace_sampling
-from mlflow.dspy.callback import MlflowCallback
 from mlflow.entities import SpanStatusCode, SpanType
+from mlflow.tracing.config import get_config
 from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey, TraceMetadataKey, TraceTagKey
 from mlflow.tracing.context import _USER_TRACE_CONTEXT, _UserTraceContext
 from mlflow.tracing.trace_manager import InMemoryTraceManager
@@ -23,9 +22,8 @@ from opentelemetry.sdk.trace import Span as OtelSpan
 
 from dspy_mlflow_async.seams import mlflow_live as live_seam
 
-__all__ = ["MlflowCallback", "SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
+__all__ = ["SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
 
-FLAVOR = "dspy"
 SOURCE_RUN = TraceMetadataKey.SOURCE_RUN
 # Marks traces that a scorer made, which MLflow's UI keeps apart from predictions.
 SOURCE_SCORER_TAG = getattr(TraceTagKey, "SOURCE_SCORER_NAME", "mlflow.trace.sourceScorer")
@@ -346,55 +344,6 @@ def end_span(
     recording.set_status(status)
     if SpanAttributeKey.CHAT_USAGE in attributes and live_seam.computes_cost():
         set_span_cost_attribute(span.live)
-    apply_span_processors(span.live)
+    if get_config().span_processors:
+        apply_span_processors(span.live)
     recording.end()
-
-
-# --- serving ----------------------------------------------------------------------------------------------------
-
-
-def add_dependencies_schema(schema: dict[str, Any] | None) -> None:
-    """Put a served model's dependencies schema where MLflow tags the trace with it."""
-    if not schema:
-        return
-    from mlflow.pyfunc.context import get_prediction_context
-
-    context = get_prediction_context()
-    if context is not None:
-        context.update(**schema)
-
-
-# --- MLflow's own DSPy integration ------------------------------------------------------------------------------
-
-
-def is_own_autolog_on() -> bool:
-    """Whether ``mlflow.dspy.autolog()`` is on."""
-    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
-
-    config = AUTOLOGGING_INTEGRATIONS.get(FLAVOR)
-    return bool(config) and not config.get("disable", True)
-
-
-def turn_own_autolog_off() -> None:
-    """What ``mlflow.dspy.autolog(disable=True)`` does, less ``dspy.configure``, which other threads may not call."""
-    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
-    from mlflow.utils.autologging_utils.safety import revert_patches
-
-    revert_patches(FLAVOR)
-    if FLAVOR in AUTOLOGGING_INTEGRATIONS:
-        AUTOLOGGING_INTEGRATIONS[FLAVOR]["disable"] = True
-
-
-def note_autolog(config: Mapping[str, Any]) -> None:
-    """Tell MLflow how its DSPy integration is set, as ``mlflow.dspy.autolog`` does.
-
-    ``mlflow.autolog()`` leaves alone what somebody has set, and ``mlflow.evaluate`` puts it back afterwards.
-    """
-    from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
-
-    AUTOLOGGING_INTEGRATIONS[FLAVOR] = dict(config)
-
-
-def own_autolog_module() -> Any:
-    """The module behind ``mlflow.dspy.autolog``, whose name the function of that name hides."""
-    return importlib.import_module("mlflow.dspy.autolog")
