@@ -11,7 +11,7 @@ from stores import call, wait_until
 from test_spool import PROGRAM, place, read, start  # noqa: F401 - `place` is a fixture
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import spool
+from dspy_mlflow_async.export import group_sync, spool
 
 SYNC_SECONDS = 0.05
 
@@ -83,6 +83,45 @@ def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch)
         assert not any(future.done() for future in third)
         go[2].set()
     written.close()
+
+
+def test_who_waits_while_a_segment_is_closed(tmp_path, monkeypatch):
+    """The sync of the full segment, which another caller makes, is waited for like any other."""
+    written = spool.Spool(tmp_path / "spool", "uri")
+    reference = written.put(b"{}", key="first", counted=1)
+    handle, end = written._handle, written._written
+    sync, begun, go = spool._sync_file, threading.Event(), threading.Event()
+
+    def slow_sync(handle):
+        begun.set()
+        assert go.wait(30)
+        sync(handle)
+
+    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    with ThreadPoolExecutor(2) as pool:
+        closing = pool.submit(written.close)
+        assert begun.wait(30)
+        waiting = pool.submit(written._sync_to, reference.segment, handle, end)
+        threading.Event().wait(0.2)
+        assert not waiting.done()
+        go.set()
+        waiting.result(10)
+        closing.result(10)
+
+
+def test_an_interrupted_sync_is_anothers_turn():
+    """Ctrl-C in the one who syncs leaves nobody waiting for ever."""
+    group, synced = group_sync.GroupSync(), []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        group.until(lambda: bool(synced), interrupted)
+    with pytest.raises(KeyboardInterrupt), group.turn():
+        raise KeyboardInterrupt
+    group.until(lambda: bool(synced), lambda: synced.append(1))
+    assert [1] == synced
 
 
 def test_many_callers_share_few_syncs(tmp_path, slow_disk):

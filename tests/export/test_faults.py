@@ -785,3 +785,26 @@ def test_what_waits_weighs_what_it_takes(make):
     assert 0.7 * taken < installed.queue.memory.size - weighed < 1.5 * taken
     del installed.queue._start
     assert export.flush(100)
+
+
+@pytest.mark.parametrize(
+    ("error", "statuses", "verdict"),
+    [
+        (PermissionError(13, "not to be written", "/mlartifacts"), [200], Verdict.SUSPECT),
+        (FileNotFoundError("gone"), [], Verdict.SUSPECT),
+        (ConnectionResetError("reset"), [], Verdict.AWAY),
+        (OSError(28, "No space left on device"), [], Verdict.AWAY),
+        (mlflow.MlflowException("API request to http://a/b failed with exception refused"), [], Verdict.AWAY),
+        # The request before it was answered.
+        (mlflow.MlflowException("API request to http://a/b failed with exception refused"), [200], Verdict.AWAY),
+        (mlflow.MlflowException("API request to http://a/b failed with timeout exception late."), [200], Verdict.AWAY),
+        (
+            mlflow.MlflowException("API request to endpoint /b failed with error code 500 != 200"),
+            [500],
+            Verdict.SUSPECT,
+        ),
+    ],
+)
+def test_what_an_error_says(error, statuses, verdict):
+    """A store that is away is tried again with everything; a record that may be to blame by itself."""
+    assert verdict is judge(error, statuses)

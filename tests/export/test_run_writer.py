@@ -4,9 +4,13 @@ import threading
 
 import mlflow
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.export.items import RunItem
+from dspy_mlflow_async.export.retry import Verdict
+from dspy_mlflow_async.export.run_items import write_runs
 
 
 @pytest.fixture
@@ -102,3 +106,72 @@ def test_the_process_ends_while_it_is_written(sqlite, client, run_id, held_up):
     assert 1 == saved
     assert "FINISHED" == client.get_run(run_id).info.status
     assert 0 == len(sqlite.queue.backlog) == sum(info.records for info in export.spools())
+
+
+def test_what_worked_is_not_written_again(client, run_id, sqlite, monkeypatch):
+    """The artifacts are away: values that were logged before them are done with, and the end waits."""
+    batches, log_batch = [], MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args: batches.append(1) or log_batch(*args))
+
+    def away(*_):
+        raise ConnectionError("away")
+
+    items = [
+        RunItem(key=run_id, size=0, status="FINISHED", end_time_ms=99),
+        RunItem(key=run_id, size=0, path="a.json", content=b"{}"),
+        *(RunItem(key=run_id, size=0, metrics=[Metric("m", 1.0, 1, step)]) for step in range(3)),
+    ]
+    with monkeypatch.context() as failing:
+        failing.setattr(MlflowClient, "log_artifacts", away)
+        outcomes = write_runs(sqlite.uri, items, [])
+    left = [outcome.item for outcome in outcomes if outcome.verdict is not Verdict.STORED]
+    assert [Verdict.STORED] * 3 + [Verdict.AWAY] * 2 == [outcome.verdict for outcome in outcomes]
+    assert "RUNNING" == client.get_run(run_id).info.status
+
+    assert {Verdict.STORED} == {outcome.verdict for outcome in write_runs(sqlite.uri, left, [])}
+    assert [1] == batches
+    assert "FINISHED" == client.get_run(run_id).info.status
+
+
+def test_nothing_overtakes_what_must_be_tried_again(client, run_id, sqlite, monkeypatch):
+    """The last word on a tag is the one that was logged last, also where an earlier one fails for no clear reason."""
+    log_batch = MlflowClient.log_batch
+
+    def fail_for_some(self, run_id, metrics, params, tags):
+        if len(tags) > 1 or tags[0].value == "old":  # together, and then by itself
+            raise ValueError("no reason")
+        log_batch(self, run_id, metrics, params, tags)
+
+    items = [
+        RunItem(key=run_id, size=0, tags=[RunTag("other", "1")]),
+        RunItem(key=run_id, size=0, tags=[RunTag("tag", "old")]),
+        RunItem(key=run_id, size=0, tags=[RunTag("tag", "new")]),
+        RunItem(key=run_id, size=0, status="FINISHED", end_time_ms=99),
+    ]
+    with monkeypatch.context() as failing:
+        failing.setattr(MlflowClient, "log_batch", fail_for_some)
+        outcomes = write_runs(sqlite.uri, items, [])
+    assert [Verdict.STORED, *[Verdict.SUSPECT] * 3] == [outcome.verdict for outcome in outcomes]
+    run = client.get_run(run_id)
+    assert ("RUNNING", "1", None) == (run.info.status, run.data.tags["other"], run.data.tags.get("tag"))
+
+    write_runs(sqlite.uri, items[1:], [])
+    run = client.get_run(run_id)
+    assert ("FINISHED", "new") == (run.info.status, run.data.tags["tag"])
+
+
+def test_an_interrupted_caller_gives_back_what_he_has_taken(client, run_id, sqlite, monkeypatch):
+    """Ctrl-C while a caller writes: the writer does it instead."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    sqlite.stop_writing()
+    writer = export.run_writer(None)
+    writer.log(run_id, metrics=[Metric("m", 1.0, 1, 0)])
+    monkeypatch.setattr(sqlite.queue._urgent_writer, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sqlite.queue.write_waiting(run_id, 5.0)
+    del sqlite.queue._start
+    assert export.flush(30)
+    assert {"m": 1.0} == client.get_run(run_id).data.metrics

@@ -22,34 +22,36 @@ class GroupSync:
         """Return when ``is_safe``, after a turn of another or one of one's own, in which ``sync`` is called.
 
         Args:
-            is_safe: Whether there is nothing to wait for; asked when a turn is over. What it raises is raised here.
+            is_safe: Whether there is nothing to wait for; asked at first, and when a turn is over. What it raises is
+                raised here.
             sync: Makes it so.
         """
-        with self._changed:
-            while not is_safe():
-                if not self._is_taken:
-                    self._is_taken = True
-                    break
-                self._changed.wait()
-            else:
-                return
-        with self._released():
+        is_mine = False
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._is_taken or is_safe())
+                if is_safe():
+                    return
+                self._is_taken = is_mine = True
             sync()
+        finally:  # an interrupt may come at any line
+            if is_mine:
+                self._release()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """A turn for something else, in which nobody syncs."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_taken)
-            self._is_taken = True
-        with self._released():
-            yield
-
-    @contextlib.contextmanager
-    def _released(self) -> Iterator[None]:
+        is_mine = False
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._is_taken)
+                self._is_taken = is_mine = True
             yield
         finally:
-            with self._changed:
-                self._is_taken = False
-                self._changed.notify_all()
+            if is_mine:
+                self._release()
+
+    def _release(self) -> None:
+        with self._changed:
+            self._is_taken = False
+            self._changed.notify_all()

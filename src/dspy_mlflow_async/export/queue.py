@@ -70,7 +70,7 @@ class StoreQueue:
         self._away_until = 0.0  # monotonic
         self._attempts = 0  # how often the writer has begun to write what waits
         self._hurried = 0  # the attempt under way, or the last one, when somebody asked for one at once
-        self.away_at = 0  # the last attempt that found the store away; who waits gives up if it began after that
+        self.away_at = 0  # the last attempt that found the store away; who came before it began waits no longer
         self._times_suspect = 0  # how often a record failed for no clear reason
         self._wake = threading.Event()
         self._hurry = threading.Event()
@@ -141,7 +141,11 @@ class StoreQueue:
         if items is None:
             return False
         begun = time.monotonic()
-        outcomes = self._urgent_writer.write(items) if items else []
+        try:
+            outcomes = self._urgent_writer.write(items) if items else []
+        except BaseException:  # an interrupt: the writer takes them up
+            self.memory.give_back(items, items)
+            raise
         with self._fate:
             if items and not self.memory.is_taken(items):
                 self._settle_saved(outcomes)
@@ -212,11 +216,14 @@ class StoreQueue:
 
     def _start(self) -> None:
         with self._starting:
-            if self._thread is None or not self._thread.is_alive():
+            if not self._is_writing():
                 thread = threading.Thread(target=self._run, name="dspy-mlflow-async-writer", daemon=True)
                 with contextlib.suppress(RuntimeError):  # the interpreter shuts down; `flush` writes in its thread
                     thread.start()
                     self._thread = thread
+
+    def _is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     # --- the writer's thread ---
 
@@ -310,8 +317,7 @@ class StoreQueue:
     def _found_away(self, outcomes: list[Outcome]) -> None:
         """The store is away: try again soon, and after some attempts bring what waits to safety."""
         self._failures += 1
-        # Somebody who asked while this attempt was under way wants one that begins now.
-        pause = 0.0 if self._hurried == self._attempts else self._backoff.pause()
+        pause = self._backoff.pause()
         if self._failures < _ATTEMPTS_IN_MEMORY and not len(self.backlog):
             self._stop.wait(pause)
             return
@@ -324,7 +330,9 @@ class StoreQueue:
                 error,
                 self.spool.folder,
             )
-        self._away_until = time.monotonic() + pause
+        with self._progress:
+            # Somebody who asked while this attempt was under way wants one that begins now.
+            self._away_until = 0.0 if self._hurried == self._attempts else time.monotonic() + pause
         self._spool_waiting()
         self._failed()
 
@@ -479,7 +487,7 @@ class StoreQueue:
             self.hurry()
             if not self.is_empty():
                 self._start()
-            if self._thread is None or not self._thread.is_alive():  # the interpreter shuts down
+            if not self._is_writing():  # the interpreter shuts down
                 self.work()
             return self._wait_for(
                 count,
@@ -513,6 +521,8 @@ class StoreQueue:
                     left_memory, spooled = True, max(spooled, self._moved)
                 if left_memory and self.backlog.is_done_with(spooled):
                     return True
+                if self._stop.is_set() and not self._is_writing():
+                    return False
                 if is_away() or (left_memory and has_suspects() and not self.backlog.waiting()):
                     return False
                 left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
@@ -522,9 +532,10 @@ class StoreQueue:
 
     def hurry(self) -> None:
         """Try everything now, whatever pause was meant to be kept."""
-        self._hurried = self._attempts
+        with self._progress:
+            self._hurried = self._attempts
+            self._away_until = 0.0
         self._hurry.set()
-        self._away_until = 0.0
         self.backlog.hurry()
         self._wake.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,10 @@ class Outcome:
 
 # Credentials can be renewed, and a proxy may say 404 for a while, but then without MLflow's error code.
 _AWAY_STATUSES = frozenset({401, 403, 407, 408, 425, 429, 502, 503, 504})
+# What MLflow makes of what `requests` raises.
+_HAS_NO_ANSWER = re.compile("API request to .* failed with (timeout )?exception ")
+# Of errors that have to do with files, those that no store raises by being away: artifacts that may not be written.
+_OUR_FILES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # SQLAlchemy's words (https://sqlalche.me/e/20/3o7r) for what MLflow calls a bad request, also behind a server.
 _TOO_MANY_CONNECTIONS = "QueuePool limit"
 _SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any failure, a busy database too
@@ -54,6 +59,10 @@ def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
         error: What was raised.
         statuses: The HTTP statuses seen on the way, if there were any.
     """
+    if isinstance(error, _OUR_FILES):
+        return Verdict.SUSPECT
+    if isinstance(error, MlflowException) and _HAS_NO_ANSWER.match(error.message):
+        return Verdict.AWAY  # refused, reset, timed out
     status = statuses[-1] if statuses else None
     if isinstance(error, MlflowException):
         has_code = not statuses or error.error_code != "INTERNAL_ERROR"
@@ -61,8 +70,6 @@ def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
             status = error.get_http_status_code()
         if status in _AWAY_STATUSES or _TOO_MANY_CONNECTIONS in error.message:
             return Verdict.AWAY
-        if not statuses and status == 500 and "API request to" in error.message:  # noqa: PLR2004 - HTTP
-            return Verdict.AWAY  # no answer at all: refused, reset, timed out
         if 400 <= status < 500 and status not in _SUSPECT_STATUSES and has_code:  # noqa: PLR2004 - HTTP
             return Verdict.REFUSED
         if status == 413:  # noqa: PLR2004 - HTTP: too large

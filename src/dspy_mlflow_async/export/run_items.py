@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,66 +31,73 @@ def write_runs(uri: str, items: Sequence[RunItem], statuses: list[int]) -> list[
     Returns:
         An outcome for each item.
     """
-    runs: dict[str, list[RunItem]] = {}
+    runs: dict[tuple[str, str | None], list[RunItem]] = {}
     for item in items:
-        runs.setdefault(item.key, []).append(item)
+        runs.setdefault((item.key, item.workspace), []).append(item)
     outcomes: list[Outcome] = []
-    for operations in runs.values():
+    for (_, workspace), operations in runs.items():
         if outcomes and outcomes[-1].verdict is Verdict.AWAY:
             outcomes += [Outcome(item, Verdict.AWAY, outcomes[-1].error) for item in operations]
         else:
-            outcomes += _write_run(uri, operations, statuses)
+            with mlflow_store.workspace_scope(workspace):
+                outcomes += _write_run(MlflowClient(tracking_uri=uri), operations, statuses)
     return outcomes
 
 
-def _write_run(uri: str, items: Sequence[RunItem], statuses: list[int]) -> list[Outcome]:
-    statuses.clear()
-    try:
-        with mlflow_store.workspace_scope(items[0].workspace):
-            for item in items:
+def _write_run(client: MlflowClient, items: Sequence[RunItem], statuses: list[int]) -> list[Outcome]:
+    """Write operations on one run: values, then artifacts, then its end. What worked is not done again."""
+    outcomes: list[Outcome] = []
+
+    def write(how: Callable[[MlflowClient, str, Sequence[RunItem]], None], some: Sequence[RunItem]) -> None:
+        unfinished = next((each for each in outcomes if each.verdict in (Verdict.AWAY, Verdict.SUSPECT)), None)
+        if unfinished is not None:  # what follows it would come too early
+            outcomes.extend(Outcome(item, unfinished.verdict, unfinished.error) for item in some)
+            return
+        statuses.clear()
+        try:
+            for item in some:
                 prepare.prepare(item)
-            _write_together(uri, items)
-    except Exception as error:  # noqa: BLE001 - judged
-        verdict = judge(error, statuses)
-        if len(items) == 1 or verdict is Verdict.AWAY:
-            return [Outcome(item, verdict, error) for item in items]
-        # One of them is to blame, which shows when they are written one by one.
-        outcomes: list[Outcome] = []
-        for item in items:
-            if outcomes and outcomes[-1].verdict is Verdict.AWAY:
-                outcomes.append(Outcome(item, Verdict.AWAY, outcomes[-1].error))
-            else:
-                outcomes += _write_run(uri, [item], statuses)
-        return outcomes
-    return [Outcome(item, Verdict.STORED) for item in items]
+            how(client, items[0].key, some)
+        except Exception as error:  # noqa: BLE001 - judged
+            verdict = judge(error, statuses)
+            if len(some) == 1 or verdict is Verdict.AWAY:
+                outcomes.extend(Outcome(item, verdict, error) for item in some)
+                return
+            for item in some:  # one of them is to blame
+                write(how, [item])
+            return
+        outcomes.extend(Outcome(item, Verdict.STORED) for item in some)
+
+    for how, some in (
+        (_log_values, [item for item in items if item.path is None and item.status is None]),
+        (_log_artifacts, [item for item in items if item.path is not None]),
+        (_end, [item for item in items if item.status is not None]),
+    ):
+        if some:
+            write(how, some)
+    return outcomes
 
 
-def _write_together(uri: str, items: Sequence[RunItem]) -> None:
-    """Write operations on one run, in order, in as few requests as they take.
-
-    Doing so twice leaves the run as doing it once.
-    """
-    client, run_id = MlflowClient(tracking_uri=uri), items[0].key
+def _log_values(client: MlflowClient, run_id: str, items: Sequence[RunItem]) -> None:
     # The last word on a tag counts. MLflow takes no param twice, and says so.
     tags = {tag.key: tag for item in items for tag in item.tags}
     values = [value for item in items for value in item.metrics], [param for item in items for param in item.params]
     for metrics, params, some_tags in parts(*values, list(tags.values())):
         client.log_batch(run_id, metrics, params, some_tags)
-    _write_artifacts(client, run_id, {item.path: item.content for item in items if item.path is not None})
-    for item in items:
-        if item.status is not None:
-            client.set_terminated(run_id, item.status, item.end_time_ms)
 
 
-def _write_artifacts(client: MlflowClient, run_id: str, artifacts: Mapping[str, bytes]) -> None:
-    if not artifacts:
-        return
+def _log_artifacts(client: MlflowClient, run_id: str, items: Sequence[RunItem]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for path, content in artifacts.items():
-            file = Path(folder) / path
+        for item in items:
+            file = Path(folder) / str(item.path)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+            file.write_bytes(item.content)
         client.log_artifacts(run_id, folder)
+
+
+def _end(client: MlflowClient, run_id: str, items: Sequence[RunItem]) -> None:
+    for item in items:
+        client.set_terminated(run_id, item.status, item.end_time_ms)
 
 
 def parts(metrics: list[Any], params: list[Any], tags: list[Any]) -> Iterator[tuple[Any, Any, Any]]:

@@ -219,14 +219,16 @@ class Spool:
         """Write no more to the current segment. It stays locked, and so ours, while its records are not done with."""
         with self._syncs.turn():  # nobody syncs a handle that is closed, or is another file's by then
             segment, handle = self._segment, self._handle
-            self._handle, self._segment = -1, None
             if segment is None:
                 return
-            if self._live.get(segment):
-                try:
+            is_needed = bool(self._live.get(segment))
+            try:
+                if is_needed:
                     self._sync_with_name(handle)
-                except OSError:
-                    self._unsynced.add(segment)  # whoever waits for the sync of a record in it is told
+            except OSError:
+                self._unsynced.add(segment)  # whoever waits for the sync of a record in it is told
+            self._handle, self._segment = -1, None  # to those who wait, all of it is synced now
+            if is_needed:
                 self._full[segment] = handle
                 return
             os.close(handle)

@@ -171,10 +171,10 @@ class Writer:
         begun = [i for i, item in enumerate(items) if isinstance(item, TraceItem) and not is_late(item)]
         in_lanes(start, begun, self._lanes)
         away = next((outcome for outcome in outcomes.values() if outcome.verdict is Verdict.AWAY), None)
-        if away is not None:
-            for index, item in enumerate(items):
-                if index not in infos:
-                    outcomes.setdefault(index, Outcome(item, Verdict.AWAY, away.error))
+        rest, error = (begun, None) if away is None else (range(len(items)), away.error)
+        for index in rest:
+            if index not in infos:  # nor an outcome, where something else than an error has ended a lane
+                outcomes.setdefault(index, Outcome(items[index], Verdict.AWAY, error))
         return outcomes, infos
 
     def _start(self, item: TraceItem) -> Any:
@@ -283,8 +283,9 @@ class Writer:
     def _one_by_one(self, items: Iterable[Any], write: Any, statuses: list[int]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for item in items:
-            if outcomes and outcomes[-1].verdict is Verdict.AWAY:
-                outcomes.append(Outcome(item, Verdict.AWAY, outcomes[-1].error))
+            unfinished = next((o for o in outcomes if _holds_up(o, item)), None)
+            if unfinished is not None:
+                outcomes.append(Outcome(item, unfinished.verdict, unfinished.error))
                 continue
             statuses.clear()
             try:
@@ -342,3 +343,8 @@ class Writer:
         if self._takes_batches:
             info.assessments = []  # kept by the store; older ones would drop what they are not given
         self.client.start_trace(info)
+
+
+def _holds_up(earlier: Outcome, item: Item) -> bool:
+    """Whether an item would be refused, or come too early, after what has become of an earlier one."""
+    return earlier.verdict is Verdict.AWAY or (earlier.verdict is Verdict.SUSPECT and earlier.item.key == item.key)

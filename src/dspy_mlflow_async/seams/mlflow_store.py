@@ -112,7 +112,7 @@ def supports_span_batches(client: TracingClient) -> bool | None:
 
 
 def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
-    """``client.start_trace``. A server's answer takes as long to read as the request to write, and repeats it.
+    """``client.start_trace``. To read a server's answer takes as long as to write the request.
 
     Args:
         client: The client of the store.
