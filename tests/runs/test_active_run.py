@@ -474,13 +474,14 @@ def script(store, body):
     """Run a Python program in a process of its own, with our tracer on and runs in this store."""
     start = f"""
         import os, sys, threading
-        import dspy, mlflow
+        import dspy, mlflow, tqdm
         sys.path[:0] = {sys.path!r}
         mlflow.set_tracking_uri({mlflow.get_tracking_uri()!r})
         mlflow.set_experiment(experiment_id={store.experiment_id!r})
         import dspy_mlflow_async
         from echo import EchoLM
-        from runtools import Program, Candidates, devset, evaluate
+        from runtools import NoBar, Program, Candidates, devset, evaluate
+        tqdm.tqdm = NoBar
         dspy.configure(lm=EchoLM())
         dspy_mlflow_async.autolog(log_evals=True, log_compiles=True, silent=True)
     """
