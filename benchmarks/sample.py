@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ class Spec:
     experiment: str = EXPERIMENT
     endpoint: str | None = None
     server_pid: int | None = None
+
+
+class _Bars(weakref.WeakSet[Any]):
+    """tqdm's set of progress bars. DSPy empties it for each evaluation, and a bar of another one then cannot leave."""
+
+    def remove(self, item: Any) -> None:
+        self.discard(item)
 
 
 def nothing() -> None:
@@ -135,8 +143,10 @@ def _prepare(spec: Spec, sink: Sink) -> Any:
     """
     import dspy
     import mlflow
+    import tqdm
 
     warnings.simplefilter("ignore")
+    tqdm.tqdm._instances = _Bars()
     cell = spec.cell
     os.chdir(spec.folder)
     os.environ["DSPY_MLFLOW_ASYNC_SPOOL"] = str(spec.folder / "spool")
