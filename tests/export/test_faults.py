@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -307,6 +308,39 @@ def test_a_server_that_keeps_no_spans(make, tmp_path):
         assert export.flush(100)
         assert arrived(installed, ids)
         assert not installed.queue._writer._takes_spans
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.skipif(not mlflow_store._FINALIZES, reason="before MLflow 3.12 spans go first, trace by trace")
+def test_a_lane_that_ends_without_a_word(make, server, monkeypatch):
+    """No error, and no answer either: the trace counts as not begun, and is tried again."""
+    installed = make(uri=server.uri)
+    ids = [call()]
+    assert export.flush(100)
+    installed.stop_writing()
+    writer, start, broken, verdicts = installed.queue._writer, Writer._start, [], {}
+    write = writer.write
+
+    def end_some(self, item):
+        if threading.current_thread().name == "dspy-mlflow-async-request" and len(broken) < 2:
+            broken.append(item.key)
+            sys.exit()
+        return start(self, item)
+
+    def note(items):
+        outcomes = write(items)
+        for outcome in outcomes:
+            verdicts.setdefault(outcome.item.key, outcome.verdict)
+        return outcomes
+
+    monkeypatch.setattr(Writer, "_start", end_some)
+    monkeypatch.setattr(writer, "write", note)
+    ids += [call() for _ in range(20)]
+    del installed.queue._start
+    wait_until(lambda: export.flush(30), 60)
+    assert broken
+    assert {Verdict.AWAY} == {verdicts[key] for key in broken}
+    assert arrived(installed, ids)
 
 
 def test_lanes_run_side_by_side_each_in_a_copy_of_the_context():
