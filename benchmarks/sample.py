@@ -60,11 +60,10 @@ class Spec:
     server_pid: int | None = None
 
 
-class _Bars(weakref.WeakSet[Any]):
+class _Bars(weakref.WeakSet):
     """tqdm's set of progress bars. DSPy empties it for each evaluation, and a bar of another one then cannot leave."""
 
-    def remove(self, item: Any) -> None:
-        self.discard(item)
+    remove = weakref.WeakSet.discard
 
 
 def nothing() -> None:

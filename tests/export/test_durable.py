@@ -102,7 +102,7 @@ def test_who_waits_while_a_segment_is_closed(tmp_path, monkeypatch):
         closing = pool.submit(written.close)
         assert begun.wait(30)
         waiting = pool.submit(written._sync_to, reference.segment, handle, end)
-        threading.Event().wait(0.2)
+        wait_until(lambda: waiting.done() or written._syncs._changed._waiters)
         assert not waiting.done()
         go.set()
         waiting.result(10)

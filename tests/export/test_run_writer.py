@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.export import run_items
 from dspy_mlflow_async.export.items import RunItem
 from dspy_mlflow_async.export.retry import Verdict
 from dspy_mlflow_async.export.run_items import write_runs
@@ -175,3 +176,14 @@ def test_an_interrupted_caller_gives_back_what_he_has_taken(client, run_id, sqli
     del sqlite.queue._start
     assert export.flush(30)
     assert {"m": 1.0} == client.get_run(run_id).data.metrics
+
+
+def test_a_store_that_cannot_be_opened(run_id, sqlite, monkeypatch):
+    """It is opened with the first operation, and may be away by then: each item has its outcome."""
+
+    def away(**_):
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(run_items, "MlflowClient", away)
+    items = [RunItem(key=key, size=0, metrics=[Metric("m", 1.0, 1, 0)]) for key in (run_id, "another run")]
+    assert [Verdict.AWAY] * 2 == [outcome.verdict for outcome in sqlite.queue._writer.write(items)]

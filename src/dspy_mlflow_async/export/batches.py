@@ -17,13 +17,14 @@ def grouped(items: Sequence[Item]) -> Iterable[list[Item]]:
     """Items in few groups of one sort each, which keep the order of what has the same key.
 
     A trace that comes again needs another group. Late ones are by themselves, since they cannot be written in one
-    transaction; spans of a trace that others own may come one by one, and so may operations other than traces.
+    transaction; spans of a trace that others own may come one by one, and so may what is said of traces later and
+    operations on runs, each in groups of their own.
     """
     groups: list[tuple[str, list[Item]]] = []
     last: dict[str, int] = {}  # by key: the group with its latest item
     for item in items:
         is_trace = isinstance(item, TraceItem)
-        sort = "late" if is_late(item) else "trace" if is_trace or isinstance(item, SpansItem) else "other"
+        sort = "late" if is_late(item) else "trace" if is_trace or isinstance(item, SpansItem) else type(item).__name__
         # What is said of a trace twice in one request has no order.
         first = last[item.key] + is_trace if item.key in last else 0
         index = next((index for index in range(first, len(groups)) if groups[index][0] == sort), len(groups))

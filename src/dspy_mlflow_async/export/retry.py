@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,12 +59,10 @@ def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
         error: What was raised.
         statuses: The HTTP statuses seen on the way, if there were any.
     """
-    if isinstance(error, _OUR_FILES):
-        return Verdict.SUSPECT
-    if isinstance(error, MlflowException) and _HAS_NO_ANSWER.match(error.message):
-        return Verdict.AWAY  # refused, reset, timed out
     status = statuses[-1] if statuses else None
     if isinstance(error, MlflowException):
+        if _HAS_NO_ANSWER.match(error.message):
+            return Verdict.AWAY  # refused, reset, timed out
         has_code = not statuses or error.error_code != "INTERNAL_ERROR"
         if status is None or (has_code and status not in _AWAY_STATUSES):
             status = error.get_http_status_code()
@@ -76,8 +74,20 @@ def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
             return Verdict.REFUSED
         return Verdict.SUSPECT
     if isinstance(error, OSError):  # also what `requests` raises
-        return Verdict.AWAY
+        return Verdict.SUSPECT if isinstance(error, _OUR_FILES) else Verdict.AWAY
     return Verdict.SUSPECT
+
+
+def held_up(item: Item, earlier: Iterable[Outcome]) -> Outcome | None:
+    """What becomes of an item that comes after others: None where it may be tried.
+
+    Where the store is away nothing further is. What follows an operation on the same trace or run that must be tried
+    again would be refused, or come too early.
+    """
+    for outcome in earlier:
+        if outcome.verdict is Verdict.AWAY or (outcome.verdict is Verdict.SUSPECT and outcome.item.key == item.key):
+            return Outcome(item, outcome.verdict, outcome.error)
+    return None
 
 
 class Backoff:

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from dspy_mlflow_async.export import prepare
 from dspy_mlflow_async.export.items import RunItem
-from dspy_mlflow_async.export.retry import Outcome, Verdict, judge
+from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, judge
 from dspy_mlflow_async.seams import mlflow_store
 
 # What MLflow takes in one `log_batch` (mlflow.utils.validation).
@@ -36,28 +36,24 @@ def write_runs(uri: str, items: Sequence[RunItem], statuses: list[int]) -> list[
         runs.setdefault((item.key, item.workspace), []).append(item)
     outcomes: list[Outcome] = []
     for (_, workspace), operations in runs.items():
-        if outcomes and outcomes[-1].verdict is Verdict.AWAY:
-            outcomes += [Outcome(item, Verdict.AWAY, outcomes[-1].error) for item in operations]
-        else:
-            with mlflow_store.workspace_scope(workspace):
-                outcomes += _write_run(MlflowClient(tracking_uri=uri), operations, statuses)
+        with mlflow_store.workspace_scope(workspace):
+            _write_run(uri, operations, statuses, outcomes)
     return outcomes
 
 
-def _write_run(client: MlflowClient, items: Sequence[RunItem], statuses: list[int]) -> list[Outcome]:
+def _write_run(uri: str, items: Sequence[RunItem], statuses: list[int], outcomes: list[Outcome]) -> None:
     """Write operations on one run: values, then artifacts, then its end. What worked is not done again."""
-    outcomes: list[Outcome] = []
 
     def write(how: Callable[[MlflowClient, str, Sequence[RunItem]], None], some: Sequence[RunItem]) -> None:
-        unfinished = next((each for each in outcomes if each.verdict in (Verdict.AWAY, Verdict.SUSPECT)), None)
-        if unfinished is not None:  # what follows it would come too early
-            outcomes.extend(Outcome(item, unfinished.verdict, unfinished.error) for item in some)
+        waiting = [outcome for item in some if (outcome := held_up(item, outcomes)) is not None]
+        if waiting:  # all of them: they are operations on one run
+            outcomes.extend(waiting)
             return
         statuses.clear()
         try:
             for item in some:
                 prepare.prepare(item)
-            how(client, items[0].key, some)
+            how(MlflowClient(tracking_uri=uri), items[0].key, some)  # which opens a store that is not open yet
         except Exception as error:  # noqa: BLE001 - judged
             verdict = judge(error, statuses)
             if len(some) == 1 or verdict is Verdict.AWAY:
@@ -75,7 +71,6 @@ def _write_run(client: MlflowClient, items: Sequence[RunItem], statuses: list[in
     ):
         if some:
             write(how, some)
-    return outcomes
 
 
 def _log_values(client: MlflowClient, run_id: str, items: Sequence[RunItem]) -> None:

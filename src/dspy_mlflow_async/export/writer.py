@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mlflow.entities import Trace, TraceData
 
 from dspy_mlflow_async.export import gate, prepare
 from dspy_mlflow_async.export.batches import by_experiment, grouped, is_late
-from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
+from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, TraceItem
 from dspy_mlflow_async.export.lanes import in_lanes
-from dspy_mlflow_async.export.retry import Outcome, Verdict, is_away, judge
+from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, is_away, judge
 from dspy_mlflow_async.export.run_items import write_runs
 from dspy_mlflow_async.seams import mlflow_http, mlflow_store, mlflow_traces
 
@@ -60,19 +60,19 @@ class Writer:
             mlflow_http.limited_http(self._request_seconds) as statuses,
         ):
             for group in grouped(items):
-                # What follows an operation that must be tried again would be refused, or come too early.
-                failed = {o.item.key: o for o in outcomes if o.verdict in (Verdict.AWAY, Verdict.SUSPECT)}
-                if any(outcome.verdict is Verdict.AWAY for outcome in failed.values()):
-                    away = next(o for o in failed.values() if o.verdict is Verdict.AWAY)
-                    outcomes += [Outcome(item, Verdict.AWAY, away.error) for item in group]
-                    continue
-                outcomes += [
-                    Outcome(item, Verdict.SUSPECT, failed[item.key].error) for item in group if item.key in failed
-                ]
-                if todo := [item for item in group if item.key not in failed]:
-                    is_trace = isinstance(todo[0], (TraceItem, SpansItem))
-                    outcomes += (self._write_traces if is_trace else self._write_others)(todo, statuses)
+                waiting = [held_up(item, outcomes) for item in group]
+                todo = [item for item, outcome in zip(group, waiting, strict=True) if outcome is None]
+                outcomes += [outcome for outcome in waiting if outcome is not None]
+                if todo:
+                    outcomes += self._write_group(todo, statuses)
         return outcomes
+
+    def _write_group(self, items: Sequence[Any], statuses: list[int]) -> list[Outcome]:
+        if isinstance(items[0], RunItem):
+            return write_runs(self.uri, items, statuses)
+        if isinstance(items[0], FollowUp):
+            return self._one_by_one(items, self._write_follow_up, statuses)
+        return self._write_traces(items, statuses)
 
     # --- traces ---
 
@@ -280,12 +280,11 @@ class Writer:
 
     # --- what is said about a trace later, and runs ---
 
-    def _one_by_one(self, items: Iterable[Any], write: Any, statuses: list[int]) -> list[Outcome]:
+    def _one_by_one(self, items: Sequence[Any], write: Any, statuses: list[int]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for item in items:
-            unfinished = next((o for o in outcomes if _holds_up(o, item)), None)
-            if unfinished is not None:
-                outcomes.append(Outcome(item, unfinished.verdict, unfinished.error))
+            if (waiting := held_up(item, outcomes)) is not None:
+                outcomes.append(waiting)
                 continue
             statuses.clear()
             try:
@@ -295,15 +294,6 @@ class Writer:
             except Exception as error:  # noqa: BLE001 - judged
                 outcomes.append(Outcome(item, judge(error, statuses), error))
         return outcomes
-
-    def _write_others(self, items: Sequence[Item], statuses: list[int]) -> list[Outcome]:
-        outcomes = self._one_by_one(
-            [item for item in items if isinstance(item, FollowUp)], self._write_follow_up, statuses
-        )
-        operations = [item for item in items if isinstance(item, RunItem)]
-        if outcomes and outcomes[-1].verdict is Verdict.AWAY:
-            return outcomes + [Outcome(item, Verdict.AWAY, outcomes[-1].error) for item in operations]
-        return outcomes + write_runs(self.uri, operations, statuses)
 
     def _write_follow_up(self, item: FollowUp) -> None:
         prepare.prepare(item)
@@ -343,8 +333,3 @@ class Writer:
         if self._takes_batches:
             info.assessments = []  # kept by the store; older ones would drop what they are not given
         self.client.start_trace(info)
-
-
-def _holds_up(earlier: Outcome, item: Item) -> bool:
-    """Whether an item would be refused, or come too early, after what has become of an earlier one."""
-    return earlier.verdict is Verdict.AWAY or (earlier.verdict is Verdict.SUSPECT and earlier.item.key == item.key)

@@ -46,6 +46,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROVIDER}:mlflow_runtime_context._current_context", _CONTEXT),
     Seam(f"{_PROVIDER}:_MLFLOW_TRACE_USER_DESTINATION", _CONTEXT),
     Seam(f"{_PROVIDER}:_MLFLOW_TRACE_USER_DESTINATION._context_local_value", _CONTEXT),
+    Seam("mlflow.tracing.config:get_config", _SPANS),
     Seam("mlflow.tracing.context:_USER_TRACE_CONTEXT", _CONTEXT),
     Seam("mlflow.tracing.context:_UserTraceContext", _CONTEXT),
     Seam("mlflow.tracing.sampling:_SAMPLING_RATIO_OVERRIDE", _CONTEXT),
@@ -75,7 +76,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.dspy.autolog:safe_patch", "keeps a later mlflow.dspy.autolog() from doubling the spans"),
     Seam("mlflow.dspy.util:EXCLUDE_LM_PARAMS", "leaves the LM arguments out that MLflow leaves out"),
     Seam("mlflow.utils.autologging_utils:AUTOLOGGING_INTEGRATIONS", "sees whether MLflow's own autolog is on"),
-    Seam("mlflow.tracing.config:get_config", _SPANS),
     Seam("mlflow.utils.autologging_utils.safety:revert_patches", "switches MLflow's own autolog off"),
     # MLflow, export
     Seam(f"{_PROVIDER}:_get_mlflow_span_processor", _EXPORT),

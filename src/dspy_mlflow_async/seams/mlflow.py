@@ -344,6 +344,6 @@ def end_span(
     recording.set_status(status)
     if SpanAttributeKey.CHAT_USAGE in attributes and live_seam.computes_cost():
         set_span_cost_attribute(span.live)
-    if get_config().span_processors:
+    if get_config().span_processors:  # asked here, since it imports that anew for each span
         apply_span_processors(span.live)
     recording.end()
