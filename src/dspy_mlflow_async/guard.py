@@ -13,7 +13,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from dspy_mlflow_async.printable import PrintableFilter
+
 logger = logging.getLogger("dspy_mlflow_async")
+logger.addFilter(PrintableFilter())  # every room logs to this one
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

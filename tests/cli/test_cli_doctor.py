@@ -1,5 +1,6 @@
 """The doctor: one sentence for each thing that is well or not, and an exit code."""
 
+import base64
 import http.server
 import sqlite3
 import threading
@@ -157,6 +158,7 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            self.server.authorization = self.headers["Authorization"]
             self.send_response(self.server.status)
             self.end_headers()
             self.wfile.write(b"3.99.0")
@@ -189,6 +191,38 @@ def test_server_that_answers(server, status, level, words):
 
     assert level is finding.level
     assert words in finding.text
+
+
+@pytest.mark.parametrize(
+    ("user_info", "environment", "sent"),
+    [
+        ("ada:s3cr%3At@", {}, "Basic " + base64.b64encode(b"ada:s3cr:t").decode()),
+        ("", {"USERNAME": "ada", "PASSWORD": "s3cr:t"}, "Basic " + base64.b64encode(b"ada:s3cr:t").decode()),
+        ("", {"TOKEN": "s3cr:t"}, "Bearer s3cr:t"),
+        ("", {}, None),
+    ],
+)
+def test_server_is_asked_as_mlflow_would(server, user_info, environment, sent, monkeypatch):
+    """Credentials of the URI or the environment reach the server, and never the finding."""
+    for name, value in environment.items():
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+
+    (finding,) = checks.store(f"http://{user_info}127.0.0.1:{server.server_port}")
+
+    assert Level.OK is finding.level, finding.text
+    assert sent == server.authorization
+    assert "s3cr" not in str(finding)
+
+
+def test_no_finding_shows_a_password():
+    """A finding is made to be pasted: URIs in it, and in its details, lose their passwords."""
+    uri = "postgresql://ada:s3cret@127.0.0.1:1/none"
+
+    (finding,) = checks.store(uri)
+
+    assert Level.PROBLEM is finding.level
+    assert "postgresql://ada:***@127.0.0.1:1/none" in finding.text
+    assert "s3cret" not in str(Finding(Level.NOTE, "spool", f"for {uri}", (uri,)).details)
 
 
 def test_server_that_is_not_there_is_a_problem():

@@ -13,9 +13,15 @@ import dspy_mlflow_async
 
 # From the top down. A room may import those below it. `export` stands beside them, and knows only these.
 ROOMS = ("cli", "app", "evaluate", "composition", "callback", "hooks", "runs", "spans", "context")
-BESIDE = {"export": {"guard", "seams", "settings"}, "seams": {"seams"}, "guard": set(), "settings": set()}
-# Cross-cutting, for every room: the boundary around failures, the settings, and the names of others.
-FOR_ALL = {"guard", "seams", "settings"}
+BESIDE = {
+    "export": {"guard", "printable", "seams", "settings"},
+    "seams": {"seams"},
+    "guard": {"printable"},
+    "printable": set(),
+    "settings": set(),
+}
+# Cross-cutting, for every room: the boundary around failures, the settings, what may be shown, and names of others.
+FOR_ALL = {"guard", "printable", "seams", "settings"}
 # What stands between the tracer and those who use it.
 FOR_USERS = {"__init__", "health", "propagation", "testing"}
 MAX_LINES = 350
@@ -81,7 +87,7 @@ def test_rooms_import_downward():
 
 
 def test_rooms_beside_know_only_what_they_must():
-    """`export` knows MLflow, the guard, the settings and the seams; the seams, guard and settings know none of us."""
+    """`export` knows MLflow and what is for every room; the seams and the settings know none of us."""
     others = {
         name: {module for module in own_imports(name) if room(module) not in {room(name), *BESIDE[room(name)]}}
         for name in MODULES

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dspy_mlflow_async.printable import mask_uris
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -50,13 +52,13 @@ def _send(console: Console, tracking_uri: str | None, folder: Path | None) -> in
 
     from dspy_mlflow_async import export
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[Path, Any] = {}
 
         def show(progress: export.ReplayProgress) -> None:
             if progress.folder not in tasks:
-                tasks[progress.folder] = bars.add_task(str(progress.tracking_uri), total=progress.total)
+                tasks[progress.folder] = bars.add_task(mask_uris(progress.tracking_uri), total=progress.total)
             bars.update(tasks[progress.folder], completed=progress.done, total=progress.total)
 
         summary = export.replay(tracking_uri=tracking_uri, folder=folder, progress=show)
@@ -68,7 +70,7 @@ def _send(console: Console, tracking_uri: str | None, folder: Path | None) -> in
     if summary.left:
         console.print(f"{summary.left} left in the spool. Run the same command again when the store answers.")
     for reason in summary.errors:
-        console.print(f"  {reason}", markup=False, soft_wrap=True)
+        console.print(f"  {mask_uris(reason)}", markup=False, soft_wrap=True)
     _say_damaged(console, summary)
     return 1 if summary.left or summary.errors else 0
 

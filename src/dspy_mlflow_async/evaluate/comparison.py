@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.statistics import Difference
+from dspy_mlflow_async.printable import printable
 from dspy_mlflow_async.runs.feedback import text_of
 
 if TYPE_CHECKING:
@@ -200,13 +201,13 @@ class Comparison(Mapping[str, CaseResult]):
                     notes.append(f"  {errors_text(case.errors, case.first_error)}")
         if self.run_id is not None:
             notes.append(f"Run: {self.run_id}")
-        return notes
+        return [printable(note, one_line=True) for note in notes]
 
 
 def _columns(cases: Sequence[CaseResult]) -> dict[str, list[str]]:
     """The cells of the table; columns that say nothing are left out."""
     columns = {
-        "case": [case.name for case in cases],
+        "case": [printable(case.name, one_line=True) for case in cases],
         "score": [_score(case) for case in cases],
         "difference": [_difference(case.difference) for case in cases],
         "examples": [str(case.examples) for case in cases],

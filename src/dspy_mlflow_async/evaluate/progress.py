@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,7 +27,7 @@ class Line:
     """How far one evaluation is. One task or thread advances it; others read."""
 
     def __init__(self, board: Board, name: str, size: int, failure_score: float) -> None:
-        self.name = name
+        self.name = printable(name, one_line=True)
         self.size = size
         self.done = 0
         self.errors = 0

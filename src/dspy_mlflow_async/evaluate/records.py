@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from dspy_mlflow_async.evaluate import identity, journal
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.journal import Stored
+from dspy_mlflow_async.printable import mask_uris
 from dspy_mlflow_async.runs import active, opening
 from dspy_mlflow_async.runs.asking import ask
 from dspy_mlflow_async.runs.handle import KILLED, RunHandle
@@ -153,7 +154,9 @@ def find_run(run_id: Any) -> Any:
     try:
         return MlflowClient().get_run(run_id)
     except MlflowException as error:
-        raise ValueError(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}: {error.message}") from error
+        raise ValueError(
+            mask_uris(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}: {error.message}")
+        ) from error
 
 
 def children(run: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import sqlite3
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
+from dspy_mlflow_async.printable import split_credentials
 
 _SECONDS = 5.0
 _UNAUTHORIZED = (401, 403)
@@ -203,7 +205,7 @@ def _will_be_made(uri: str, parent: Path) -> Finding:
 
 def _server(uri: str) -> Finding:
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_SECONDS) as response:  # noqa: S310 - http(s)
+        with urllib.request.urlopen(_version_request(uri), timeout=_SECONDS) as response:  # noqa: S310 - http(s)
             said = response.read(100).decode("utf-8", "replace").strip()
     except urllib.error.HTTPError as error:
         if error.code in _UNAUTHORIZED:
@@ -225,6 +227,23 @@ def _server(uri: str) -> Finding:
     return Finding(Level.OK, "store", f"{uri} answers, MLflow {said}")
 
 
+def _version_request(uri: str) -> urllib.request.Request:
+    """Make the request for a server's version, as who MLflow would be there: by the URI, else by the environment."""
+    address, credentials = split_credentials(uri)
+    request = urllib.request.Request(f"{address.rstrip('/')}/version")  # noqa: S310 - http(s)
+    user, password = credentials or (os.environ.get("MLFLOW_TRACKING_USERNAME"), _from_environment("PASSWORD"))
+    if user:
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {basic}")
+    elif token := _from_environment("TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    return request
+
+
+def _from_environment(what: str) -> str:
+    return os.environ.get(f"MLFLOW_TRACKING_{what}", "")
+
+
 def _other(uri: str) -> Finding:
     """Ask through MLflow's client, which may take long to give up, in a thread that may be left behind."""
     from mlflow import MlflowClient
@@ -242,13 +261,8 @@ def _other(uri: str) -> Finding:
     thread.start()
     thread.join(_SECONDS)
     if not answer:
-        return Finding(Level.PROBLEM, "store", f"{_masked(uri)} has not answered for {_SECONDS:.0f} seconds.")
+        return Finding(Level.PROBLEM, "store", f"{uri} has not answered for {_SECONDS:.0f} seconds.")
     if answer[0] is not None:
         reason = str(answer[0]).partition("\n")[0]
-        return Finding(Level.PROBLEM, "store", f"{_masked(uri)} cannot be used: {reason}")
-    return Finding(Level.OK, "store", f"{_masked(uri)} answers")
-
-
-def _masked(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+        return Finding(Level.PROBLEM, "store", f"{uri} cannot be used: {reason}")
+    return Finding(Level.OK, "store", f"{uri} answers")

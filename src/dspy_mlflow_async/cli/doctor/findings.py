@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from dspy_mlflow_async.printable import mask_uris
+
 
 class Level(enum.Enum):
     """How much a finding matters."""
@@ -29,6 +31,11 @@ class Finding:
     topic: str
     text: str
     details: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Mask what stands in URIs: a finding is made to be shown, and to be pasted into a bug report."""
+        object.__setattr__(self, "text", mask_uris(self.text))
+        object.__setattr__(self, "details", tuple(map(mask_uris, self.details)))
 
     def __str__(self) -> str:
         """One line."""

@@ -31,7 +31,7 @@ def report(
 
     import mlflow
 
-    from dspy_mlflow_async.cli.console import make_console
+    from dspy_mlflow_async.cli.console import complain, make_console
     from dspy_mlflow_async.cli.report import comparing, page, reading, text
 
     if tracking_uri is not None:
@@ -41,7 +41,7 @@ def report(
         nodes = [reading.read(run_id) for run_id in runs]
         changes = comparing.compare(nodes) if compare else None
     except ValueError as error:
-        typer.echo(f"dspy-mlflow-async report: {error}", err=True)
+        complain("report", error)
         raise typer.Exit(2) from None
     if changes is not None:
         console.print(text.changes_table(changes, limit))
@@ -54,6 +54,6 @@ def report(
         try:
             html.write_text(page.page(nodes, changes), encoding="utf-8")
         except OSError as error:
-            typer.echo(f"dspy-mlflow-async report: cannot write {html}: {error.strerror}", err=True)
+            complain("report", f"cannot write {html}: {error.strerror}")
             raise typer.Exit(2) from None
         console.print(f"Written: {html}", markup=False, soft_wrap=True)
