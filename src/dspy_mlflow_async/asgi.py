@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dspy_mlflow_async.app import lifespan, sampling
+from dspy_mlflow_async.app.callers import Callers, Trust
 from dspy_mlflow_async.app.http import App, AsgiScope, Exchange, Send, header
 from dspy_mlflow_async.app.inbox import Receive
 from dspy_mlflow_async.app.options import Options, call, refuse_async
@@ -15,7 +16,6 @@ from dspy_mlflow_async.app.root import Beginning, Turns
 from dspy_mlflow_async.app.scope import Scope
 from dspy_mlflow_async.app.websocket import Connection
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_promise as promise_seam
 from dspy_mlflow_async.settings import Redact
 
 __all__ = ["TracingMiddleware"]
@@ -35,8 +35,9 @@ class TracingMiddleware:
     request: after the last byte of a stream, and after background tasks. Its outcome is ``error`` where the handler
     raises or the status is 500 or more, ``cancelled`` where the client hangs up.
 
-    With a ``traceparent`` header (W3C) the request is part of the caller's trace; a malformed one is ignored. When the
-    server shuts down, traces are flushed.
+    A ``traceparent`` header (W3C) makes the request part of the caller's trace where ``traceparent`` says that the
+    caller is to be believed: whoever is can add spans to any trace whose id they know, and hide requests from you. When
+    the server shuts down, traces are flushed.
 
     Args:
         app: The ASGI app.
@@ -48,7 +49,9 @@ class TracingMiddleware:
         experiment_id: The experiment that the traces go to, or a function.
         sample: As for ``request``: a ratio from 0 to 1, or ratios by outcome.
         redact: As for ``request``.
-        traceparent: Whether to take up the caller's trace.
+        traceparent: Whose ``traceparent`` header is believed: nobody's (False), everybody's (True), that of requests
+            for which a function of the ASGI scope is true, or of callers that connect from one of these networks
+            (``["10.0.0.0/8"]``). Both are counted, see ``stats()``.
         response_header: The response header that tells the trace's id; None for none. A response that is streamed
             begins before DSPy is called: it tells the id that the trace will have if DSPy is called.
         websocket: ``"connection"`` for one trace a connection, ``"message"`` for one for each message received
@@ -57,8 +60,8 @@ class TracingMiddleware:
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For a header's name that is none, an unknown ``websocket``, a negative ``flush_timeout``, an unknown
-            key of ``sample``, a ratio outside 0 to 1, or an experiment that the store does not have.
+        ValueError: For a header's name or a network that is none, an unknown ``websocket``, a negative
+            ``flush_timeout``, an unknown key of ``sample``, a ratio outside 0 to 1, or an experiment that is not there.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class TracingMiddleware:
         experiment_id: str | int | OfScope | None = None,
         sample: sampling.Sample = 1.0,
         redact: Redact | None = None,
-        traceparent: bool = True,
+        traceparent: Trust = False,
         response_header: str | None = "x-trace-id",
         websocket: Literal["connection", "message"] = "connection",
         flush_timeout: float = 5.0,
@@ -84,8 +87,6 @@ class TracingMiddleware:
             raise TypeError(f"flush_timeout must be a number of seconds, not {flush_timeout!r}")
         if not flush_timeout >= 0:
             raise ValueError(f"flush_timeout must be 0 or more seconds, not {flush_timeout}")
-        if not isinstance(traceparent, bool):
-            raise TypeError(f"traceparent must be True or False, not {traceparent!r}")
         refuse_async("name", name)
         self.app = app
         self._name = name
@@ -100,7 +101,7 @@ class TracingMiddleware:
             redact,
         )
         self._options.check_experiment()
-        self._traceparent = traceparent
+        self._callers = Callers(traceparent)
         self._header = _header_name("response_header", response_header) if response_header else b""
         self._websocket = websocket
         self._flush_timeout = float(flush_timeout)
@@ -110,16 +111,16 @@ class TracingMiddleware:
         kind = scope["type"]
         if kind == "http":
             exchange = Exchange(scope, receive, send, self._header)
-            exchange.scope = self._begin(scope, exchange.beginning)
+            exchange.scope = self._begin(scope, exchange.beginning, self._caller(scope))
             await self._run(exchange)
         elif kind == "websocket":
-            connection = Connection(scope, receive, send, self._header)
+            connection, caller = Connection(scope, receive, send, self._header), self._caller(scope)
             if self._websocket == "connection":
-                connection.scope = self._begin(scope, connection.beginning)
+                connection.scope = self._begin(scope, connection.beginning, caller)
             else:
-                connection.scope = around = self._begin(scope, None, connection.turns)
+                connection.scope = around = self._begin(scope, turns=connection.turns)
                 if around is not None:
-                    connection.split(lambda: self._scope(_BARE, scope, connection.beginning, inside=around))
+                    connection.split(lambda: self._scope(_BARE, scope, connection.beginning, caller, around))
             await self._run(connection)
         elif kind == "lifespan":
             await lifespan.live(self.app, scope, receive, send, self._flush_timeout)
@@ -137,13 +138,22 @@ class TracingMiddleware:
             traffic.close(error)
 
     @guarded
+    def _caller(self, asgi: AsgiScope) -> Any | None:
+        return self._callers.parent(asgi)
+
+    @guarded
     def _begin(
-        self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning] | None, turns: Turns | None = None
+        self,
+        asgi: AsgiScope,
+        beginning: Callable[[str | None], Beginning] | None = None,
+        caller: Any | None = None,
+        *,
+        turns: Turns | None = None,
     ) -> Scope | None:
         if beginning is None:
             scope = Scope(self._options, (asgi,), turns=turns)
         else:
-            scope = self._scope(self._options, asgi, beginning)
+            scope = self._scope(self._options, asgi, beginning, caller)
         scope.enter()
         return scope
 
@@ -152,24 +162,16 @@ class TracingMiddleware:
         options: Options,
         asgi: AsgiScope,
         beginning: Callable[[str | None], Beginning],
+        caller: Any | None,
         inside: Scope | None = None,
     ) -> Scope:
-        remote = promise_seam.remote_parent(_trace_headers(asgi)) if self._traceparent else None
-        return Scope(options, (asgi,), None, lambda: beginning(self._name_of(asgi)), remote, inside=inside)
+        return Scope(options, (asgi,), None, lambda: beginning(self._name_of(asgi)), caller, inside=inside)
 
     def _name_of(self, asgi: AsgiScope) -> str | None:
         if not callable(self._name):
             return self._name
         name = call(self._name, (asgi,), {})
         return None if name is None else str(name)
-
-
-def _trace_headers(asgi: AsgiScope) -> list[tuple[str, str]]:
-    return [
-        (name.decode("latin-1").lower(), value.decode("latin-1"))
-        for name, value in asgi.get("headers") or ()
-        if name.lower() in {b"traceparent", b"tracestate"}
-    ]
 
 
 def _from_header(argument: str, source: str | OfScope | None) -> OfScope | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dspy_mlflow_async import export, guard
+from dspy_mlflow_async.app.callers import CallerCounts, caller_counts
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
 
@@ -16,16 +17,18 @@ class Stats(export.ExportStats):
 
     Attributes:
         internal_errors: Errors of the tracer's own that it has swallowed.
+        callers: Requests to services of this process that came with a ``traceparent`` header.
     """
 
     internal_errors: int = 0
+    callers: CallerCounts = field(default_factory=CallerCounts)
 
 
 def stats() -> Stats:
     """Count the traces of this process by where they are now."""
     counted = export.stats()
     fields = {name: getattr(counted, name) for name in export.ExportStats.__dataclass_fields__}
-    return Stats(**fields, internal_errors=guard.internal_errors())
+    return Stats(**fields, internal_errors=guard.internal_errors(), callers=caller_counts())
 
 
 def flush(timeout: float | None = None) -> bool:

@@ -1,8 +1,11 @@
 """The middleware, app by app, without a network: what it records, and what it leaves alone."""
 
 import asyncio
+import ipaddress
 import logging
+from dataclasses import replace
 
+import httpx
 import mlflow
 import pytest
 from apps import asking_app, attribute, client, fastapi, meta, program
@@ -13,11 +16,14 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
+import dspy_mlflow_async
 from dspy_mlflow_async import wrap
 from dspy_mlflow_async.app import options
 from dspy_mlflow_async.asgi import TracingMiddleware
 from dspy_mlflow_async.testing import tree
 from echo import chain_tree
+
+SAMPLED, UNSAMPLED = (f"00-{'1' * 32}-b7ad6b7169203331-{flag}" for flag in ("01", "00"))
 
 
 async def test_a_request_is_a_trace(traces):
@@ -230,7 +236,7 @@ async def test_a_callers_trace_is_taken_up(traces):
         response = await http.post(f"/ask/{topic}", headers={"traceparent": parent, "x-session-id": "s-1"})
         sent.append(response.headers["x-trace-id"])
 
-    async with client(asking_app(session_id="x-session-id")) as http:
+    async with client(asking_app(session_id="x-session-id", traceparent=True)) as http:
         with mlflow.start_span("caller") as caller:
             parent = f"00-{caller.trace_id[3:]}-{caller.span_id}-01"
             from dspy_mlflow_async.seams import mlflow as seam
@@ -258,7 +264,7 @@ async def test_a_callers_trace_is_taken_up(traces):
 )
 async def test_a_malformed_traceparent_is_ignored(traces, value):
     """As the W3C says: then the request is a trace of its own."""
-    async with client(asking_app()) as http:
+    async with client(asking_app(traceparent=True)) as http:
         response = await http.post("/ask/a", headers=[(b"traceparent", value.encode("latin-1"))])
 
     assert ("POST /ask/{topic}", [chain_tree()]) == tree(traces[0])
@@ -268,18 +274,65 @@ async def test_a_malformed_traceparent_is_ignored(traces, value):
 async def test_two_traceparents_are_none(traces):
     """A header that comes twice says nothing."""
     one = f"00-{'1' * 32}-b7ad6b7169203331-01"
-    async with client(asking_app()) as http:
+    async with client(asking_app(traceparent=True)) as http:
         await http.post("/ask/a", headers=[("traceparent", one), ("traceparent", one)])
 
     assert "1" * 32 not in traces[0].info.trace_id
 
 
 async def test_a_caller_that_did_not_sample(traces):
-    """A caller's trace that is not sampled is not recorded here either."""
-    async with client(asking_app()) as http:
-        response = await http.post("/ask/a", headers={"traceparent": f"00-{'1' * 32}-b7ad6b7169203331-00"})
+    """A caller's trace that is not sampled is not recorded here either, and counted."""
+    before = dspy_mlflow_async.stats().callers
+    async with client(asking_app(traceparent=True)) as http:
+        response = await http.post("/ask/a", headers={"traceparent": UNSAMPLED})
 
     assert ([], False) == (traces, "x-trace-id" in response.headers)
+    assert before.unsampled + 1 == dspy_mlflow_async.stats().callers.unsampled
+
+
+@pytest.mark.parametrize("header", [SAMPLED, UNSAMPLED])
+async def test_strangers_are_not_believed(traces, header):
+    """By default no ``traceparent`` adds to another's trace or hides a request; each that came is counted."""
+    before = dspy_mlflow_async.stats().callers
+    async with client(asking_app()) as http:
+        response = await http.post("/ask/a", headers={"traceparent": header})
+
+    (trace,) = traces
+    assert ("POST /ask/{topic}", [chain_tree()]) == tree(trace)
+    assert "1" * 32 not in trace.info.trace_id
+    assert trace.info.trace_id == response.headers["x-trace-id"]
+    assert replace(before, ignored=before.ignored + 1) == dspy_mlflow_async.stats().callers
+
+
+def raising(scope):
+    raise RuntimeError("nobody knows")
+
+
+@pytest.mark.parametrize(
+    ("trust", "client_address", "is_believed"),
+    [
+        (["10.0.0.0/8"], ("10.1.2.3", 1), True),
+        (["10.0.0.0/8"], ("11.1.2.3", 1), False),
+        (["192.0.2.1", "10.0.0.0/8"], ("::ffff:10.1.2.3", 1), True),
+        ((ipaddress.ip_network("fe80::/10"),), ("fe80::1%eth0", 1), True),
+        (["0.0.0.0/0"], None, False),
+        (["0.0.0.0/0"], ("", 0), False),
+        ([], ("127.0.0.1", 1), False),
+        (lambda scope: scope["client"][0] == "10.1.2.3", ("10.1.2.3", 1), True),
+        (lambda scope: None, ("10.1.2.3", 1), False),
+        (raising, ("10.1.2.3", 1), False),
+    ],
+)
+async def test_who_is_believed(traces, trust, client_address, is_believed):
+    """A list of networks or a function says whose header is believed; what nobody can tell is not."""
+    before = dspy_mlflow_async.stats().callers
+    transport = httpx.ASGITransport(asking_app(traceparent=trust), client=client_address)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        response = await http.post("/ask/a", headers={"traceparent": SAMPLED})
+    after = dspy_mlflow_async.stats().callers
+
+    assert is_believed == (response.headers["x-trace-id"] == f"tr-{'1' * 32}")
+    assert (is_believed, not is_believed) == (after.followed - before.followed, after.ignored - before.ignored)
 
 
 async def test_sampling_of_requests(traces, sampled):
@@ -346,8 +399,10 @@ async def test_an_app_that_fails_to_start():
         ({"response_header": "x: y"}, ValueError),
         ({"flush_timeout": -1}, ValueError),
         ({"flush_timeout": "1"}, TypeError),
-        ({"traceparent": "no"}, TypeError),
+        ({"traceparent": "10.0.0.0/8"}, TypeError),
         ({"traceparent": None}, TypeError),
+        ({"traceparent": ["my.gateway"]}, ValueError),
+        ({"traceparent": asking_app().__call__}, TypeError),
         ({"name": asking_app().__call__}, TypeError),
         ({"session_id": asking_app().__call__}, TypeError),
         ({"sample": {"fast": 1}}, ValueError),

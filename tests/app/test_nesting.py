@@ -231,7 +231,7 @@ async def test_a_mounted_app_with_middleware_of_its_own(traces, outer_takes_up):
 
 async def test_a_caller_that_mlflow_does_not_know_and_two_middlewares(stored):
     """No span is lost when the inner of two ends first: MLflow keeps the caller's trace as long as the outer needs."""
-    app = TracingMiddleware(asking_app())
+    app = TracingMiddleware(asking_app(traceparent=True), traceparent=True)
     parent = f"00-{'5' * 32}-b7ad6b7169203331-01"
 
     async with client(app) as http:

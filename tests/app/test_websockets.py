@@ -316,7 +316,9 @@ async def test_messages_of_a_callers_trace(stored):
     """With ``traceparent`` each message is a span of the caller's trace, with the connection's session."""
     parent = (b"traceparent", f"00-{'6' * 32}-b7ad6b7169203331-01".encode())
 
-    await Socket("@a", "@b", headers=[parent]).run(chatting_app(websocket="message", session_id="x-session-id"))
+    await Socket("@a", "@b", headers=[parent]).run(
+        chatting_app(websocket="message", session_id="x-session-id", traceparent=True)
+    )
 
     (trace,) = stored()
     roots = [span for span in trace.data.spans if span.name == "WEBSOCKET /chat/{room}"]
