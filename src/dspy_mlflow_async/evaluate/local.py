@@ -7,10 +7,12 @@ the same machine.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from pathlib import Path
 
+from dspy_mlflow_async.export.folder import open_file, read_file, why_refused
 from dspy_mlflow_async.export.options import spool_root
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -28,7 +30,9 @@ class LocalCopy:
         self._file: int | None = None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+            if (reason := why_refused(self._path.parent)) is not None:
+                raise PermissionError(errno.EPERM, reason)
+            self._file = open_file(self._path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.write(self._file, b"\n")  # after a line that a killed process has left half written
         except OSError as error:
             logger.warning("Finished examples are not kept in %s until they are stored: %s", self._path.parent, error)
@@ -55,8 +59,11 @@ class LocalCopy:
 
 def read(run_id: str) -> list[str]:
     """The records of a case that an earlier process has left on this machine, the last one perhaps cut off."""
+    path = _path(run_id)
+    if why_refused(path.parent) is not None:
+        return []
     try:
-        return _path(run_id).read_text(encoding="utf-8", errors="replace").splitlines()
+        return read_file(path).decode("utf-8", "replace").splitlines()
     except OSError:
         return []
 

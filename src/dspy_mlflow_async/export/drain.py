@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dspy_mlflow_async.export import spool
 from dspy_mlflow_async.export.books import Books
+from dspy_mlflow_async.export.folder import uri_of
 from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue import StoreQueue
@@ -25,9 +26,16 @@ _LOOK = 0.25
 _OUTLIVE = 60.0
 
 
-def main(path: str, uri: str) -> None:
-    """Drain the spool in a folder until the parent is gone and nothing is left, or a bound has passed."""
+def main(path: str) -> None:
+    """Drain the spool in a folder until the parent is gone and nothing is left, or a bound has passed.
+
+    The store stands in the spool's own note: everybody on the machine can read a command line, and a URI may hold a
+    password.
+    """
     folder = Path(path)
+    uri = uri_of(folder)
+    if uri is None:
+        return
     parent = int(os.environ.get("DSPY_MLFLOW_ASYNC_PARENT") or os.getppid())
     mlflow_http.bound_http()
     lock = Lock(folder / LOCK)

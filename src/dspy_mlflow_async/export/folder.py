@@ -1,31 +1,100 @@
-"""The folder of a spool: where it is, which store it is for, and that a power cut leaves it its names."""
+"""The folder of a spool: where it is, which store it is for, whose it is, and that a power cut leaves it its names."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 _URI_FILE = "tracking-uri"
 
 
 def folder_of(root: Path, uri: str) -> Path:
-    """The spool of a tracking URI. The name is a hash, since a URI may hold a password."""
-    return root / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    """Return the spool of a tracking URI. The name is a hash, since a URI may hold a password.
+
+    Where another user has a folder of that name, it is one of this user's.
+    """
+    folder = root / _name_of(uri)
+    return folder if why_refused(folder) is None else folder.with_name(f"{folder.name}-{os.geteuid()}")
+
+
+def _name_of(uri: str) -> str:
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def why_refused(folder: Path) -> str | None:
+    """Tell why a folder is not used as a spool; None for one that is this user's, or not there.
+
+    Whoever can write into a spool decides what is sent to the store, and to which store.
+    """
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return str(error.strerror)
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is a link" if stat.S_ISLNK(found.st_mode) else "it is no folder"
+    if found.st_uid != os.geteuid():
+        return "it belongs to another user"
+    return "others may write to it" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
 
 
 def uri_of(folder: Path) -> str | None:
-    """The tracking URI that a spool belongs to."""
+    """Return the tracking URI that a spool belongs to; None where its note is lost, or fits another folder's name."""
     try:
-        return (folder / _URI_FILE).read_text()
-    except OSError:
+        with os.fdopen(open_file(folder / _URI_FILE, os.O_RDONLY), encoding="utf-8") as file:
+            uri = file.read()
+    except (OSError, UnicodeDecodeError):
         return None
+    return uri if folder.name.partition("-")[0] == _name_of(uri) else None
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a file of a spool, made readable by its owner alone if it is new; links are not followed.
+
+    Returns:
+        The file's descriptor.
+
+    Raises:
+        OSError: If it cannot be opened, or is a link, or no regular file of this user's.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        os.close(handle)
+        raise PermissionError(errno.EPERM, "not a file of this user's", str(path))
+    return handle
+
+
+def read_file(path: Path, start: int = 0, length: int = -1) -> bytes:
+    """Read a file of a spool, or a part of it.
+
+    Args:
+        path: The file.
+        start: Where to begin, in bytes.
+        length: How many bytes; all by default.
+
+    Raises:
+        OSError: As for ``open_file``.
+    """
+    with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+        file.seek(start)
+        return file.read(length)
 
 
 def make_folder(folder: Path, uri: str) -> None:
-    """Make a spool's folder, readable by its owner alone, and note which store it is for; all safe from a power cut."""
+    """Make a spool's folder, readable by its owner alone, and note which store it is for; all safe from a power cut.
+
+    Raises:
+        OSError: If it cannot be made, or is not this user's alone.
+    """
+    if (reason := why_refused(folder)) is not None:
+        raise PermissionError(errno.EPERM, reason, str(folder))
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in new:
@@ -34,7 +103,7 @@ def make_folder(folder: Path, uri: str) -> None:
     if not note.exists():
         folder.chmod(0o700)
         temporary = folder / f".{_URI_FILE}-{os.getpid()}-{secrets.token_hex(3)}"
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        with os.fdopen(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
             file.write(uri)
             file.flush()
             os.fsync(file.fileno())

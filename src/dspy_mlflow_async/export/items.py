@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -102,3 +103,10 @@ class RunItem(Item):
     end_time_ms: int | None = None
     workspace: str | None = None
     fate: Fate | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an artifact's path that leads out of the run, as a damaged or forged record may have one."""
+        if self.path is not None:
+            path = PurePosixPath(self.path)
+            if path.is_absolute() or ".." in path.parts or not path.name or {"\\", "\0"} & set(self.path):
+                raise ValueError(f"an artifact cannot be called {self.path!r}")

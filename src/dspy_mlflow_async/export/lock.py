@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import IO, Any
+
+from dspy_mlflow_async.export.folder import open_file
 
 
 class Lock:
@@ -16,7 +19,7 @@ class Lock:
 
     def acquire(self) -> bool:
         """Take the lock, unless somebody has it."""
-        handle = self._path.open("ab")
+        handle = os.fdopen(open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

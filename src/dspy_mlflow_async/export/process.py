@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dspy_mlflow_async.export import drain
 from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.disk import Disk
+from dspy_mlflow_async.export.folder import read_file
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.queue import StoreQueue
@@ -38,7 +39,7 @@ package = types.ModuleType("dspy_mlflow_async")
 package.__path__ = [sys.argv[1]]
 sys.modules["dspy_mlflow_async"] = package
 from dspy_mlflow_async.export.drain import main
-main(sys.argv[2], sys.argv[3])
+main(sys.argv[2])
 """
 
 
@@ -49,9 +50,9 @@ _left_alone: list[subprocess.Popen[bytes]] = []
 class Child:
     """The draining process of one spool, started when there is something to drain and again when it dies."""
 
-    def __init__(self, folder: Path, uri: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._lock_file = folder / drain.LOCK
-        self._command = [sys.executable, "-c", _BOOT, str(Path(__file__).parents[1]), str(folder), uri]
+        self._command = [sys.executable, "-c", _BOOT, str(Path(__file__).parents[1]), str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
         self._backoff = Backoff(0.5, 30.0)
         self._not_before = 0.0  # monotonic
@@ -88,7 +89,7 @@ class Child:
     def failure(self) -> str:
         """Which failure to reach the store whoever drains has noted last; empty if there was none."""
         try:
-            return self._lock_file.read_text()
+            return read_file(self._lock_file).decode("utf-8", "replace")
         except OSError:
             return ""
 
@@ -138,7 +139,7 @@ class ProcessQueue(StoreQueue):
     def __init__(self, options: ExportOptions, books: Books, uri: str, spool: Spool) -> None:
         super().__init__(options, books, uri, spool)
         self._copies = Disk(Spool(spool.folder, uri))  # not shared: the child would send them
-        self.child = Child(spool.folder, uri)
+        self.child = Child(spool.folder)
         self._read_until: dict[Path, int] = {}  # where the notes on a segment go on
         self._unmatched: dict[Path, dict[int, bool]] = {}  # notes that came before we knew of the record
         self._last_failure = self.child.failure()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dspy_mlflow_async.export import codec, spool
-from dspy_mlflow_async.export.folder import uri_of
+from dspy_mlflow_async.export.folder import read_file, uri_of, why_refused
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import spool_root
@@ -34,6 +34,7 @@ class SpoolInfo:
         damaged: Stretches that cannot be read.
         dead: Records that the store has refused for good.
         in_use: Whether a living process writes to it.
+        refused: Why it is not used, as when it belongs to another user; None for one that is.
         oldest: When the oldest segment was begun, seconds since the epoch; None if there is none.
     """
 
@@ -45,12 +46,13 @@ class SpoolInfo:
     damaged: int = 0
     dead: int = 0
     in_use: bool = False
+    refused: str | None = None
     oldest: float | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing that anybody should care about."""
-        return not (self.records or self.damaged or self.dead)
+        return not (self.records or self.damaged or self.dead or self.refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,8 @@ def replay(
     unbound = mlflow_http.bound_http()
     try:
         for path in _chosen(folder, uri):
-            target = uri or uri_of(path)
-            if dry_run:
+            target = (uri or uri_of(path)) if why_refused(path) is None else None
+            if dry_run and why_refused(path) is None:
                 info = _info(path)
                 summary = replace(
                     summary,
@@ -128,7 +130,9 @@ def replay(
                     damaged=summary.damaged + info.damaged,
                 )
             elif target is None:
-                summary = replace(summary, errors=(*summary.errors, f"{path}: no tracking URI is known, give one"))
+                reason = why_refused(path)
+                said = "no tracking URI that fits it is known, give one" if reason is None else f"not used: {reason}"
+                summary = replace(summary, errors=(*summary.errors, f"{path}: {said}"))
             else:
                 summary = _send(path, Writer(target), summary, progress)
     finally:
@@ -137,7 +141,7 @@ def replay(
 
 
 def _chosen(folder: Path | None, uri: str | None) -> list[Path]:
-    if folder is not None and (uri_of(folder) is not None or spool.segments(folder)):
+    if folder is not None and _is_spool(folder):
         return [folder]
     root = folder if folder is not None else spool_root()
     if uri is not None:
@@ -147,13 +151,19 @@ def _chosen(folder: Path | None, uri: str | None) -> list[Path]:
 
 def _folders(root: Path) -> list[Path]:
     try:
-        return sorted(p for p in root.iterdir() if p.is_dir() and (uri_of(p) or spool.segments(p)))
+        return sorted(path for path in root.iterdir() if path.is_dir() and _is_spool(path))
     except OSError:
         return []
 
 
+def _is_spool(folder: Path) -> bool:
+    return uri_of(folder) is not None or any(folder.glob("*.seg"))
+
+
 def _info(folder: Path) -> SpoolInfo:
-    info = SpoolInfo(folder, uri_of(folder))
+    info = SpoolInfo(folder, uri_of(folder), refused=why_refused(folder))
+    if info.refused is not None:
+        return info
     records = traces = size = damaged = 0
     in_use = False
     paths = spool.segments(folder)
@@ -173,7 +183,7 @@ def _info(folder: Path) -> SpoolInfo:
             in_use = True
     dead = 0
     with contextlib.suppress(OSError):
-        dead = sum(payload is not None for _, payload in spool.scan((folder / "dead.letters").read_bytes()))
+        dead = sum(payload is not None for _, payload in spool.scan(read_file(folder / "dead.letters")))
     oldest = spool.begun(paths[0]) / 1e9 if paths else None
     return replace(
         info, records=records, traces=traces, size=size, damaged=damaged, dead=dead, in_use=in_use, oldest=oldest
@@ -184,7 +194,7 @@ def pending(segment: Path) -> Iterator[tuple[int, bytes | None]]:
     """The records of a segment that are not done with, and its damaged stretches as None."""
     done = spool.done_offsets(segment)
     try:
-        data = segment.read_bytes()
+        data = read_file(segment)
     except OSError:
         return
     for offset, payload in spool.scan(data):

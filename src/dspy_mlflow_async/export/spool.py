@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export import codec
-from dspy_mlflow_async.export.folder import make_folder, sync_folder
+from dspy_mlflow_async.export.folder import make_folder, open_file, read_file, sync_folder, why_refused
 from dspy_mlflow_async.export.group_sync import GroupSync
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def done_offsets(segment: Path) -> dict[int, bool]:
 def read_notes(segment: Path, start: int) -> tuple[dict[int, bool], int]:
     """As `done_offsets`, of the notes from a position on; and the position behind them."""
     try:
-        with segment.with_suffix(".done").open("rb") as file:
-            file.seek(start)
-            data = file.read()
+        data = read_file(segment.with_suffix(".done"), start)
     except OSError:
         return {}, start
     done = {}
@@ -108,7 +106,7 @@ def mark_done(segment: Path, offsets: list[int], *, stored: bool = True) -> None
         OSError: If the disk is full.
     """
     notes = [b"%d %s" % (offset, b"s" if stored else b"d") for offset in offsets]
-    handle = os.open(segment.with_suffix(".done"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    handle = open_file(segment.with_suffix(".done"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(handle, b"".join(b"%s %08x\n" % (note, zlib.crc32(note)) for note in notes))
     finally:
@@ -199,7 +197,7 @@ class Spool:
         name = f"{stamp:020d}-{os.getpid()}-{secrets.token_hex(3)}{self._suffix}"
         segment = self.folder / name
         nameless = segment.with_suffix(".new")  # nobody looks at it before it is locked
-        handle = os.open(nameless, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = open_file(nameless, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         fcntl.flock(handle, fcntl.LOCK_EX)  # says that its writer lives
         nameless.rename(segment)
         self._segment, self._handle, self._written, self._synced = segment, handle, 0, 0
@@ -238,9 +236,7 @@ class Spool:
     def read(self, reference: Reference) -> bytes | None:
         """The payload of a record; None if the disk has lost it."""
         try:
-            with reference.segment.open("rb") as file:
-                file.seek(reference.offset)
-                data = file.read(reference.length)
+            data = read_file(reference.segment, reference.offset, reference.length)
         except OSError:
             return None
         return next((payload for offset, payload in scan(data) if offset == 0), None)
@@ -299,7 +295,7 @@ class Spool:
         """
         make_folder(self.folder, self.uri)
         letter = codec.dumps({"reason": reason, "time": time.time(), "record": payload.decode()})
-        handle = os.open(self.folder / "dead.letters", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        handle = open_file(self.folder / "dead.letters", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(handle, frame(letter))
         finally:
@@ -328,8 +324,10 @@ def begun(segment: Path) -> int:
 
 
 def segments(folder: Path) -> list[Path]:
-    """The segments of a spool, oldest first."""
+    """Return the segments of a spool, oldest first; none of a folder that is not this user's alone."""
+    if why_refused(folder) is not None:
+        return []
     try:
-        return sorted(folder.glob("*.seg"))
+        return sorted(path for path in folder.glob("*.seg") if not path.is_symlink())
     except OSError:
         return []

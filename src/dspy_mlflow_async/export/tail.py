@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspy_mlflow_async.export import spool
+from dspy_mlflow_async.export.folder import read_file
 from dspy_mlflow_async.export.lock import Lock
 
 _HEAD = re.compile(rb'"key":\s?"([^"]*)",\s?"counted":\s?(\d)')
@@ -79,9 +80,7 @@ class Tail:
 
     def _read(self, segment: Path, followed: _Followed) -> list[spool.Reference]:
         try:
-            with segment.open("rb") as file:
-                file.seek(followed.position)
-                data = file.read()
+            data = read_file(segment, followed.position)
         except OSError:
             return []
         found = []

@@ -93,6 +93,12 @@ def spool() -> Iterator[Finding]:
     found = [info for info in export.spools() if not info.is_empty]
     for info in found:
         target = info.tracking_uri or "an unknown store"
+        if info.refused:
+            yield Finding(
+                Level.NOTE,
+                "spool",
+                f"{info.folder} is not used, since {info.refused}; where it is yours, chown and chmod 700 it.",
+            )
         if info.records and info.in_use:
             yield Finding(
                 Level.NOTE, "spool", f"{info.folder} holds {info.records} records for {target}, on their way."
