@@ -98,6 +98,17 @@ async def test_parent_artifacts(traces, runs):
     assert b"\x89PNG\r\n\x1a\n" == Path(png).read_bytes()[:8]  # noqa: ASYNC240 - a test
 
 
+async def test_zeros_for_usage_are_none(traces, runs):
+    """Where the LM fills in zeros, the comparison has neither tokens nor a cost, and so the parent's run."""
+    zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    with dspy.context(lm=EchoLM(usage=lambda marker: zeros, model="openai/gpt-4o-mini")):
+        comparison = await evaluated({"good": Chain()})
+
+    result = comparison["good"]
+    assert (None, None, None) == (result.input_tokens, result.output_tokens, result.cost_usd)
+    assert [] == [key for key in runs()["evaluate_all"].data.metrics if "token" in key or "cost" in key]
+
+
 async def test_one_limit_for_all():
     """Ten evaluations never make ten times the load."""
     in_flight = InFlight()

@@ -18,12 +18,13 @@ BESIDE = {
     "seams": {"seams"},
     "guard": {"printable"},
     "printable": set(),
+    "programs": set(),
     "settings": set(),
 }
 # Cross-cutting, for every room: the boundary around failures, the settings, what may be shown, and names of others.
 FOR_ALL = {"guard", "printable", "seams", "settings"}
 # What stands between the tracer and those who use it.
-FOR_USERS = {"__init__", "health", "propagation", "testing"}
+FOR_USERS = {"__init__", "health", "programs", "propagation", "testing"}
 MAX_LINES = 350
 # A debt, not a licence: what is longer today. Take an entry out when it has been split; add none.
 LONG = {

@@ -206,6 +206,19 @@ def test_lm_calls_by_role(runs):
     assert str(3 * len("@judged")) == run.data.tags["dspy.output_tokens.metric"]
 
 
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}])
+def test_an_lm_that_reports_no_usage_has_no_token_metrics(runs, usage):
+    """Nothing reported, or zeros filled in for it, are no tokens and no cost; the calls are counted all the same."""
+    dspy.configure(lm=EchoLM(usage=lambda marker: usage, model="openai/gpt-4o-mini"))
+
+    Candidates([("a", 2)]).compile(Program(), trainset=devset("t", 1, 1))
+
+    (run,) = roots(runs)
+    assert set() == {"input_tokens", "output_tokens", "cost_usd"} & set(runs.run("eval_0").data.metrics)
+    assert "4" == run.data.tags["dspy.lm_calls.task"]
+    assert {} == tagged(run, "dspy.input_tokens.") | tagged(run, "dspy.output_tokens.")
+
+
 def test_an_lm_that_does_both_counts_as_the_tasks(runs):
     """MIPROv2 without a ``prompt_model`` proposes with the task's LM: nobody can tell, so all is called task."""
 

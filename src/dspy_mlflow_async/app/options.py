@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import logging
 import queue
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 from dspy_mlflow_async.app import sampling
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.programs import is_coroutine_function
 from dspy_mlflow_async.seams import mlflow_scope as seam
 from dspy_mlflow_async.settings import Redact
 
@@ -130,14 +130,6 @@ def refuse_async(name: str, value: Any) -> None:
             refuse_async(f"{name}[{key!r}]", one)
     elif is_coroutine_function(value):
         raise TypeError(f"{name} must not be async: it is asked where nothing can be awaited, not {value!r}")
-
-
-def is_coroutine_function(value: Any) -> bool:
-    """Whether calling it gives a coroutine, as far as can be told: also of partials, and objects that are called."""
-    while isinstance(value, functools.partial):
-        value = value.func
-    # `type(value)`: a method of the object itself would not be called.
-    return inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(getattr(type(value), "__call__", None))  # noqa: B004
 
 
 def _ask(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

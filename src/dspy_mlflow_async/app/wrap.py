@@ -9,11 +9,12 @@ from typing import Any, cast
 import dspy
 
 from dspy_mlflow_async.app import sampling
-from dspy_mlflow_async.app.options import Options, Text, Texts, is_coroutine_function
+from dspy_mlflow_async.app.options import Options, Text, Texts
 from dspy_mlflow_async.app.root import Beginning
 from dspy_mlflow_async.app.scope import Scope
 from dspy_mlflow_async.app.stream import stream_in
 from dspy_mlflow_async.app.threads import in_thread
+from dspy_mlflow_async.programs import async_form, is_coroutine_function
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans.describe import describe_outputs
 
@@ -91,6 +92,10 @@ class Wrapped:
 
     def __repr__(self) -> str:
         return f"wrap({self._program!r})"
+
+    def __wrapped_program__(self) -> Any:
+        """The program itself, for ``async_form``."""
+        return self._program
 
     # --- the call forms -------------------------------------------------------------------------------------------
 
@@ -196,16 +201,8 @@ class _Callee:
 
 async def call_async(program: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a program in whichever way does not block the event loop."""
-    if is_coroutine_function(program):
-        return await program(*args, **kwargs)
-    if is_async(program):
-        return await program.acall(*args, **kwargs)
+    form = async_form(program)
+    if form is not None:
+        return await form(*args, **kwargs)
     result = await in_thread(program, *args, **kwargs)
     return await result if inspect.isawaitable(result) else result  # a sync function may give a coroutine
-
-
-def is_async(program: Any) -> bool:
-    """Whether a program has an async form of its own: every ``dspy.Module`` has ``acall``, few ``aforward``."""
-    if isinstance(program, dspy.Module):
-        return hasattr(program, "aforward")
-    return inspect.iscoroutinefunction(getattr(program, "acall", None))

@@ -12,6 +12,7 @@ import anyio
 import dspy
 
 from dspy_mlflow_async.evaluate.stragglers import Threads
+from dspy_mlflow_async.programs import async_form
 
 # Sync metrics are short as a rule: this many threads are enough, however many examples are in flight.
 METRIC_THREADS = 64
@@ -30,8 +31,7 @@ class Caller:
 
     def __init__(self, function: Callable[..., Any], threads: int) -> None:
         self.function = function
-        self._is_async = is_async(function)
-        self._call = function.acall if self._is_async and isinstance(function, dspy.Module) else function
+        self._await = async_form(function)
         self._limiter = anyio.CapacityLimiter(threads)
 
     async def __call__(self, threads: Threads, /, *args: Any, **kwargs: Any) -> Any:
@@ -42,31 +42,10 @@ class Caller:
             *args: What it is called with.
             **kwargs: The same by name.
         """
-        if self._is_async:
-            return await self._call(*args, **kwargs)
-        result = await threads.run(functools.partial(self._call, *args, **kwargs), self._limiter)
+        if self._await is not None:
+            return await self._await(*args, **kwargs)
+        result = await threads.run(functools.partial(self.function, *args, **kwargs), self._limiter)
         return await result if inspect.isawaitable(result) else result
-
-
-def is_async(function: Any) -> bool:
-    """Whether ``function`` is to be awaited.
-
-    A module is if its ``aforward`` says the same as its ``forward``, which one that a subclass has given a
-    ``forward`` alone does not: then what it inherited as ``aforward`` would run another program.
-    """
-    if isinstance(function, dspy.Module):
-        return hasattr(function, "aforward") and _depth(function, "aforward") <= _depth(function, "forward")
-    while isinstance(function, functools.partial):
-        function = function.func
-    call = getattr(function, "__call__", None)  # noqa: B004 - its kind is asked, not whether there is one
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-
-
-def _depth(instance: Any, name: str) -> float:
-    """How far up in the classes of ``instance`` it finds ``name``; an attribute of its own is nearest."""
-    if name in vars(instance):
-        return -1
-    return next((depth for depth, cls in enumerate(type(instance).__mro__) if name in vars(cls)), float("inf"))
 
 
 def check_program(program: Any, name: str = "program") -> None:

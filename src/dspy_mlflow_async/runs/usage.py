@@ -28,13 +28,16 @@ class TotalUsage(NamedTuple):
 
 
 def tokens_by_model(ledgers: Iterable[Ledger]) -> dict[str, dict[str, int]]:
-    """The numbers of tokens in all these ledgers, by model, under MLflow's keys; models without any are left out."""
+    """The numbers of tokens in all these ledgers, by model, under MLflow's keys; models without any are left out.
+
+    No call is without tokens: where all counts are 0, LiteLLM or the LM itself has filled in what nobody reported.
+    """
     by_model: dict[str, list[Any]] = defaultdict(list)
     for ledger in ledgers:
         for model, usage in ledger.entries:
             by_model[model].append(usage)
     tokens = {model: token_usage(usages) for model, usages in by_model.items()}
-    return {model: counted for model, counted in tokens.items() if counted}
+    return {model: counted for model, counted in tokens.items() if any(counted.values())}
 
 
 def restore(ledger: Ledger, tokens: Mapping[str, Mapping[str, int]]) -> None:
