@@ -1,6 +1,7 @@
 """What a test sees of the pipeline and of its store, and a proxy before a server that misbehaves on request."""
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
@@ -75,12 +76,32 @@ class Installed:
         self.queue._start = lambda: None
 
 
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What something before the server answers in its place."""
+
+    status: int = 200
+    body: bytes = b"<html><h1>Back soon</h1></html>"
+    kind: str = "text/html"
+    path: bytes = b""  # of the requests that get it, or a part of it
+
+    @property
+    def answer(self):
+        kind = f"Content-Type: {self.kind}\r\n" if self.kind else ""
+        head = f"HTTP/1.1 {self.status} Page\r\n{kind}Content-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
+        return head.encode() + self.body
+
+    def is_for(self, request):
+        return self.path in request.split(b"\r\n", 1)[0]
+
+
 class Proxy:
     """Stands before a server and fails as told.
 
     Attributes:
-        fault: A status to answer; "hang up" half-way through the answer; "cut" the request half-way; "hang"; seconds to
-            wait, or an event to wait for, before the server is asked; None; or an iterator of those, one a request.
+        fault: A status to answer; a `Page`; "hang up" half-way through the answer; "cut" the request half-way; "hang";
+            seconds to wait, or an event to wait for, before the server is asked; None; or an iterator of those, one a
+            request.
         faults: How many requests have met one.
         seen: Set when one has.
         answers: What the server was asked and has answered: request and status.
@@ -115,12 +136,9 @@ class Proxy:
             if not request:
                 return
             fault = self._next_fault()
-            if isinstance(fault, int):
-                body = b'{"detail": "proxy"}'
-                client.sendall(
-                    b"HTTP/1.1 %d Proxy\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-                    b"Connection: close\r\n\r\n%s" % (fault, len(body), body)
-                )
+            page = Page(fault, b'{"detail": "proxy"}', "application/json") if isinstance(fault, int) else fault
+            if isinstance(page, Page) and page.is_for(request):
+                client.sendall(page.answer)
                 return
             if fault == "hang":
                 self._closed.wait(60)

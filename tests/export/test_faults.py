@@ -19,6 +19,7 @@ import mlflow
 import pytest
 import sqlalchemy
 from mlflow.entities import Feedback, Metric, Param, RunTag
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 from mlflow.store.db.utils import _get_managed_session_maker
 from mlflow.tracking.request_header.databricks_request_header_provider import DatabricksRequestHeaderProvider
 from sqlalchemy.orm import sessionmaker
@@ -34,6 +35,7 @@ from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.export.retry import Outcome, Verdict, judge
 from dspy_mlflow_async.export.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store
+from dspy_mlflow_async.seams.mlflow_http import Status
 from mlflow_server import free_port, mlflow_server
 
 
@@ -821,22 +823,46 @@ def test_what_waits_weighs_what_it_takes(make):
     assert export.flush(100)
 
 
+REFUSED = mlflow.MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
+MISSING = mlflow.MlflowException("no", error_code=RESOURCE_DOES_NOT_EXIST)
+
+
 @pytest.mark.parametrize(
     ("error", "statuses", "verdict"),
     [
-        (PermissionError(13, "not to be written", "/mlartifacts"), [200], Verdict.SUSPECT),
+        (PermissionError(13, "not to be written", "/mlartifacts"), [Status(200)], Verdict.SUSPECT),
         (FileNotFoundError("gone"), [], Verdict.SUSPECT),
         (ConnectionResetError("reset"), [], Verdict.AWAY),
         (OSError(28, "No space left on device"), [], Verdict.AWAY),
         (mlflow.MlflowException("API request to http://a/b failed with exception refused"), [], Verdict.AWAY),
         # The request before it was answered.
-        (mlflow.MlflowException("API request to http://a/b failed with exception refused"), [200], Verdict.AWAY),
-        (mlflow.MlflowException("API request to http://a/b failed with timeout exception late."), [200], Verdict.AWAY),
+        (
+            mlflow.MlflowException("API request to http://a/b failed with exception refused"),
+            [Status(200)],
+            Verdict.AWAY,
+        ),
+        (
+            mlflow.MlflowException("API request to http://a/b failed with timeout exception late."),
+            [Status(200)],
+            Verdict.AWAY,
+        ),
         (
             mlflow.MlflowException("API request to endpoint /b failed with error code 500 != 200"),
-            [500],
+            [Status(500)],
             Verdict.SUSPECT,
         ),
+        # What MLflow says in its own JSON is meant; what something before it says is not about the record.
+        (REFUSED, [], Verdict.REFUSED),
+        (REFUSED, [Status(400, is_mlflows=True)], Verdict.REFUSED),
+        (REFUSED, [Status(400)], Verdict.SUSPECT),
+        (REFUSED, [Status(413)], Verdict.SUSPECT),
+        (MISSING, [Status(404, is_mlflows=True)], Verdict.REFUSED),
+        (MISSING, [Status(404)], Verdict.AWAY),
+        (MISSING, [Status(405)], Verdict.AWAY),
+        (MISSING, [Status(302)], Verdict.AWAY),
+        (MISSING, [Status(403, is_mlflows=True)], Verdict.AWAY),
+        # The request before it was answered; what is wrong the client has said.
+        (REFUSED, [Status(200)], Verdict.REFUSED),
     ],
 )
 def test_what_an_error_says(error, statuses, verdict):

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.items import Item
+    from dspy_mlflow_async.seams.mlflow_http import Status
 
 # One of our own: the shared one is the program's, which may have seeded it.
 _random = random.Random()  # noqa: S311 - no secret
@@ -36,8 +37,10 @@ class Outcome:
     error: Exception | None = None
 
 
-# Credentials can be renewed, and a proxy may say 404 for a while, but then without MLflow's error code.
+# Credentials can be renewed, a proxy be given its routes.
 _AWAY_STATUSES = frozenset({401, 403, 407, 408, 425, 429, 502, 503, 504})
+# What an ingress says while the service behind it is rolled out, unless MLflow says so itself.
+_NOT_ROUTED_STATUSES = frozenset({404, 405, 410, 421})
 # What MLflow makes of what `requests` raises.
 _HAS_NO_ANSWER = re.compile("API request to .* failed with (timeout )?exception ")
 # Of errors that have to do with files, those that no store raises by being away: artifacts that may not be written.
@@ -52,30 +55,26 @@ def is_away(status: int) -> bool:
     return status in _AWAY_STATUSES
 
 
-def judge(error: BaseException, statuses: Sequence[int] = ()) -> Verdict:
-    """What to do about an error of the store.
+def judge(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
+    """What to do about an error of the store. Only MLflow itself can refuse for good.
 
     Args:
         error: What was raised.
         statuses: The HTTP statuses seen on the way, if there were any.
     """
-    status = statuses[-1] if statuses else None
-    if isinstance(error, MlflowException):
-        if _HAS_NO_ANSWER.match(error.message):
-            return Verdict.AWAY  # refused, reset, timed out
-        has_code = not statuses or error.error_code != "INTERNAL_ERROR"
-        if status is None or (has_code and status not in _AWAY_STATUSES):
-            status = error.get_http_status_code()
-        if status in _AWAY_STATUSES or _TOO_MANY_CONNECTIONS in error.message:
-            return Verdict.AWAY
-        if 400 <= status < 500 and status not in _SUSPECT_STATUSES and has_code:  # noqa: PLR2004 - HTTP
-            return Verdict.REFUSED
-        if status == 413:  # noqa: PLR2004 - HTTP: too large
-            return Verdict.REFUSED
-        return Verdict.SUSPECT
-    if isinstance(error, OSError):  # also what `requests` raises
-        return Verdict.SUSPECT if isinstance(error, _OUR_FILES) else Verdict.AWAY
-    return Verdict.SUSPECT
+    if not isinstance(error, MlflowException):
+        is_away = isinstance(error, OSError) and not isinstance(error, _OUR_FILES)  # also what `requests` raises
+        return Verdict.AWAY if is_away else Verdict.SUSPECT
+    if _HAS_NO_ANSWER.match(error.message):
+        return Verdict.AWAY  # refused, reset, timed out
+    last = statuses[-1] if statuses and statuses[-1] >= 300 else None  # noqa: PLR2004 - HTTP: no success
+    status = error.get_http_status_code() if last is None or last.is_mlflows else last
+    if last in _AWAY_STATUSES or status in _AWAY_STATUSES or _TOO_MANY_CONNECTIONS in error.message:
+        return Verdict.AWAY
+    if last is not None and not last.is_mlflows:
+        return Verdict.AWAY if last in _NOT_ROUTED_STATUSES or last < 400 else Verdict.SUSPECT  # noqa: PLR2004 - HTTP
+    is_refused = 400 <= status < 500 and status not in _SUSPECT_STATUSES  # noqa: PLR2004 - HTTP
+    return Verdict.REFUSED if is_refused else Verdict.SUSPECT
 
 
 def held_up(item: Item, earlier: Iterable[Outcome]) -> Outcome | None:

@@ -12,13 +12,13 @@ from mlflow.tracking import MlflowClient
 from dspy_mlflow_async.export import prepare
 from dspy_mlflow_async.export.items import RunItem
 from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, judge
-from dspy_mlflow_async.seams import mlflow_store
+from dspy_mlflow_async.seams import mlflow_http, mlflow_store
 
 # What MLflow takes in one `log_batch` (mlflow.utils.validation).
 _MOST_METRICS, _MOST_OTHERS = 800, 100  # 1,000 together
 
 
-def write_runs(uri: str, items: Sequence[RunItem], statuses: list[int]) -> list[Outcome]:
+def write_runs(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.Status]) -> list[Outcome]:
     """Write operations on runs, those on one run in order and in as few requests as they take.
 
     Once the store is found to be away nothing further is tried.
@@ -41,7 +41,7 @@ def write_runs(uri: str, items: Sequence[RunItem], statuses: list[int]) -> list[
     return outcomes
 
 
-def _write_run(uri: str, items: Sequence[RunItem], statuses: list[int], outcomes: list[Outcome]) -> None:
+def _write_run(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.Status], outcomes: list[Outcome]) -> None:
     """Write operations on one run: values, then artifacts, then its end. What worked is not done again."""
 
     def write(how: Callable[[MlflowClient, str, Sequence[RunItem]], None], some: Sequence[RunItem]) -> None:

@@ -67,7 +67,7 @@ class Writer:
                     outcomes += self._write_group(todo, statuses)
         return outcomes
 
-    def _write_group(self, items: Sequence[Any], statuses: list[int]) -> list[Outcome]:
+    def _write_group(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         if isinstance(items[0], RunItem):
             return write_runs(self.uri, items, statuses)
         if isinstance(items[0], FollowUp):
@@ -76,7 +76,7 @@ class Writer:
 
     # --- traces ---
 
-    def _write_traces(self, items: Sequence[Item], statuses: list[int]) -> list[Outcome]:
+    def _write_traces(self, items: Sequence[Item], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         good: list[Any] = []
         bad: list[Outcome] = []
         for item in items:
@@ -99,7 +99,7 @@ class Writer:
             return bad + self._one_by_one(good, self._write_spans_first, statuses)
         return bad + self._starts_then_spans(good, statuses)
 
-    def _ask_for_batches(self, statuses: Sequence[int]) -> bool:
+    def _ask_for_batches(self, statuses: Sequence[mlflow_http.Status]) -> bool:
         """Whether the store takes spans of many traces together.
 
         Raises:
@@ -133,7 +133,7 @@ class Writer:
             self._finish(item, info)
         return True
 
-    def _starts_then_spans(self, items: Sequence[Any], statuses: list[int]) -> list[Outcome]:
+    def _starts_then_spans(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         outcomes, infos = self._start_all(items)
         groups: dict[tuple[str | None, str | None], list[int]] = {}
         for index, item in enumerate(items):
@@ -182,7 +182,9 @@ class Writer:
         has_files = not self._takes_spans or any(span._attachments for span in item.spans)
         return mlflow_store.start_trace(self.client, item.info, reads_answer=has_files)
 
-    def _log_group(self, items: Sequence[Any], infos: Sequence[Any], statuses: list[int]) -> list[Outcome]:
+    def _log_group(
+        self, items: Sequence[Any], infos: Sequence[Any], statuses: list[mlflow_http.Status]
+    ) -> list[Outcome]:
         statuses.clear()
         try:
             with mlflow_store.workspace_scope(items[0].workspace):
@@ -198,7 +200,7 @@ class Writer:
             ]
         return [self._completed(item, info, statuses) for item, info in zip(items, infos, strict=True)]
 
-    def _completed(self, item: Any, info: Any, statuses: list[int]) -> Outcome:
+    def _completed(self, item: Any, info: Any, statuses: list[mlflow_http.Status]) -> Outcome:
         statuses.clear()
         try:
             with mlflow_store.workspace_scope(item.workspace):
@@ -280,7 +282,7 @@ class Writer:
 
     # --- what is said about a trace later, and runs ---
 
-    def _one_by_one(self, items: Sequence[Any], write: Any, statuses: list[int]) -> list[Outcome]:
+    def _one_by_one(self, items: Sequence[Any], write: Any, statuses: list[mlflow_http.Status]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for item in items:
             if (waiting := held_up(item, outcomes)) is not None:

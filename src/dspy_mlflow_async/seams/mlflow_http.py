@@ -11,18 +11,44 @@ from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
+from google.protobuf.message import DecodeError
+from mlflow.protos.databricks_pb2 import ErrorCode
 from mlflow.tracking.request_header import registry as request_headers
 from mlflow.utils import rest_utils
 from opentelemetry import context as otel_context
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from requests import sessions
 
 from dspy_mlflow_async.seams.patching import patch
 
 __all__ = [
+    "NoAnswerError",
+    "Status",
     "bound_http",
     "limited_http",
     "suppressed_instrumentation",
 ]
+
+
+class Status(int):
+    """The HTTP status of an answer.
+
+    Attributes:
+        is_mlflows: Whether MLflow itself refused, in JSON with one of its error codes. A page, and JSON of another
+            make, come from what stands before it.
+    """
+
+    is_mlflows: bool
+
+    def __new__(cls, status: int, *, is_mlflows: bool = False) -> Status:  # noqa: PYI034 - typing has Self from 3.11 on
+        """Make one of a number."""
+        self = super().__new__(cls, status)
+        self.is_mlflows = is_mlflows
+        return self
+
+
+class NoAnswerError(OSError):
+    """Something answered with success, and it was not an MLflow server."""
 
 
 class _Known:
@@ -42,9 +68,13 @@ class _Block:
 
     def __init__(self, seconds: float, known: _Known) -> None:
         self.seconds = seconds
-        self.statuses: list[int] = []
+        self.statuses: list[Status] = []
         self.known = known
 
+
+_OK, _BAD_REQUEST = 200, 400
+_OTLP_PATH, _DATABRICKS_OTLP = "/v1/traces", "/otel/"
+_START_TRACE_PATH = "/api/3.0/mlflow/traces"
 
 _block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default=None)
 
@@ -88,10 +118,48 @@ def _limiting(respond: Callable[..., Any]) -> Callable[..., Any]:
             method, url, max_retries, backoff_factor, backoff_jitter, retry_codes, raise_on_status, *args, **kwargs
         )
         if block is not None:
-            block.statuses.append(response.status_code)
+            block.statuses.append(Status(response.status_code, is_mlflows=_is_refusal(response)))
+            if response.status_code == _OK and not _is_answer(method, urlsplit(url).path, response):
+                kind = response.headers.get("Content-Type") or "nothing"
+                raise NoAnswerError(f"{urlsplit(url).path} was answered with {kind}, and not as MLflow answers")
         return response
 
     return _get_http_response_with_retries
+
+
+def _is_refusal(response: Any) -> bool:
+    if response.status_code < _BAD_REQUEST:
+        return False
+    try:
+        said = response.json()
+    except ValueError:
+        return False
+    return isinstance(said, dict) and said.get("error_code") in ErrorCode.keys()  # noqa: SIM118 - a protobuf enum
+
+
+def _is_answer(method: str, path: str, response: Any) -> bool:
+    """Whether a success is one of MLflow's: maintenance pages and captive portals say 200, too.
+
+    Sources: mlflow.server.otel_api (protobuf, before 3.5 JSON), mlflow.server.handlers (JSON objects).
+    """
+    content = response.content
+    if path.endswith(_OTLP_PATH) and _DATABRICKS_OTLP not in path:
+        kind = response.headers.get("Content-Type", "")
+        if kind.startswith("application/x-protobuf"):
+            return _accepts_all(content)
+        return kind.startswith("application/json") and b"partialSuccess" in content
+    if method == "POST" and path.endswith(_START_TRACE_PATH):
+        return content.lstrip()[:1] == b"{" and b'"trace"' in content
+    return "/mlflow/" not in path or content.lstrip()[:1] == b"{"
+
+
+def _accepts_all(content: bytes) -> bool:
+    answer = ExportTraceServiceResponse()
+    try:
+        answer.ParseFromString(content)
+    except DecodeError:
+        return False
+    return not answer.partial_success.rejected_spans
 
 
 def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +188,7 @@ def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def limited_http(seconds: float) -> Iterator[list[int]]:
+def limited_http(seconds: float) -> Iterator[list[Status]]:
     """One attempt for each request inside, bounded in time, with headers and proxies found out once.
 
     Inside another block, and in threads that work for it, what is known already is not found out again.
