@@ -42,7 +42,7 @@ _AWAY_STATUSES = frozenset({401, 403, 407, 408, 425, 429, 502, 503, 504})
 # What an ingress says while the service behind it is rolled out, unless MLflow says so itself.
 _NOT_ROUTED_STATUSES = frozenset({404, 405, 410, 421})
 # What MLflow makes of what `requests` raises.
-_HAS_NO_ANSWER = re.compile("API request to .* failed with (timeout )?exception ")
+_HAS_NO_ANSWER = re.compile("API request to .{0,4096} failed with (timeout )?exception ")
 # Of errors that have to do with files, those that no store raises by being away: artifacts that may not be written.
 _OUR_FILES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # SQLAlchemy's words (https://sqlalche.me/e/20/3o7r) for what MLflow calls a bad request, also behind a server.

@@ -27,7 +27,8 @@ _STATUS_BY_OUTCOME = {outcomes.CANCELLED: KILLED, outcomes.ABANDONED: KILLED, ou
 MAX_KEY_LENGTH = 250  # mlflow.utils.validation.MAX_ENTITY_KEY_LENGTH
 MAX_PARAM_LENGTH = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 MAX_TAG_LENGTH = 8000  # mlflow.utils.validation.MAX_TAG_VAL_LENGTH
-_ODD_CHARACTER = r"[^\w\-./ ]" if os.name == "nt" else r"[^\w\-./: ]"
+_ODD_CHARACTER = re.compile(r"[^\w\-./ ]" if os.name == "nt" else r"[^\w\-./: ]")
+_INDEX = re.compile(r"\[(['\"]?)([^\]]{0,250})\1\]")
 
 
 def storable_key(key: str) -> str:
@@ -36,8 +37,8 @@ def storable_key(key: str) -> str:
     ``hops[0].signature`` becomes ``hops.0.signature``, and any other odd character an underscore.
     Source: ``mlflow.utils.validation``.
     """
-    key = re.sub(r"\[(['\"]?)([^\]]*)\1\]", r".\2", key)
-    key = re.sub(_ODD_CHARACTER, "_", key)[:MAX_KEY_LENGTH]
+    key = _INDEX.sub(r".\2", key[: 4 * MAX_KEY_LENGTH])
+    key = _ODD_CHARACTER.sub("_", key)[:MAX_KEY_LENGTH]
     parts = [part for part in key.split("/") if part not in {"", ".", ".."}]
     key = "/".join(parts) or "_"
     return f"__{key[2:]}" if key.startswith("..") else key

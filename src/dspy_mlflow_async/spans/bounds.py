@@ -10,6 +10,8 @@ import orjson
 
 MARK_BYTES = 64  # what the one mark that is not counted takes at most, with everything around it
 
+CHARACTERS, BYTES, ITEMS = "characters", "bytes", "items"
+
 _STEP = 65_536  # characters or items that are tried at once
 
 _Write = Callable[[Any], bytes]
@@ -22,25 +24,31 @@ class Mark(str):
     Attributes:
         kept: How many characters of the text are the value's; None where it stands for items or keys.
         total: How many characters, items or keys the value has.
+        unit: In what ``total`` is counted.
     """
 
-    __slots__ = ("kept", "total")
+    __slots__ = ("kept", "total", "unit")
 
     kept: int | None
     total: int
+    unit: str
 
 
-def mark_of_text(kept: str, total: int, *, missing: int | None = None) -> Mark:
-    """The beginning of a text, and how much of it is missing."""
-    mark = Mark(f"{kept}… [cut: {total - len(kept) if missing is None else missing} of {total} characters]")
-    mark.kept, mark.total = len(kept), total
+def mark_of_text(kept: str, total: int, *, missing: int | None = None, unit: str = CHARACTERS) -> Mark:
+    """The beginning of a text, and how much of it is missing.
+
+    Of a text that was never made as a whole, what it is the text of is counted.
+    """
+    missing = total - len(kept) if missing is None else missing
+    mark = Mark(f"{kept}… [cut: {f'{missing} of ' if unit == CHARACTERS else ''}{total} {unit}]")
+    mark.kept, mark.total, mark.unit = len(kept), total, unit
     return mark
 
 
 def mark_of_items(kept: int, total: int, kind: str) -> Mark:
     """What stands in the place of the items, or keys, that are missing."""
     mark = Mark(f"[cut: {total - kept} of {total} {kind}]")
-    mark.kept, mark.total = None, total
+    mark.kept, mark.total, mark.unit = None, total, kind
     return mark
 
 
@@ -96,12 +104,12 @@ def _cut(value: Any, room: int, write: _Write) -> bytes:
     if isinstance(value, list):
         return b"[%b]" % b",".join(_parts_of_sequence(value, room, write))
     if isinstance(value, Mark):
-        text, total = value[: value.kept], value.total
+        text, total, unit = value[: value.kept], value.total, value.unit
     else:
         text = value if isinstance(value, str) else json_text(value)  # a number, which may have thousands of digits
-        total = len(text)
+        total, unit = len(text), CHARACTERS
     kept, _, parts = _as_many_as_fit(text, room - 2, lambda piece: write(piece)[1:-1])
-    parts.append(write(mark_of_text("", total, missing=total - kept))[1:-1])
+    parts.append(write(mark_of_text("", total, missing=total - kept, unit=unit))[1:-1])
     return b'"%b"' % b"".join(parts)
 
 

@@ -23,7 +23,7 @@ class Failure(NamedTuple):
         outcome: ``error``, ``cancelled`` or ``abandoned``.
         type: The exception's class name.
         message: Its text; never empty.
-        stacktrace: As ``traceback`` prints it.
+        stacktrace: As ``traceback`` prints it, but for calls and causes that are many.
     """
 
     outcome: str
@@ -40,10 +40,35 @@ def failure_of(error: BaseException) -> Failure:
     except Exception:  # noqa: BLE001 - str() runs the user's code
         message = ""
     try:
-        stacktrace = "".join(traceback.format_exception(error)).strip()
+        stacktrace = stacktrace_of(error)
     except Exception:  # noqa: BLE001 - a __str__ or __repr__ in the chain may raise
         stacktrace = kind
     return Failure(outcome_of(error), kind, message or kind, stacktrace)
+
+
+MAX_CALLS = 24  # of a stack trace, the innermost; each span around shows those that lead to it
+MAX_CAUSES = 8
+
+
+def stacktrace_of(error: BaseException) -> str:
+    """What ``traceback`` prints of an exception: its innermost calls and those of its nearest causes.
+
+    A traceback grows by some calls with each span that it passes through, and each of these stores one.
+    """
+    calls = sum(1 for _ in traceback.walk_tb(error.__traceback__))
+    told = traceback.TracebackException(type(error), error, error.__traceback__, limit=-MAX_CALLS, compact=True)
+    notes = [f"[cut: {calls - MAX_CALLS} of {calls} calls are left out]\n"] if calls > MAX_CALLS else []
+    nearest = told
+    for _ in range(MAX_CAUSES):
+        further = nearest.__cause__ or nearest.__context__
+        if further is None:
+            break
+        nearest = further
+    else:
+        if nearest.__cause__ or nearest.__context__:
+            nearest.__cause__ = nearest.__context__ = None
+            notes.append("[cut: earlier exceptions are left out]\n")
+    return "".join([*notes, *told.format()]).strip()
 
 
 ABANDONED_FAILURE = Failure(

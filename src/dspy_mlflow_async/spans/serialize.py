@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any
 
 import pydantic
@@ -14,7 +15,9 @@ import pydantic
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans import bounds
 from dspy_mlflow_async.spans.bounds import Mark
-from dspy_mlflow_async.spans.opaque import held_by
+from dspy_mlflow_async.spans.contents import MARGIN, mask
+from dspy_mlflow_async.spans.opaque import beginning_of_text, held_by, text_of
+from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN
 from dspy_mlflow_async.spans.secrets import MASK, is_secret, mask_in_text, names_secret
 
 CIRCULAR = "[circular]"
@@ -26,7 +29,17 @@ _LARGE = 10_000  # bits; Python refuses to write integers of more than 4,300 dig
 
 # Below these, secrets are masked whatever the span: HTTP headers, and the LM arguments that modules hand on.
 _GUARDED_KEYS = frozenset(
-    {"headers", "Headers", "extra_headers", "default_headers", "http_headers", "config", "lm_kwargs"}
+    {
+        "headers",
+        "Headers",
+        "extra_headers",
+        "default_headers",
+        "http_headers",
+        "config",
+        "lm",
+        "lm_kwargs",
+        "model_list",
+    }
 )
 # What MLflow stores as an attachment must reach it uncut: see LiveSpan._extract_attachments.
 _ATTACHMENT_KEYS = frozenset({"data", "b64_json", "result"})
@@ -116,6 +129,7 @@ class Plain:
         kind = type(value)
         if kind is str:
             if len(value) <= _SHORT and len(value) <= self._remaining:  # most values, and at most 4 bytes a character
+                value = mask(value)
                 self._remaining -= len(value)
                 return value
             return self._text(value, key)
@@ -123,7 +137,7 @@ class Plain:
             return value
         if kind is int:
             self._remaining -= 1
-            return value if value.bit_length() < _LARGE else _text_of(value)
+            return value if value.bit_length() < _LARGE else beginning_of_text(value, MARGIN)[0]
         if kind is float:
             self._remaining -= 3
             if not math.isfinite(value):
@@ -137,13 +151,31 @@ class Plain:
         if self._media and len(text) > _SHORT and _may_be_media(text, key):
             self.has_attachments = True
             return text
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-        if size <= self._remaining:
-            self._remaining -= size
-            return text
-        kept = bounds.beginning(text, self._remaining)
+        most = max(self._remaining, 0) + MARGIN
+        return self._bounded(text[:most], len(text), is_whole=len(text) <= most)
+
+    def _bounded(self, text: str, total: int, unit: str = bounds.CHARACTERS, *, is_whole: bool) -> str:
+        """As much of a text as fits, without secrets.
+
+        Args:
+            text: The text, or its beginning with ``MARGIN`` characters more than can fit: what can not is not
+                looked at, and a secret that the bound would split is seen as a whole.
+            total: How many characters the whole has, or of what else ``unit`` says.
+            unit: What is counted.
+            is_whole: Whether it is all of the text.
+        """
+        shown = mask(text)
+        if is_whole:
+            size = len(shown) if shown.isascii() else len(shown.encode("utf-8", "surrogatepass"))
+            if size <= self._remaining:
+                self._remaining -= size
+                return shown
+            total = len(shown)
+        else:  # masks have made room, but what has no margin behind it stays out
+            shown = shown[: max(len(shown) - MARGIN, 0)]
+        kept = bounds.beginning(shown, self._remaining)
         self._remaining = 0
-        return bounds.mark_of_text(kept, len(text))
+        return bounds.mark_of_text(kept, total, unit=unit)
 
     def _container(self, value: Any, *, secrets: bool) -> Any:
         identity = id(value)
@@ -163,8 +195,12 @@ class Plain:
         plain: dict[str, Any] = {}
         is_open = self._redact is None
         is_record = secrets and _is_secret_record(value)
-        for key, item in list(value.items()):
-            name = key if type(key) is str else _key(key)
+        most = max(self._remaining, 0) + 1
+        items = value.items() if type(value) is not dict or len(value) <= most else islice(value.items(), most)
+        for key, item in list(items):
+            name = key if type(key) is str else self._key(key)
+            if len(name) >= SHORTEST_TOKEN:
+                name = mask(name[: most + MARGIN])
             remaining = self._remaining - len(name)
             if remaining < 0:
                 plain["…"] = bounds.mark_of_items(len(plain), len(value), "keys")
@@ -184,7 +220,8 @@ class Plain:
         kind = type(value)
         is_named = kind is not list and kind is not tuple and isinstance(value, tuple)
         names = getattr(kind, "_fields", None) if is_named else None
-        for item in list(value):
+        most = max(self._remaining, 0) + 1
+        for item in value[:most] if kind is list or kind is tuple else list(value):
             if self._remaining <= 0:
                 plain.append(bounds.mark_of_items(len(plain), len(value), "items"))
                 break
@@ -233,7 +270,7 @@ class Plain:
         if is_dataclass(value) and not isinstance(value, type):
             shown = {field.name: getattr(value, field.name) for field in fields(value)}
             return self._nested(value, shown, secrets=secrets)
-        inside = held_by(value)
+        inside = held_by(value, max(self._remaining, 0) + 1)
         if inside is not None and self._holds_secrets(value, inside, secrets=secrets):
             before, self._looks_inside = self._looks_inside, True
             try:
@@ -252,7 +289,10 @@ class Plain:
         return look.has_secrets
 
     def _as_text(self, value: Any, *, secrets: bool) -> str:
-        text = _text_of(value)
+        most = max(self._remaining, 0) + MARGIN
+        text, total, unit = beginning_of_text(value, most)
+        is_whole = unit == bounds.CHARACTERS and len(text) <= most
+        text = text[:most]
         if secrets:
             masked = mask_in_text(text)
             self.has_secrets |= masked is not text
@@ -262,8 +302,18 @@ class Plain:
                 redacted = self._redact(text)
             except Exception:  # noqa: BLE001 - as above
                 return MASK
-            text = redacted if type(redacted) is str else _text_of(redacted)
-        return self._text(text, None)
+            text = text_of(redacted)
+            if len(text) > most:
+                text, is_whole = text[:most], False
+        return self._bounded(text, total, unit, is_whole=is_whole)
+
+    def _key(self, key: Any) -> str:
+        """A mapping's key as ``json`` writes it; what ``json`` refuses, as text."""
+        if isinstance(key, str):
+            return str.__str__(key)
+        if key is None or isinstance(key, (bool, int, float)):
+            return json.dumps(key)
+        return beginning_of_text(key, max(self._remaining, 0) + MARGIN)[0]
 
     def _nested(self, owner: Any, shown: Any, *, secrets: bool) -> Any:
         """``shown`` in place of ``owner``, so that a circle through ``owner`` is noticed."""
@@ -284,19 +334,3 @@ def _is_secret_record(record: dict[Any, Any]) -> bool:
 
 def _may_be_media(text: str, key: str | None) -> bool:
     return key in _ATTACHMENT_KEYS or (text.startswith("data:") and ";base64," in text[:200])
-
-
-def _key(key: Any) -> str:
-    """A mapping's key as ``json`` writes it; what ``json`` refuses, as text."""
-    if isinstance(key, str):
-        return str.__str__(key)
-    if key is None or isinstance(key, (bool, int, float)):
-        return json.dumps(key)
-    return _text_of(key)
-
-
-def _text_of(value: Any) -> str:
-    try:
-        return str(value)
-    except Exception as error:  # noqa: BLE001 - str() runs the user's code
-        return f"<{type(value).__module__}.{type(value).__qualname__} without text: {type(error).__name__}>"

@@ -22,6 +22,7 @@ from dspy_mlflow_async.spans.scopes import Counting, LeftOut, Region, SpanScope,
 from dspy_mlflow_async.spans.serialize import Plain, dump
 from dspy_mlflow_async.spans.witness import RequestWitness, Witness
 
+MAX_FAILURE_BYTES = 64 * 1024  # of a message, and of a stack trace: each span that an exception passes stores both
 _OK = Status(StatusCode.OK)
 _OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
 
@@ -266,8 +267,10 @@ def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str]
         attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
         seam.end_span(span, attributes, _OK)
         return
-    plain = Plain(settings.max_value_bytes, settings.redact, media=False)
-    message, stacktrace = plain(failure.message), plain(failure.stacktrace)
+    most = min(settings.max_value_bytes, MAX_FAILURE_BYTES)  # of each of the two
+    message, stacktrace = (
+        Plain(most, settings.redact, media=False)(text) for text in (failure.message, failure.stacktrace)
+    )
     attributes["outcome"] = dump(failure.outcome)
     if is_late:
         attributes["late"] = dump(value=True)

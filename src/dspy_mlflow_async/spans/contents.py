@@ -1,0 +1,217 @@
+"""Masks secrets in texts by what they look like and by what stands before them: tokens, addresses, assignments.
+
+Every text that is stored comes through here, so the search is cheap first: a few passes in C over a copy with one
+byte a character find the places that are looked at more closely. It is linear for every text: each place is looked
+at once, within a bound around it. Repetitions in the patterns are of one set of characters, bounded, or both.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import re
+from collections.abc import Callable, Iterator
+
+from dspy_mlflow_async.spans.assignments import (
+    JUDGED,
+    PLACEHOLDER,
+    SHORTEST,
+    Span,
+    end_of,
+    is_value,
+    looks_random,
+    values,
+)
+from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN, TOKENS
+from dspy_mlflow_async.spans.secrets import MASK, is_secret
+
+MARGIN = 4096  # characters behind a bound that are looked at, so that a secret which it splits is known for one
+_CHUNK = 16_384  # characters that one pass in C may take while other threads wait
+_KEPT_SHORT, _KEPT_LONG = 256, 32_768  # characters of the texts whose result is kept
+
+
+def mask(text: str) -> str:
+    """The text with ``MASK`` in place of each secret that it shows; itself where it shows none."""
+    size = len(text)
+    if size < SHORTEST:
+        return text
+    if size <= _KEPT_SHORT:
+        return _masked_short(text)
+    return _masked_long(text) if size <= _KEPT_LONG else _masked(text)
+
+
+def _masked(text: str) -> str:
+    spans = sorted(_spans(text.encode("ascii", "replace")))
+    if not spans:
+        return text
+    parts: list[str] = []
+    done = 0
+    for begin, end in spans:
+        if end <= done:
+            continue
+        if begin >= done:
+            parts += (text[done:begin], MASK)
+        done = end
+    return "".join((*parts, text[done:]))
+
+
+# One text is shown on several spans of a call: a prompt where it is formatted, sent and answered.
+_masked_short = functools.lru_cache(maxsize=4096)(_masked)
+_masked_long = functools.lru_cache(maxsize=64)(_masked)
+
+
+def _spans(data: bytes) -> Iterator[Span]:
+    yield from _tokens(data)
+    lowered = data.lower()
+    if b"=" in data or b":" in data:
+        yield from values(data, lowered)
+    if b"://" in data:
+        yield from _addresses(data)
+    for word, check in ((b"bearer", _is_bearer), (b"basic", _is_basic)):
+        if word in lowered:
+            yield from _credentials(data, lowered, word, check)
+    if b"-----BEGIN " in data:
+        yield from _private_keys(data)
+    if b" -" in data:
+        yield from _options(data)
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+_RUN = b"a" * SHORTEST_TOKEN
+_RUN_CHARACTERS = bytes(
+    ord("a") if chr(code).isascii() and (chr(code).isalnum() or chr(code) in "_-.") else ord(" ") for code in range(256)
+)
+_PREFIX = re.compile(
+    "|".join(sorted((re.escape(p) for each in TOKENS for p in each.prefixes), key=len, reverse=True)).encode()
+)
+_FORMS = {prefix.encode(): each.form for each in TOKENS for prefix in each.prefixes}
+_TOKEN_REST = re.compile(rb"[A-Za-z0-9_\-]*")
+
+
+def _tokens(data: bytes) -> Iterator[Span]:
+    runs = data.translate(_RUN_CHARACTERS)
+    begin = runs.find(_RUN)
+    while begin >= 0:
+        end = runs.find(b" ", begin + SHORTEST_TOKEN)
+        end = len(data) if end < 0 else end
+        if data[max(begin - 8, 0) : begin] != b";base64,":  # an image
+            yield from _tokens_of_run(data, begin, end)
+        begin = runs.find(_RUN, end)
+
+
+def _tokens_of_run(data: bytes, begin: int, end: int) -> Iterator[Span]:
+    done = begin
+    for chunk in range(begin, end, _CHUNK):
+        for found in _PREFIX.finditer(data, chunk, min(chunk + _CHUNK + 32, end)):
+            start = found.start()
+            if start < done or (start > 0 and data[start - 1 : start].isalnum()):
+                continue
+            whole = _FORMS[found.group()].match(data, start)
+            if whole is not None:
+                done = end_of(_TOKEN_REST, data, whole.end())
+                yield start, done
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+_USER_INFO = re.compile(rb"://[^\s/?#@:'\"<>\\]{0,256}:(?P<password>[^\s/?#'\"<>]{1,512})@(?=[\w\[])")
+_HOOK = re.compile(
+    rb"://(?:hooks\.slack\.com/(?:services|workflows|triggers)|(?:\w{1,10}\.)?discord(?:app)?\.com/api/webhooks"
+    rb"|[\w\-]{1,64}\.webhook\.office\.com/webhookb2)/(?P<path>[\w/\-@.]{16,512})"
+)
+_PLACEHOLDERS_OF_URLS = (b"password", b"pass", b"pwd", b"pw", b"secret")
+
+
+def _addresses(data: bytes) -> Iterator[Span]:
+    place = data.find(b"://")
+    while place >= 0:
+        info = _USER_INFO.match(data, place)
+        if info is not None and not (
+            PLACEHOLDER.match(info["password"]) or info["password"].lower() in _PLACEHOLDERS_OF_URLS
+        ):
+            yield info.span("password")
+        hook = _HOOK.match(data, place)
+        if hook is not None:
+            yield hook.span("path")
+        place = data.find(b"://", place + 3)
+
+
+# --- credentials of HTTP, keys, command lines -------------------------------------------------------------------------
+
+_CREDENTIAL_REST = re.compile(rb"[A-Za-z0-9\-._~+/=]*")
+_CREDENTIAL = re.compile(rb"(?:[ \t]|%20|\+){1,4}(?P<value>[A-Za-z0-9\-._~+/]{8,256}={0,2})")
+
+
+def _is_bearer(value: bytes) -> bool:
+    return looks_random(value)
+
+
+def _is_basic(value: bytes) -> bool:
+    try:
+        decoded = base64.b64decode(
+            value[: len(value) & ~3] if len(value) >= JUDGED else value + b"=" * (-len(value) % 4), validate=True
+        )
+    except (binascii.Error, ValueError):
+        return False
+    return b":" in decoded and decoded.isascii() and decoded.decode().isprintable()
+
+
+def _credentials(data: bytes, lowered: bytes, word: bytes, check: Callable[[bytes], bool]) -> Iterator[Span]:
+    place = lowered.find(word)
+    while place >= 0:
+        found = _CREDENTIAL.match(data, place + len(word))
+        if found is not None and check(found["value"]):
+            yield found.start("value"), end_of(_CREDENTIAL_REST, data, found.end())
+        place = lowered.find(word, place + len(word))
+
+
+_BEGIN = re.compile(rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_LINE = re.compile(rb"(?:\s|\\[nrt]){0,16}(?:[A-Za-z0-9+/=]{1,4096}|[A-Za-z\-]{1,20}: [^\r\n\\]{1,80})")
+
+
+def _private_keys(data: bytes) -> Iterator[Span]:
+    place = data.find(b"-----BEGIN ")
+    while place >= 0:
+        begin = _BEGIN.match(data, place)
+        end = place + 11
+        if begin is not None:
+            limit = begin.end() + 4 * MARGIN
+            following = data.find(b"-----BEGIN ", begin.end(), limit)
+            end = data.find(b"-----END ", begin.end(), limit if following < 0 else following)
+            if end < 0:
+                end = _end_of_lines(data, begin.end())
+            if end > begin.end():
+                yield begin.end(), end
+        place = data.find(b"-----BEGIN ", end)
+
+
+def _end_of_lines(data: bytes, begin: int) -> int:
+    """Where the lines of a key end that was cut: with the first that is none."""
+    end = begin
+    while (line := _KEY_LINE.match(data, end)) is not None:
+        if line.end() - line.start() < 16 and line.end() < len(data):  # noqa: PLR2004 - a word
+            break
+        end = line.end()
+    return end
+
+
+_OPTION = re.compile(rb" --(?P<name>[A-Za-z][\w\-]{1,62}) {1,4}(?P<quote>[\"']?)(?P<value>[^\s\"'`]{4,4096})")
+_USER_OPTION = re.compile(rb" (?:-u|--user)[ =]{1,4}[\"']?[^\s:\"']{1,128}:(?P<value>[^\s\"'`]{3,512})")
+
+
+def _options(data: bytes) -> Iterator[Span]:
+    place = data.find(b" -")
+    while place >= 0:
+        found = _OPTION.match(data, place)
+        if found is not None and is_secret(found["name"].decode()):
+            name = found["name"].decode()
+            if is_value(
+                found["value"], name, is_plain=bool(found["quote"]) or looks_random(found["value"]), is_assigned=True
+            ):
+                yield found.span("value")
+        user = _USER_OPTION.match(data, place)
+        if user is not None and not PLACEHOLDER.match(user["value"]):
+            yield user.span("value")
+        place = data.find(b" -", place + 2)
