@@ -49,3 +49,42 @@ def test_replay_sends_a_spooled_trace_once(command, tmp_path):
     assert "1 records (1 whole traces) sent." in sent.stdout, sent.stdout + sent.stderr
     assert "0 records (0 whole traces) sent." in again.stdout
     assert (0, 0) == (sent.returncode, again.returncode)
+
+
+# A program whose traces the store has refused, since their experiment was deleted meanwhile; then it is restored.
+LEAVE_DEAD_LETTERS = """
+import mlflow, dspy_mlflow_async
+mlflow.set_tracking_uri({uri!r})
+experiment = mlflow.set_experiment("mine")
+client = mlflow.MlflowClient()
+client.delete_experiment(experiment.experiment_id)
+dspy_mlflow_async.autolog(silent=True)
+for _ in range(2):
+    with mlflow.start_span("outside"):
+        pass
+dspy_mlflow_async.flush(60)
+client.restore_experiment(experiment.experiment_id)
+"""
+
+
+def test_replay_of_dead_letters_says_first_what_it_would_send(command, tmp_path):
+    """It lists the reasons; nobody there to agree is a refusal that says what to do; --yes sends, by --reason."""
+    spool = {"DSPY_MLFLOW_ASYNC_SPOOL": str(tmp_path / "spool")}
+    before = LEAVE_DEAD_LETTERS.format(uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+    listed = command("replay", "--dead-letters", "--dry-run", before=before, env=spool)
+    asked = command("replay", "--dead-letters", env=spool)
+    others = command("replay", "--dead-letters", "--reason", "no such words", "--yes", env=spool)
+    sent = command("replay", "--dead-letters", "--reason", "'ACTIVE' state", "--yes", env=spool)
+
+    assert "2 dead letters would be sent again." in listed.stdout, listed.stdout + listed.stderr
+    assert re.search(r"  2, \d{4}-\d\d-\d\d: .*must be in the 'active' state", listed.stdout)
+    assert (2, "") == (asked.returncode, asked.stdout.replace(listed.stdout.partition("0 records")[0], ""))
+    assert "send it with --yes" in asked.stderr
+    assert "0 records (0 whole traces) sent." in others.stdout
+    assert "2 records (2 whole traces) sent." in sent.stdout, sent.stdout + sent.stderr
+
+
+def test_a_reason_without_dead_letters_is_a_usage_error(command):
+    """A choice of what is not asked for is refused."""
+    assert 2 == command("replay", "--reason", "x").returncode

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -13,7 +16,11 @@ from dspy_mlflow_async.printable import mask_uris
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dspy_mlflow_async.export import ReplaySummary
+    from dspy_mlflow_async.export import DeadLetter, ReplaySummary
+
+    Choice = Callable[[DeadLetter], bool]
+
+_MAX_REASON = 160  # characters
 
 
 def replay(
@@ -26,6 +33,14 @@ def replay(
         typer.Option(help="A spool, or a folder of spools; by default the one that the tracer uses here."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    dead_letters: Annotated[
+        bool, typer.Option("--dead-letters", help="Send what the store had refused for good, too, after asking.")
+    ] = False,
+    reason: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="With --dead-letters: those alone in whose reason this text stands."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Send the traces and run results that lie in the spool, because their store was away, to their store.
 
@@ -38,16 +53,52 @@ def replay(
     from dspy_mlflow_async import export
     from dspy_mlflow_async.cli.console import make_console
 
+    if reason is not None and not dead_letters:
+        raise typer.BadParameter("is for --dead-letters.", param_hint="--reason")
     console = make_console()
+    chosen = None
+    if dead_letters:
+        chosen = _choice(reason)
+        _list_letters(console, list(filter(chosen, export.letters(tracking_uri=tracking_uri, folder=folder))))
+        if not (dry_run or yes) and not _is_agreed():
+            raise typer.Exit(2)
     if dry_run:
         summary = export.replay(tracking_uri=tracking_uri, folder=folder, dry_run=True)
         console.print(f"{_records(summary.left, summary.traces)} would be sent.")
         _say_damaged(console, summary)
         return
-    raise typer.Exit(_send(console, tracking_uri, folder))
+    raise typer.Exit(_send(console, tracking_uri, folder, chosen))
 
 
-def _send(console: Console, tracking_uri: str | None, folder: Path | None) -> int:
+def _choice(reason: str | None) -> Choice:
+    wanted = (reason or "").casefold()
+    return lambda letter: wanted in letter.reason.casefold()
+
+
+def _list_letters(console: Console, letters: list[DeadLetter]) -> None:
+    """Say how many records would be sent again, by reason and with the day of the first and the last."""
+    console.print(f"{len(letters)} dead letters would be sent again.")
+    by_reason: dict[str, list[float]] = {}
+    for letter in letters:
+        short = " ".join(letter.reason.split())
+        by_reason.setdefault(f"{short[:_MAX_REASON]}…" if len(short) > _MAX_REASON else short, []).append(letter.time)
+    for reason, times in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        first, last = (time.strftime("%Y-%m-%d", time.localtime(each)) for each in (min(times), max(times)))
+        days = first if first == last else f"{first} to {last}"
+        console.print(f"  {len(times)}, {days}: {mask_uris(reason)}", markup=False, soft_wrap=True)
+
+
+def _is_agreed() -> bool:
+    """Ask; where nobody can answer, say how to do without."""
+    from dspy_mlflow_async.cli.console import complain
+
+    if not sys.stdin.isatty():
+        complain("replay", "nobody is there to agree; look at it with --dry-run, then send it with --yes")
+        return False
+    return typer.confirm("Send them?")
+
+
+def _send(console: Console, tracking_uri: str | None, folder: Path | None, revive: Choice | None) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dspy_mlflow_async import export
@@ -61,10 +112,10 @@ def _send(console: Console, tracking_uri: str | None, folder: Path | None) -> in
                 tasks[progress.folder] = bars.add_task(mask_uris(progress.tracking_uri), total=progress.total)
             bars.update(tasks[progress.folder], completed=progress.done, total=progress.total)
 
-        summary = export.replay(tracking_uri=tracking_uri, folder=folder, progress=show)
+        summary = export.replay(tracking_uri=tracking_uri, folder=folder, progress=show, revive=revive)
     console.print(f"{_records(summary.stored, summary.traces)} sent.")
     if summary.dead:
-        console.print(f"{summary.dead} refused by the store for good; the reasons stand in the spool's dead letters.")
+        console.print(f"{summary.dead} refused by the store for good; see --dead-letters --dry-run for the reasons.")
     if summary.skipped:
         console.print(f"{summary.skipped} files belong to a process that is running, and will be sent by it.")
     if summary.left:

@@ -1,15 +1,17 @@
 """Does it arrive whole? Traces and run results on their way to the MLflow store."""
 
 from dspy_mlflow_async.export.books import ExportStats
+from dspy_mlflow_async.export.dead_letters import DeadLetter
 from dspy_mlflow_async.export.exit import before_leaving
 from dspy_mlflow_async.export.installation import count_sampled, discard, flush, hold, install, release, secure, stats
 from dspy_mlflow_async.export.options import ExportOptions
-from dspy_mlflow_async.export.replaying import ReplayProgress, ReplaySummary, SpoolInfo, replay, spools
+from dspy_mlflow_async.export.replaying import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
 from dspy_mlflow_async.export.runs import RunWriter, run_writer
 from dspy_mlflow_async.export.sampling import KEEPS
 
 __all__ = [
     "KEEPS",
+    "DeadLetter",
     "ExportOptions",
     "ExportStats",
     "ReplayProgress",
@@ -22,6 +24,7 @@ __all__ = [
     "flush",
     "hold",
     "install",
+    "letters",
     "release",
     "replay",
     "run_writer",

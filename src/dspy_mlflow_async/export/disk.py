@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from dspy_mlflow_async.export import codec, prepare
+from dspy_mlflow_async.export import codec, dead_letters, prepare
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.items import Item
@@ -78,7 +78,7 @@ class Disk:
             Whether the disk took it.
         """
         try:
-            self.spool.bury(_say(item), reason)
+            dead_letters.append(self.spool.folder, self.spool.uri, _say(item), reason)
         except Exception:  # noqa: BLE001 - a full disk: nothing is left to try
             logger.warning("dspy-mlflow-async: the store refuses %s and the disk too; lost: %s", item.key, reason)
             return False

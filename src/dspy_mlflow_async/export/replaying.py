@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dspy_mlflow_async.export import codec, spool
+from dspy_mlflow_async.export import codec, dead_letters, spool
+from dspy_mlflow_async.export.dead_letters import DeadLetter
 from dspy_mlflow_async.export.folder import read_file, uri_of, why_refused
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.lock import Lock
@@ -106,6 +107,7 @@ def replay(
     folder: Path | None = None,
     dry_run: bool = False,
     progress: Callable[[ReplayProgress], None] | None = None,
+    revive: Callable[[DeadLetter], bool] | None = None,
 ) -> ReplaySummary:
     """Send what lies in spools. Interrupted or run several times at once, it neither loses nor doubles anything.
 
@@ -114,9 +116,10 @@ def replay(
         folder: One spool, or a folder of spools; by default the configured one.
         dry_run: Only count.
         progress: Called after each batch.
+        revive: Chooses dead letters to send, too.
     """
     summary = ReplaySummary()
-    uri = mlflow_store.absolute_uri(mlflow_store.resolve_tracking_uri(tracking_uri)) if tracking_uri else None
+    uri = _absolute(tracking_uri)
     unbound = mlflow_http.bound_http()
     try:
         for path in _chosen(folder, uri):
@@ -134,10 +137,21 @@ def replay(
                 said = "no tracking URI that fits it is known, give one" if reason is None else f"not used: {reason}"
                 summary = replace(summary, errors=(*summary.errors, f"{path}: {said}"))
             else:
+                if revive is not None:
+                    dead_letters.revive(path, target, revive)
                 summary = _send(path, Writer(target), summary, progress)
     finally:
         unbound()
     return summary
+
+
+def letters(*, tracking_uri: str | None = None, folder: Path | None = None) -> list[DeadLetter]:
+    """Return the dead letters of the spools that ``replay`` would send with the same arguments."""
+    return [letter for path in _chosen(folder, _absolute(tracking_uri)) for letter in dead_letters.read(path)]
+
+
+def _absolute(tracking_uri: str | None) -> str | None:
+    return mlflow_store.absolute_uri(mlflow_store.resolve_tracking_uri(tracking_uri)) if tracking_uri else None
 
 
 def _chosen(folder: Path | None, uri: str | None) -> list[Path]:
@@ -181,9 +195,7 @@ def _info(folder: Path) -> SpoolInfo:
             lock.release()
         else:
             in_use = True
-    dead = 0
-    with contextlib.suppress(OSError):
-        dead = sum(payload is not None for _, payload in spool.scan(read_file(folder / "dead.letters")))
+    dead = len(dead_letters.read(folder))
     oldest = spool.begun(paths[0]) / 1e9 if paths else None
     return replace(
         info, records=records, traces=traces, size=size, damaged=damaged, dead=dead, in_use=in_use, oldest=oldest
@@ -325,7 +337,7 @@ def _write(
                 stored.append(offset)
                 summary = replace(summary, stored=summary.stored + 1, traces=summary.traces + item.counted)
             elif outcome.verdict is Verdict.REFUSED:
-                spool.Spool(segment.parent, writer.uri).bury(payload, reason)
+                dead_letters.append(segment.parent, writer.uri, payload, reason)
                 spool.mark_done(segment, [offset], stored=False)
                 summary = replace(summary, dead=summary.dead + 1)
             else:

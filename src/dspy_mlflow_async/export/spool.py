@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspy_mlflow_async.export import codec
 from dspy_mlflow_async.export.folder import make_folder, open_file, read_file, sync_folder, why_refused
 from dspy_mlflow_async.export.group_sync import GroupSync
 
@@ -286,20 +285,6 @@ class Spool:
     def is_mine(self, segment: Path) -> bool:
         """Whether this object has written the segment, and it is still needed."""
         return segment == self._segment or segment in self._live
-
-    def bury(self, payload: bytes, reason: str) -> None:
-        """Write a record to the dead letters, with the reason.
-
-        Raises:
-            OSError: If the disk is full, or the folder cannot be written.
-        """
-        make_folder(self.folder, self.uri)
-        letter = codec.dumps({"reason": reason, "time": time.time(), "record": payload.decode()})
-        handle = open_file(self.folder / "dead.letters", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        try:
-            os.write(handle, frame(letter))
-        finally:
-            os.close(handle)
 
     def after_fork(self) -> None:
         """In a forked child: the parent's segment is the parent's."""

@@ -114,8 +114,8 @@ def spool() -> Iterator[Finding]:
             yield Finding(
                 Level.NOTE,
                 "spool",
-                f"{target} has refused {info.dead} records for good; {info.folder} keeps them with the reasons. "
-                "Delete the folder when you have read them.",
+                f"{target} has refused {info.dead} records for good; {info.folder} keeps them. See why, and send "
+                "them again, with: dspy-mlflow-async replay --dead-letters --dry-run. Or delete the folder.",
             )
         if info.damaged:
             yield Finding(Level.NOTE, "spool", f"{info.folder} has {info.damaged} stretches that cannot be read.")
