@@ -11,6 +11,7 @@ from dspy_mlflow_async import propagation
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.context.threads import Undo, patch_all_threads, patch_worker_pool
+from dspy_mlflow_async.runs.compile import pool_ended
 from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams import dspy as seam
 from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
@@ -46,7 +47,7 @@ class _Hooks:
         self._tracers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._open_compiles = 0
         self._calls = (
-            _Patch(lambda: patch_worker_pool(seam.ParallelExecutor, _prepare_items)),
+            _Patch(lambda: patch_worker_pool(seam.ParallelExecutor, _prepare_items, pool_ended)),
             _Patch(patch_handlers),
             _Patch(patch_arguments),
         )

@@ -12,6 +12,7 @@ from dspy_mlflow_async.context.carrier import Carrier
 
 Undo = Callable[[], None]
 Capture = Callable[[], Carrier | None]
+Prepare = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Here(threading.local):
@@ -32,18 +33,21 @@ def patch_attribute(owner: Any, name: str, value: Any) -> Undo:
     return undo
 
 
-def patch_worker_pool(executor: type, prepare: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Undo:
+def patch_worker_pool(executor: type, prepare: Prepare, ended: Callable[[Any, Any], None]) -> Undo:
     """Make ``executor.execute(function, data)`` run the function that ``prepare`` makes of its own.
 
     Args:
         executor: DSPy's ``ParallelExecutor``, in which all its worker threads begin.
         prepare: Called once per ``execute``, in the submitter's context.
+        ended: Called there with the data and the results of one that has not failed.
     """
     original = executor.execute  # type: ignore[attr-defined]
 
     @functools.wraps(original)
     def execute(self: Any, function: Callable[..., Any], data: Any) -> Any:
-        return original(self, prepare(function), data)
+        results = original(self, prepare(function), data)
+        ended(data, results)
+        return results
 
     return patch_attribute(executor, "execute", execute)
 

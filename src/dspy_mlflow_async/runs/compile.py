@@ -13,13 +13,16 @@ from typing import Any
 
 import dspy
 
+from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active, artifacts, opening
 from dspy_mlflow_async.runs.asking import ask
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
 from dspy_mlflow_async.runs.usage import add_up
+from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.scopes import Region
 from dspy_mlflow_async.spans.usage import Ledger
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -92,6 +95,25 @@ class Compile:
             parent.metrics({key: score}, step)
             parent.settle()
 
+    @guarded
+    def pool_ended(self, data: Any, results: Any) -> None:
+        """Note the scores that the optimizer has taken in a pool of its own, without ``dspy.Evaluate``.
+
+        They are percent, as ``Evaluate``'s, under the keys that MIPROv2 gives its evaluations.
+        """
+        by_program = dspy_seam.scores_by_program(data, results)
+        if self.run is None or not by_program:
+            return
+        trainset = self._inputs.get("trainset") or ()
+        if len(by_program) == len(data) > 1:  # a copy of some program for each example, all at once
+            by_program = [[score for scores in by_program for score in scores]]
+            key = "eval_sampling"
+        else:
+            key = "eval_full" if len(by_program[0]) == len(trainset) else "eval_minibatch"
+        for scores in by_program:
+            parent, step = self.begin_evaluation(key)
+            self.end_evaluation(parent, key, step, round(100 * sum(scores) / len(scores), 2))
+
     def ledger(self, lm: Any, *, in_example: bool, is_judging: bool) -> Ledger:
         """Where an LM call that begins now is counted, by the role in which the optimizer calls it.
 
@@ -122,7 +144,7 @@ class Compile:
             if status == FINISHED:
                 self._log(lambda: self._log_program(run, program))
             self._log(lambda: run.params(artifacts.lm_params()))
-            self._log(lambda: run.tags(self._summary()))
+            self._log(lambda: run.tags(self._summary(program)))
             for name in ("trainset", "valset"):
                 self._log(functools.partial(self._log_dataset, run, name))
             self._log(lambda: self._log_plot(run))
@@ -154,12 +176,14 @@ class Compile:
         if self._series:
             run.artifact("scores.png", artifacts.plot_of_series(self._series))
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, program: Any) -> dict[str, Any]:
         """The best score, and LM calls and tokens by role. Tags: the metrics of the run are its score series."""
         summary: dict[str, Any] = {"dspy.optimizer": type(self._optimizer).__name__}
         for key, points in self._series.items():
             step, score = max(points, key=lambda point: (point[1], -point[0]))
             summary |= {f"dspy.best_score.{key}": score, f"dspy.best_step.{key}": step}
+        if augmented := self._augmented_demos(program):
+            summary["dspy.augmented_demos"] = augmented
         for role, ledger in self._ledgers.items():
             usage = add_up([ledger])
             if usage.calls:
@@ -169,6 +193,13 @@ class Compile:
                     f"dspy.output_tokens.{role}": usage.output_tokens,
                 }
         return summary
+
+    @staticmethod
+    def _augmented_demos(program: Any) -> int:
+        """How many demos of the program have been made by running one, and were let through by the metric."""
+        predictors = program.predictors() if isinstance(program, dspy.Module) else ()
+        demos = (demo for predictor in predictors for demo in predictor.demos)
+        return sum(isinstance(demo, dspy.Example) and demo.get("augmented") is True for demo in demos)
 
     def _optimizer_params(self) -> dict[str, Any]:
         try:
@@ -182,6 +213,16 @@ class Compile:
     def _show_in_ui(self, run: RunHandle) -> None:
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
             ask(lambda: seam.log_dummy_model(run.run_id, autolog_seam.FLAVOR))
+
+
+def pool_ended(data: Any, results: Any) -> None:
+    """Tell the compile whose own work, not that of its program or metric, has run a pool of DSPy's here."""
+    frame = frames.current()
+    if frame is None or frame.compile is None or frame.is_carried or not isinstance(frame.scope, Region):
+        return
+    if frame.evaluation is not (None if frame.parent is None else frame.parent.evaluation):
+        return  # an evaluation's
+    frame.compile.pool_ended(data, results)
 
 
 def _judges(optimizer: Any, inputs: dict[str, Any]) -> list[Any]:

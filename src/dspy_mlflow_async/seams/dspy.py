@@ -99,3 +99,29 @@ def with_program_and_metric(
         function.__defaults__,
         tuple(cells[name] for name in names),
     )
+
+
+def scores_by_program(data: Any, results: Any) -> list[list[float]]:
+    """What a pool of ``SIMBA``'s has scored: one list for each program, in the order in which it was given them.
+
+    It gives ``dspy.Parallel`` pairs of a function over ``program`` and ``metric`` and an example, and gets back dicts.
+    Source: ``dspy.teleprompt.simba_utils.wrap_program``. Any other pool gives an empty list.
+    """
+    if not isinstance(data, list) or not isinstance(results, list) or len(data) != len(results):
+        return []
+    scores: list[list[float]] = []
+    last: Any = None
+    for pair, result in zip(data, results, strict=True):
+        function = pair[0] if type(pair) is tuple and pair else None
+        if type(function) is not types.FunctionType or type(result) is not dict:
+            return []
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        score = result.get("score")
+        if not {"program", "metric"} <= set(cells) or not isinstance(score, (int, float)):
+            return []
+        program = cells["program"].cell_contents
+        if program is not last:
+            scores.append([])
+            last = program
+        scores[-1].append(float(score))
+    return scores
