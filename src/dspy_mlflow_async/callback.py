@@ -133,7 +133,9 @@ class TracingCallback(autolog_seam.MlflowCallback):
         scope = self._start(call_id, describe.describe_module, instance, inputs)
         if scope is not None:
             scope.show_outputs = functools.partial(describe.describe_outputs, instance)
-            scope.usage, scope.ledger = module_usage(scope.ledger)
+            outermost = scope.ledger is None
+            others = (_ledgers(None), _request()) if outermost else ()
+            scope.usage, scope.ledger = module_usage(scope.ledger, scope.span, *others)
 
     @_begins
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:

@@ -6,8 +6,10 @@ manager then parses one of them back to learn the trace's id: a third of what a 
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from mlflow.entities.span import LiveSpan, _SpanAttributesRegistry, create_mlflow_span
 from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
@@ -73,6 +75,78 @@ def register(span: Span, trace_id: str, trace: Any) -> None:
 def live_span_of(span: Span) -> LiveSpan | None:
     """MLflow's span for one that is being recorded, without asking the trace manager; None where it must be asked."""
     return span.__dict__.get(_LIVE)
+
+
+class UsageSpan(NamedTuple):
+    """An LM call that somebody has recorded below a span of ours.
+
+    Attributes:
+        span_id: OpenTelemetry's id of the span.
+        model: The model's name, or that of the span.
+        tokens: Its usage, under MLflow's keys.
+        start_ns: When it began, in nanoseconds since 1970.
+        end_ns: When it ended, the same.
+    """
+
+    span_id: int
+    model: str
+    tokens: dict[str, Any]
+    start_ns: int
+    end_ns: int
+
+
+def usage_spans_below(top: Span, trace_id: str, ours: Collection[int]) -> list[UsageSpan]:
+    """The outermost spans below ``top`` that bear usage and are not ours.
+
+    As MLflow adds usage up, what is below one that bears some is in it already, so that below an LM call of ours
+    (LiteLLM's span below ``dspy.LM``'s) there is none.
+
+    Args:
+        top: A span that is open.
+        trace_id: MLflow's id of its trace.
+        ours: The ids of our own spans that bear usage.
+    """
+    began: dict[int, Any] = {}  # those that began later than the span, newest first
+    found = []
+    manager = InMemoryTraceManager.get_instance()
+    with manager._lock:
+        trace = manager._traces.get(trace_id)
+        for live in reversed(trace.span_dict.values()) if trace is not None else ():
+            span = live._span
+            if span is top:
+                break
+            context = span.context
+            began[context.span_id] = span
+            if context.span_id not in ours and SpanAttributeKey.CHAT_USAGE in (span._attributes or ()):
+                found.append(span)
+    top_id = top.context.span_id
+    return [_usage_span(span) for span in found if span.end_time and _is_outermost(span, top_id, began)]
+
+
+def _is_outermost(span: Any, top_id: int, began: Mapping[int, Any]) -> bool:
+    """Whether the parents of a span lead to that one past no usage."""
+    while span is not None and span.parent is not None:
+        if span.parent.span_id == top_id:
+            return True
+        span = began.get(span.parent.span_id)
+        if span is not None and SpanAttributeKey.CHAT_USAGE in (span._attributes or ()):
+            return False
+    return False
+
+
+def _usage_span(span: Any) -> UsageSpan:
+    attributes = span._attributes
+    tokens, model = (json.loads(attributes.get(key) or "null") for key in _OF_USAGE)
+    return UsageSpan(
+        span.context.span_id,
+        model if isinstance(model, str) else span.name,
+        tokens if isinstance(tokens, dict) else {},
+        span.start_time,
+        span.end_time,
+    )
+
+
+_OF_USAGE = (SpanAttributeKey.CHAT_USAGE, getattr(SpanAttributeKey, "MODEL", "mlflow.llm.model"))
 
 
 # --- what MLflow asks of its settings for each span, asked more cheaply ----------------------------------------------

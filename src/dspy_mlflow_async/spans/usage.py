@@ -25,7 +25,8 @@ from dspy_mlflow_async.seams.dspy import (
     restore_overrides,
     usage_tracker,
 )
-from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, TokenUsageKey
+from dspy_mlflow_async.seams.mlflow import OpenSpan, SpanAttributeKey, TokenUsageKey
+from dspy_mlflow_async.seams.mlflow_live import usage_spans_below
 from dspy_mlflow_async.spans.outcome import OK, outcome_of
 from dspy_mlflow_async.spans.witness import LmCall, RequestWitness
 
@@ -99,10 +100,11 @@ class Ledger:
     Only appends: ``list.append`` is atomic with and without a GIL, so callers share no lock.
     """
 
-    __slots__ = ("_begun", "_ended", "entries")
+    __slots__ = ("_begun", "_ended", "entries", "span_ids")
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, Usage]] = []
+        self.span_ids: list[int] = []  # of the spans of ours that bear some of it
         self._begun: list[None] = []
         self._ended: list[None] = []
 
@@ -230,15 +232,23 @@ class ModuleUsage:
 
     It stands in DSPy's setting too, for usage that is reported outside of any LM call that DSPy tells us of.
     Where the user has a tracker, or has switched on DSPy's own tracking, there is none of ours.
+
+    Args:
+        span: The call's span.
+        ledgers: Where those are counted besides: what LM calls of DSPy's are told of already.
+        request: The request around the call, which is told of them, or None.
     """
 
-    __slots__ = ("_before", "ledger")
+    __slots__ = ("_before", "_ledgers", "_request", "_span", "_tracker", "ledger")
 
-    def __init__(self) -> None:
+    def __init__(self, span: OpenSpan, ledgers: Sequence[Ledger], request: RequestWitness | None) -> None:
+        self._span, self._ledgers, self._request = span, ledgers, request
         self.ledger = Ledger()
         self._before = overrides()
+        self._tracker: CallUsage | None = None
         if usage_tracker() is None and not is_tracking_usage():
-            override_usage_tracker(CallUsage([self.ledger]))
+            self._tracker = CallUsage([self.ledger])
+            override_usage_tracker(self._tracker)
 
     def close(self, outputs: Any = None, exception: BaseException | None = None) -> None:  # noqa: ARG002 - the interface of its kind
         """Put DSPy's setting back."""
@@ -246,10 +256,36 @@ class ModuleUsage:
 
     def attributes(self, outputs: Any) -> dict[str, Any]:
         """The sum, unless a call is still under way: then MLflow adds up the LM spans themselves."""
+        others = self._count_others()
         if not self.ledger.is_settled:
             return {}
-        tokens = token_usage(usage for _, usage in self.ledger.entries) or token_usage(_tracked_by_dspy(outputs))
+        entries = [usage for _, usage in self.ledger.entries]
+        if not token_usage(entries):
+            entries += _tracked_by_dspy(outputs)
+        tokens = token_usage([*entries, *others])
         return {SpanAttributeKey.CHAT_USAGE: tokens} if tokens else {}
+
+    def _count_others(self) -> list[Usage]:
+        """The usage of LM calls that other integrations have recorded below, each once, whoever else heard of it."""
+        spans = usage_spans_below(self._span.otel, self._span.trace_id, frozenset(self.ledger.span_ids))
+        # An LM that DSPy tells nothing of may have reported to DSPy what another integration has recorded, too.
+        heard = [] if self._tracker is None else [token_usage([usage]) for usage in self._tracker.entries]
+        counted: list[Usage] = []
+        for each in spans:
+            tokens = token_usage([each.tokens])
+            if tokens in heard:
+                heard.remove(tokens)
+                continue
+            counted.append(each.tokens)
+            for ledger in self._ledgers:
+                ledger.begin()
+                ledger.entries.append((each.model, each.tokens))
+                ledger.end()
+            if self._request is not None:
+                latency = (each.end_ns - each.start_ns) / 1e9
+                began = time.perf_counter() - (time.time_ns() - each.start_ns) / 1e9
+                self._request.lm_call_ended(LmCall(each.model, began, latency, tokens, None, OK))
+        return counted
 
 
 class HandsOff:
@@ -270,14 +306,16 @@ class HandsOff:
         return {}
 
 
-def module_usage(ledger: Ledger | None) -> tuple[ModuleUsage | HandsOff | None, Ledger]:
-    """What a module call needs, given the ledger of the module calls around it.
+def module_usage(
+    ledger: Ledger | None, span: OpenSpan, ledgers: Sequence[Ledger] = (), request: RequestWitness | None = None
+) -> tuple[ModuleUsage | HandsOff | None, Ledger]:
+    """What a module call needs, given the ledger of the module calls around it; the rest is ``ModuleUsage``'s.
 
     Returns:
         What counts until its end, if anything, and the ledger for the calls below.
     """
     if ledger is None:
-        usage = ModuleUsage()
+        usage = ModuleUsage(span, ledgers, request)
         return usage, usage.ledger
     if is_tracking_usage():
         present = usage_tracker()
