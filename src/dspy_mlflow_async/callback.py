@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from dspy_mlflow_async import hooks
@@ -21,7 +20,6 @@ from dspy_mlflow_async.spans.scopes import Region, SpanScope
 from dspy_mlflow_async.spans.usage import Ledger, LmUsage, module_usage
 from dspy_mlflow_async.spans.witness import RequestWitness
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _Handler = TypeVar("_Handler", bound=Callable[..., None])
 
 
@@ -44,7 +42,7 @@ def _begins(handler: _Handler) -> _Handler:
     return cast("_Handler", start)
 
 
-class TracingCallback(autolog_seam.MlflowCallback):
+class TracingCallback(autolog_seam.StatelessCallback):
     """Records DSPy's calls as MLflow spans; for ``dspy.context(callbacks=[...])`` and one object's ``callbacks=[...]``.
 
     ``autolog()`` installs one for the whole process. It is a subclass of ``mlflow.dspy.callback.MlflowCallback``,
@@ -86,7 +84,7 @@ class TracingCallback(autolog_seam.MlflowCallback):
         redact: Redact | None = None,
         dependencies_schema: dict[str, Any] | None = None,
     ) -> None:
-        self._dependencies_schema = dependencies_schema
+        self.dependencies_schema = dependencies_schema
         self._own_settings = Settings(
             log_traces=log_traces,
             log_traces_from_compile=log_traces_from_compile,
@@ -106,13 +104,6 @@ class TracingCallback(autolog_seam.MlflowCallback):
     def is_on(self) -> bool:
         """Whether this tracer records anything."""
         return True
-
-    # --- names of MlflowCallback's that others read; the state behind them lives in the context -----------------
-
-    _call_id_to_span = _NOTHING
-    _call_id_to_module = _NOTHING
-    _call_id_to_metric_key = _NOTHING
-    _evaluation_counter = _NOTHING
 
     @property
     def optimizer_stack_level(self) -> int:
@@ -248,7 +239,7 @@ class TracingCallback(autolog_seam.MlflowCallback):
             return None
         if not tracer.is_recording(heeds_switch=self.can_be_switched):
             return None
-        autolog_seam.add_dependencies_schema(self._dependencies_schema)
+        autolog_seam.add_dependencies_schema(self.dependencies_schema)
         return tracer.start(call_id, description(*call), settings)
 
 

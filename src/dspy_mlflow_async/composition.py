@@ -48,7 +48,7 @@ class AutologCallback(TracingCallback):
     can_be_switched = True
 
     def __init__(self, settings: Settings, dependencies_schema: dict[str, Any] | None = None) -> None:
-        self._dependencies_schema = dependencies_schema
+        self.dependencies_schema = dependencies_schema
         self._own_settings = settings
 
     @property
@@ -66,7 +66,7 @@ class AutologCallback(TracingCallback):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings in force, for a process where ``autolog`` is not called."""
-        return AutologCallback, (self.settings or self._own_settings, self._dependencies_schema)
+        return AutologCallback, (self.settings or self._own_settings, self.dependencies_schema)
 
 
 def autolog(

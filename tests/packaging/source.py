@@ -2,10 +2,14 @@
 
 import ast
 import functools
+import importlib
 import importlib.util
+import inspect
+import sys
 from pathlib import Path
 
 import dspy_mlflow_async
+from dspy_mlflow_async.seams import check
 
 PACKAGE = "dspy_mlflow_async"
 # The installed files, so that what is read is what is tested: in tox the wheel, not the tree.
@@ -26,6 +30,8 @@ PUBLIC = (
     "mlflow.tracing.constant",
     "mlflow.tracking",
 )
+
+NAMED_TUPLE = ("_asdict", "_fields", "_replace")  # documented, for all their underscores
 
 
 @functools.cache
@@ -110,24 +116,80 @@ def _is_module(name):
 
 
 def private_attributes(path):
-    """The attributes with a leading underscore that a file reads or sets on anything but ``self`` and ``cls``."""
-    return {name for owner, name in _attributes(parse(path)) if _is_private(name) and owner not in {"self", "cls"}}
+    """The private names of others that a file reads, sets or passes as keywords, on anything but ``self`` and ``cls``.
+
+    A name is ours where the same file defines it, or where it is asked of a module of ours.
+    """
+    tree = parse(path)
+    own = set(_defined_names(tree))
+    ours = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == PACKAGE
+        for alias in node.names
+    }
+    asked = {name for owner, name in _attributes(tree) if owner not in {"self", "cls", *ours}}
+    passed = {word.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords if word.arg}
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] not in {PACKAGE, "__future__"}
+        for alias in node.names
+    }
+    return {name for name in asked | passed | imported if _is_private(name)} - own
+
+
+def private_modules(path):
+    """The modules of others with a private part in their dotted name that a file imports."""
+    modules_ = imported_modules(path, str(path))
+    return {name for name in modules_ if any(map(_is_private, name.split("."))) and _is_of_others(name)}
 
 
 @functools.cache
-def own_private_names():
-    """The private names that the package itself defines anywhere."""
+def inherited_names():
+    """Private names that a class of ours has from a class of theirs: ``Base._name``, and the file that uses them.
+
+    Methods that are overridden, attributes that are set over theirs, and whatever ``self`` is asked for.
+    """
     found = set()
-    for path in modules().values():
+    for name, path in modules().items():
         for node in ast.walk(parse(path)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                found.add(node.name)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                found.update({node.attr} if ast.unparse(node.value) in {"self", "cls"} else ())
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.add(node.id)
-    return {name for name in found if _is_private(name)}
+            if isinstance(node, ast.ClassDef) and node.bases:
+                cls = getattr(importlib.import_module(name), node.name, None)
+                if inspect.isclass(cls):
+                    found.update((f"{base.__qualname__}.{used}", name) for used, base in _inherited(cls, node))
+    return found
+
+
+def _inherited(cls, node):
+    theirs = [base for base in cls.__mro__ if _is_of_others(base.__module__)]
+    used = {name for owner, name in _attributes(node) if owner in {"self", "cls", "super()"}} | set(
+        _defined_names(node)
+    )
+    for name in sorted(filter(_is_private, used)):
+        # The class nearest to ours that has it: what it inherits itself is its own affair.
+        base = next((base for base in theirs if check.has_attribute(base, name)), None)
+        if base is not None:
+            yield name, base
+
+
+def _is_of_others(module):
+    root = module.partition(".")[0]
+    return root != PACKAGE and root not in sys.stdlib_module_names
+
+
+def _defined_names(tree):
+    """The names that a piece of source defines: functions, classes, variables, and attributes of ``self``."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield from [node.attr] if ast.unparse(node.value) in {"self", "cls"} else ()
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
 
 
 def _is_private(name):
-    return name.startswith("_") and not name.startswith("__") and name not in {"_replace", "_asdict"}  # NamedTuple's
+    return name.startswith("_") and not name.startswith("__") and name not in {"_", *NAMED_TUPLE}

@@ -57,7 +57,7 @@ def main(path: str) -> None:
             gone_since = gone_since or time.monotonic()
             if queue.is_empty() or time.monotonic() - gone_since > _OUTLIVE:
                 break
-        rest = queue._rest()
+        rest = queue.next_wait()
         pause = _LOOK if rest is None else max(0.05, min(rest, 1.0))
         if has_parent:
             _wait(parent, pause, queue)

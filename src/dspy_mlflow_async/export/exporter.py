@@ -41,17 +41,12 @@ class Queue:
         return True
 
 
-class WholeTraceExporter(mlflow_processor.MlflowV3SpanExporter):
+class WholeTraceExporter(mlflow_processor.SpanExporter):
     """Hands ended spans to the collector; without a pipeline it is MLflow's exporter, writing in the caller."""
 
     def __init__(self, tracking_uri: str | None, pipeline: Pipeline) -> None:
-        super().__init__(tracking_uri)
+        super().__init__(tracking_uri, Queue(pipeline))
         self.pipeline = pipeline
-        self.uri: str = self._client.tracking_uri
-        self._async_queue: Any = Queue(pipeline)
-
-    def _should_enable_async_logging(self) -> bool:
-        return False  # keeps MLflow's queue from being made; whether *we* write at once is asked per trace
 
     # MLflow's says None, against OpenTelemetry
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -93,7 +88,7 @@ class WholeTraceExporter(mlflow_processor.MlflowV3SpanExporter):
         """A provider is put away; its traces stay in flight, for others may still end in them."""
 
 
-class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
+class WholeTraceProcessor(mlflow_processor.SpanProcessor):
     """MLflow's processor, less its work for each span: totals are computed when the trace is written."""
 
     span_exporter: WholeTraceExporter
@@ -103,11 +98,10 @@ class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
         self._pipeline = exporter.pipeline
         processors.add(self)
 
-    def _start_trace(self, root_span: Span) -> Any:
-        info = super()._start_trace(root_span)
-        if info is not None and not self._pipeline.is_closed:
-            self._follow(root_span.context.trace_id, info.trace_id)
-        return info
+    def trace_started(self, root: Span, info: Any) -> None:
+        """Follow a trace that MLflow has begun."""
+        if not self._pipeline.is_closed:
+            self._follow(root.context.trace_id, info.trace_id)
 
     @guarded
     def _follow(self, otel_id: int, trace_id: str) -> None:
@@ -125,7 +119,7 @@ class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
             self._child_started(span, parent_context)
 
     def _root_started(self, span: Span) -> None:
-        info = self._start_trace(span)
+        info = self.start_trace(span)
         trace = None if info is None else mlflow_traces.peek_trace(info.trace_id)
         if trace is not None:
             live_seam.register(span, info.trace_id, trace)
@@ -160,7 +154,7 @@ class WholeTraceProcessor(mlflow_processor.MlflowV3SpanProcessor):
         if self._pipeline.is_closed:
             super().on_end(span)
             return
-        if self._export_metrics:
+        if self.records_metrics:
             self.record_metrics_for_span(span)
         self._take(span)
 

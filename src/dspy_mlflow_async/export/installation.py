@@ -117,7 +117,7 @@ def _new_processor(tracking_uri: str | None, current: Pipeline) -> WholeTracePro
 def _ours_for(processor: Any) -> Any | None:
     current = pipeline()
     if isinstance(processor, WholeTraceProcessor) or mlflow_processor.is_replaceable(processor):
-        return _new_processor(processor.span_exporter._client.tracking_uri, current)
+        return _new_processor(mlflow_processor.tracking_uri_of(processor), current)
     return None
 
 
@@ -133,7 +133,7 @@ def _take_over(processor: Any) -> None:
     if isinstance(processor, WholeTraceProcessor):
         return
     current = pipeline()
-    exporter = WholeTraceExporter(processor.span_exporter._client.tracking_uri, current)
+    exporter = WholeTraceExporter(mlflow_processor.tracking_uri_of(processor), current)
     for root in mlflow_processor.retire(processor):
         exporter.take(root, None)
 

@@ -174,7 +174,8 @@ class ProcessQueue(StoreQueue):
                 self._failed()
         self._tell()
 
-    def _rest(self) -> float | None:
+    def next_wait(self) -> float | None:
+        """Seconds until there may be something to do; None to wait until woken."""
         return _LOOK if len(self.backlog) or len(self.memory) else None
 
     def hurry(self) -> None:

@@ -229,7 +229,7 @@ class StoreQueue:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(self._rest())
+            self._wake.wait(self.next_wait())
             if not self._hurry.is_set():
                 self._hurry.wait(_LINGER)
             self._wake.clear()
@@ -239,7 +239,7 @@ class StoreQueue:
                 logger.exception("dspy-mlflow-async: the export queue failed; it goes on")
                 self._stop.wait(1.0)
 
-    def _rest(self) -> float | None:
+    def next_wait(self) -> float | None:
         """Seconds until something is due that nobody will wake us for."""
         due = self.backlog.due(self._away_until)
         if due is None and len(self.memory):

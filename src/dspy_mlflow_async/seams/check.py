@@ -50,7 +50,12 @@ def _exists(path: str) -> bool:
         if not hasattr(owner, name):
             return False
         owner = getattr(owner, name)
-    return hasattr(owner, last) or (inspect.isclass(owner) and _uses(owner, last)) or _is_module(f"{module}.{names}")
+    return has_attribute(owner, last) or _is_module(f"{module}.{names}")
+
+
+def has_attribute(owner: Any, name: str) -> bool:
+    """Whether a module, a class or the instances of a class have an attribute."""
+    return hasattr(owner, name) or (inspect.isclass(owner) and _uses(owner, name))
 
 
 def _is_module(name: str) -> bool:

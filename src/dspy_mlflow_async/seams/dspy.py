@@ -54,6 +54,12 @@ def usage_tracker() -> UsageTracker | None:
     return tracker
 
 
+def flattened(tracker: UsageTracker, entry: Any) -> dict[str, Any]:
+    """A usage entry as DSPy keeps it: nested models as plain dicts."""
+    flat: dict[str, Any] = tracker._flatten_usage_entry(entry)
+    return flat
+
+
 def override_usage_tracker(tracker: UsageTracker | None) -> None:
     """``dspy.context(usage_tracker=...)`` from here on, without a block and without freezing other settings."""
     before = thread_local_overrides.get()

@@ -10,7 +10,10 @@ from dspy_mlflow_async.seams.check import Seam
 _PROVIDER = "mlflow.tracing.provider"
 _MANAGER = "mlflow.tracing.trace_manager:InMemoryTraceManager"
 _UTILS = "mlflow.tracing.utils"
+_CALLBACK = "mlflow.dspy.callback:MlflowCallback"
+_PROCESSOR = "mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor"
 _FLUENT = "mlflow.tracking.fluent"
+_CALLBACK_STATE = "answers those who read the state of MLflow's own callback"
 _WORKERS = "makes DSPy's worker threads take up the tracing context"
 _HANDLERS = "chooses a handler once per type, and ends what was begun when another callback is interrupted"
 _SETTINGS = "reads and changes DSPy's settings where dspy.configure would raise"
@@ -33,6 +36,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("dspy.utils.parallelizer:ParallelExecutor.execute", _WORKERS),
     Seam("dspy.utils.callback_context:ACTIVE_CALL_ID", "tells which DSPy call is around a call"),
     Seam("dspy.utils.usage_tracker:UsageTracker", "counts the tokens of exactly one LM call"),
+    Seam("dspy.utils.usage_tracker:UsageTracker._flatten_usage_entry", "counts the tokens of exactly one LM call"),
     Seam("dspy.evaluate.evaluate:EvaluationResult", _EVALUATE),
     Seam("dspy.evaluate.evaluate:Evaluate._construct_result_table", _EVALUATE),
     Seam("dspy.evaluate.evaluate:Evaluate._display_result_table", _EVALUATE),
@@ -61,6 +65,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.entities.span:_SpanAttributesRegistry", _SPANS),
     Seam("mlflow.entities.span:LiveSpan._extract_attachments", "keeps images and audio as attachments"),
     Seam("mlflow.entities.span:Span._span", _SPANS),
+    Seam("mlflow.entities.span:Span._original_name", _SPANS, is_optional=True),
     Seam("mlflow.entities.span:Span._attachments", _WRITE),
     Seam("mlflow.entities.span:Span._links", _WRITE, is_optional=True),
     Seam(f"{_UTILS}:encode_span_id", _SPANS),
@@ -72,7 +77,12 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_UTILS}.processor:apply_span_processors", _SPANS),
     Seam(f"{_UTILS}.default_log_level:default_log_level_for_span_type", _SPANS, is_optional=True),
     # MLflow, its own integration, which ours replaces
-    Seam("mlflow.dspy.callback:MlflowCallback", "is the base of our callback, by which MLflow finds it"),
+    Seam(_CALLBACK, "is the base of our callback, by which MLflow finds it"),
+    Seam(f"{_CALLBACK}._call_id_to_span", _CALLBACK_STATE, is_optional=True),
+    Seam(f"{_CALLBACK}._call_id_to_module", _CALLBACK_STATE, is_optional=True),
+    Seam(f"{_CALLBACK}._call_id_to_metric_key", _CALLBACK_STATE, is_optional=True),
+    Seam(f"{_CALLBACK}._evaluation_counter", _CALLBACK_STATE, is_optional=True),
+    Seam(f"{_CALLBACK}._dependencies_schema", "tags a served model's traces with its schema", is_optional=True),
     Seam("mlflow.dspy.autolog:safe_patch", "keeps a later mlflow.dspy.autolog() from doubling the spans"),
     Seam("mlflow.dspy.util:EXCLUDE_LM_PARAMS", "leaves the LM arguments out that MLflow leaves out"),
     Seam("mlflow.utils.autologging_utils:AUTOLOGGING_INTEGRATIONS", "sees whether MLflow's own autolog is on"),
@@ -80,18 +90,23 @@ SEAMS: tuple[Seam, ...] = (
     # MLflow, export
     Seam(f"{_PROVIDER}:_get_mlflow_span_processor", _EXPORT),
     Seam(f"{_PROVIDER}:_trace_disabled_state", _EXPORT, is_optional=True),
-    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor", _EXPORT),
-    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._truncate_metadata", _WRITE),
-    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._deduplication_lock", _FORK, is_optional=True),
-    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._batch_delegate", _EXPORT, is_optional=True),
-    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._pending_on_end_condition", _FORK, is_optional=True),
-    Seam("mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor._pending_on_end_count", _FORK, is_optional=True),
+    Seam(_PROCESSOR, _EXPORT),
+    Seam(f"{_PROCESSOR}._start_trace", _EXPORT),
+    Seam(f"{_PROCESSOR}._export_metrics", _EXPORT),
+    Seam(f"{_PROCESSOR}._truncate_metadata", _WRITE),
+    Seam(f"{_PROCESSOR}._deduplication_lock", _FORK, is_optional=True),
+    Seam(f"{_PROCESSOR}._batch_delegate", _EXPORT, is_optional=True),
+    Seam(f"{_PROCESSOR}._pending_on_end_condition", _FORK, is_optional=True),
+    Seam(f"{_PROCESSOR}._pending_on_end_count", _FORK, is_optional=True),
     Seam("mlflow.tracing.processor:base_mlflow", _EXPORT),
     Seam("mlflow.tracing.processor.base_mlflow:retire_batch_processor", _EXPORT, is_optional=True),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter", _EXPORT),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._async_queue", _EXPORT),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._client", _EXPORT),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._is_async_enabled", _EXPORT),
+    Seam(
+        "mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._should_enable_async_logging", _EXPORT, is_optional=True
+    ),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._deferred_lock", _EXPORT, is_optional=True),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._deferred_root_spans", _EXPORT, is_optional=True),
     Seam("mlflow.tracing.export.async_export_queue:AsyncTraceExportQueue._stop_event", _EXPORT),

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mlflow.dspy.callback import MlflowCallback
 
-__all__ = ["MlflowCallback"]
+__all__ = ["MlflowCallback", "StatelessCallback"]
 
 FLAVOR = "dspy"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class StatelessCallback(MlflowCallback):
+    """MLflow's callback, by which its ``autolog`` and model serving find their tracer, less its state.
+
+    Others read these names; the state behind them lives in the context of the calls.
+    """
+
+    _call_id_to_span = _NOTHING
+    _call_id_to_module = _NOTHING
+    _call_id_to_metric_key = _NOTHING
+    _evaluation_counter = _NOTHING
+    _dependencies_schema: dict[str, Any] | None = None
+
+    @property
+    def dependencies_schema(self) -> dict[str, Any] | None:
+        """What a served model's traces are tagged with; MLflow's ``load_model`` sets it."""
+        return self._dependencies_schema
+
+    @dependencies_schema.setter
+    def dependencies_schema(self, schema: dict[str, Any] | None) -> None:
+        self._dependencies_schema = schema
 
 
 def is_own_autolog_on() -> bool:

@@ -26,8 +26,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from dspy_mlflow_async.seams.patching import patch
 
 __all__ = [
-    "MlflowV3SpanExporter",
-    "MlflowV3SpanProcessor",
+    "SpanExporter",
+    "SpanProcessor",
     "exports_metrics",
     "finish_root",
     "is_replaceable",
@@ -36,7 +36,52 @@ __all__ = [
     "replace_processors",
     "reset_processor_locks",
     "retire",
+    "tracking_uri_of",
 ]
+
+
+class SpanExporter(MlflowV3SpanExporter):
+    """MLflow's exporter, with a queue of ours where it looks for its own.
+
+    Args:
+        tracking_uri: The store; None for MLflow's current one.
+        queue: What MLflow's flush functions and exit handlers look for, see ``export.exporter.Queue``.
+    """
+
+    def __init__(self, tracking_uri: str | None, queue: Any) -> None:
+        super().__init__(tracking_uri)
+        self.uri: str = self._client.tracking_uri
+        self._async_queue: Any = queue
+
+    def _should_enable_async_logging(self) -> bool:
+        return False  # keeps MLflow's queue from being made; whether *we* write at once is asked per trace
+
+
+class SpanProcessor(MlflowV3SpanProcessor):
+    """MLflow's processor, open where ours needs it."""
+
+    def trace_started(self, root: Any, info: Any) -> None:
+        """Take note of a trace that MLflow has begun with this root span."""
+
+    def start_trace(self, root: Any) -> Any:
+        """Begin a trace with this root span, as MLflow does; what MLflow knows of it, or None where it does not."""
+        return self._start_trace(root)
+
+    @property
+    def records_metrics(self) -> bool:
+        """Whether each span is counted for OpenTelemetry's metrics."""
+        return bool(self._export_metrics)
+
+    def _start_trace(self, root_span: Any) -> Any:
+        info = super()._start_trace(root_span)
+        if info is not None:
+            self.trace_started(root_span, info)
+        return info
+
+
+def tracking_uri_of(processor: Any) -> str:
+    """The store that a processor of MLflow's writes to."""
+    return str(processor.span_exporter._client.tracking_uri)
 
 
 def finish_root(processor: Any, trace: _Trace, root: Any) -> None:
@@ -77,7 +122,7 @@ def is_replaceable(processor: Any) -> bool:
     return (
         type(processor) is MlflowV3SpanProcessor
         and type(processor.span_exporter) is MlflowV3SpanExporter
-        and not is_databricks_uri(processor.span_exporter._client.tracking_uri)
+        and not is_databricks_uri(tracking_uri_of(processor))
     )
 
 

@@ -19,6 +19,7 @@ import dspy
 
 from dspy_mlflow_async.seams.dspy import (
     UsageTracker,
+    flattened,
     is_tracking_usage,
     override_usage_tracker,
     overrides,
@@ -151,7 +152,7 @@ class CallUsage(UsageTracker):
         if self.inner is not None:
             self.inner.add_usage(lm, usage_entry)
         if usage_entry:
-            usage = self._flatten_usage_entry(usage_entry)
+            usage = flattened(self, usage_entry)
             self.entries.append(usage)
             for ledger in self._ledgers:
                 ledger.entries.append((lm, usage))
