@@ -187,7 +187,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
         settings = self.settings
         if settings is None or _has_begun(call_id):
             return
-        evaluation = Evaluation.of_call(instance, inputs)
+        evaluation = Evaluation.of_call(instance, inputs, settings)
         region = Region(isolated=True, suppressed=not settings.log_traces_from_eval)
         frame = frames.enter(call_id, region, evaluation=evaluation)
         region.enter()
@@ -211,7 +211,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
         outer = frames.current()
         is_outermost = outer is None or outer.compile is None  # random search calls bootstrap: one compile
         region = CompileRegion(isolated=False, suppressed=not settings.log_traces_from_compile)
-        frame = frames.enter(call_id, region, compile=Compile(instance, inputs) if is_outermost else None)
+        frame = frames.enter(call_id, region, compile=Compile(instance, inputs, settings) if is_outermost else None)
         region.enter()
         if is_outermost:
             hooks.compile_began()

@@ -288,13 +288,13 @@ def test_redaction_of_one_request(traces):
     assert "@secret" == plain.data.spans[0].inputs["question"]
 
 
-def test_redaction_is_of_values(traces):
-    """Session, user, tags and metadata are stored as they were said: ``redact`` sees what spans hold."""
+def test_redaction_reaches_what_is_said_of_a_request(traces):
+    """Session, user, tags and metadata, like what spans hold."""
     with request("answer", redact=lambda value: "[gone]", session_id="s", user="ada", tags={"tier": "gold"}):
         Chain()(question="@secret")
 
     (trace,) = traces
-    assert ("s", "ada", "gold") == (session(trace), user(trace), trace.info.tags["tier"])
+    assert ("[gone]", "[gone]", "[gone]") == (session(trace), user(trace), trace.info.tags["tier"])
     assert "@secret" not in trace.to_json()
 
 

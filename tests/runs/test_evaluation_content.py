@@ -16,6 +16,7 @@ from dspy_mlflow_async.runs import artifacts
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.results import Results
 from dspy_mlflow_async.seams.mlflow_runs import cost_in_usd
+from dspy_mlflow_async.spans.door import Door
 from echo import EchoLM
 
 
@@ -310,7 +311,7 @@ def test_ten_thousand_rows_in_bounded_time():
         for i in range(10_000)
     ]
     begun = time.process_time()
-    content = artifacts.table_json(artifacts.columns_of(rows))
+    content = artifacts.table_json(artifacts.columns_of(rows), Door())
 
     assert time.process_time() - begun < 10
     assert 10_000 == len(json.loads(content)["data"])

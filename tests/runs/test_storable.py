@@ -12,6 +12,7 @@ import dspy_mlflow_async
 from dspy_mlflow_async.runs.feedback import feedback_of
 from dspy_mlflow_async.runs.handle import RunHandle, storable_key
 from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.door import Door
 
 
 class Hops(Program):
@@ -76,7 +77,7 @@ def test_params_of_predictors_in_a_list(store):
 )
 def test_scores_that_json_has_no_numbers_for(score, value):
     """Feedback that could not be sent would keep its trace from being stored."""
-    feedback = feedback_of(lambda *_: score, score=score)
+    feedback = feedback_of(lambda *_: score, Door(), score=score)
 
     assert value == feedback.value
     assert feedback.to_dictionary()

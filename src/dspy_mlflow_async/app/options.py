@@ -16,6 +16,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.programs import is_coroutine_function
 from dspy_mlflow_async.seams import mlflow_scope as seam
 from dspy_mlflow_async.settings import Redact
+from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -23,6 +24,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 MAX_ID_CHARACTERS = 250
 MAX_VALUE_CHARACTERS = 4096
 MAX_KEY_CHARACTERS = 250
+MAX_SEEN_CHARACTERS = 65_536  # of a longer text that is cut to these; no more of it is looked at
 CHECK_TIMEOUT = 5.0  # seconds
 
 Text = str | int | Callable[..., Any] | None
@@ -93,16 +95,25 @@ class Options:
         if _is_text(self.experiment_id):
             _check_experiment(str(self.experiment_id))
 
-    def values(self, *args: Any, **kwargs: Any) -> Values:
-        """What it comes to for a call with these arguments. A function that raises gives nothing; it is reported."""
-        metadata = _texts(_ask(self.metadata, args, kwargs), args, kwargs)
+    def values(self, door: Door, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Values:
+        """What it comes to for a call with these arguments. A function that raises gives nothing; it is reported.
+
+        Args:
+            door: What is stored passes it.
+            args: The arguments of the call.
+            kwargs: The same by name.
+        """
+        kwargs = dict(kwargs or {})
+        metadata = _texts(_ask(self.metadata, args, kwargs), args, kwargs, door)
         for key, value in ((seam.SESSION, self.session_id), (seam.USER, self.user)):
             said = _ask(value, args, kwargs)
             if said is not None and said != "":
-                metadata[key] = cut(str(said), MAX_ID_CHARACTERS)
+                metadata[key] = cut(door.text(said, MAX_SEEN_CHARACTERS), MAX_ID_CHARACTERS)
         experiment_id = _ask(self.experiment_id, args, kwargs)
         return Values(
-            metadata, _texts(_ask(self.tags, args, kwargs), args, kwargs), str(experiment_id) if experiment_id else None
+            metadata,
+            _texts(_ask(self.tags, args, kwargs), args, kwargs, door),
+            str(experiment_id) if experiment_id else None,
         )
 
 
@@ -164,17 +175,17 @@ def _warn_once(function: Any, error: Exception) -> None:
         )
 
 
-def _texts(said: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
-    return _texts_of(said, args, kwargs) or {}
+def _texts(said: Any, args: tuple[Any, ...], kwargs: dict[str, Any], door: Door) -> dict[str, str]:
+    return _texts_of(said, args, kwargs, door) or {}
 
 
 @guarded
-def _texts_of(said: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str] | None:
+def _texts_of(said: Any, args: tuple[Any, ...], kwargs: dict[str, Any], door: Door) -> dict[str, str] | None:
     if not isinstance(said, Mapping):
         return None
     values = {str(key): _ask(value, args, kwargs) for key, value in said.items()}
     return {
-        cut(key, MAX_KEY_CHARACTERS): cut(str(value), MAX_VALUE_CHARACTERS)
+        cut(key, MAX_KEY_CHARACTERS): cut(door.text(value, MAX_SEEN_CHARACTERS, name=key), MAX_VALUE_CHARACTERS)
         for key, value in values.items()
         if value is not None
     }

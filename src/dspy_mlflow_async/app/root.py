@@ -13,8 +13,9 @@ from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_promise as promise_seam
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import tracer
+from dspy_mlflow_async.spans.contents import mask
+from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import Failure
-from dspy_mlflow_async.spans.serialize import Plain
 
 
 class Beginning(NamedTuple):
@@ -106,7 +107,7 @@ class Root:
         if seam.has_ended(where.span):
             parent = seam.INVALID_SPAN
         beginning = self._describe()
-        plain = Plain(self._settings.max_value_bytes, self._settings.redact, media=False)
+        plain = Door(self._settings).plain()
         attributes = {key: plain.encode(plain(value)) for key, value in beginning.attributes.items()}
         if beginning.inputs is not None:
             attributes[seam.SpanAttributeKey.INPUTS] = plain.encode(plain(beginning.inputs))
@@ -116,7 +117,7 @@ class Root:
             self._adopted = promise_seam.remote_traces.adopt(parent.get_span_context().trace_id)
         elif self._promised_id is not None:
             tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
-        begun = seam.start_span(beginning.name, seam.SpanType.CHAIN, where, parent, None, attributes, tracer_)
+        begun = seam.start_span(mask(beginning.name), seam.SpanType.CHAIN, where, parent, None, attributes, tracer_)
         if isinstance(begun, seam.Unsampled):
             self._span = begun.otel
         elif begun is not None:
@@ -167,7 +168,7 @@ class Root:
                 promise_seam.remote_traces.release(self._adopted)
 
     def _end(self, span: seam.OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
-        plain = Plain(self._settings.max_value_bytes, self._settings.redact, media=False)
+        plain = Door(self._settings).plain()
         texts: dict[str, str] = {}
         try:
             texts = {key: plain.encode(plain(value)) for key, value in attributes.items()}

@@ -21,6 +21,7 @@ from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
 from dspy_mlflow_async.seams.mlflow_promise import PromisedSpan
 from dspy_mlflow_async.settings import Redact, Settings
+from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 
 _numbers = itertools.count()
@@ -79,7 +80,7 @@ class Scope:
         outer = frames.current()
         around = outer.request if outer is not None else None
         self.record = Record(around if self._inside is None else self._inside.record, self._options.redact)
-        self._values = self._options.values(*self._arguments[0], **self._arguments[1])
+        self._values = self._options.values(Door(self._settings()), *self._arguments)
         self._set_variables()
         # Whatever an inner scope says by the time a span begins: it is this one's.
         self._said = Carrier({variable: variable.get() for variable in _DECISIVE})
@@ -185,7 +186,7 @@ class request:  # noqa: N801 - used like a function
         tags: Trace tags by key.
         metadata: Trace metadata by key.
         experiment_id: The experiment that the traces go to.
-        redact: Sees each value of the spans before it is stored, as ``autolog``'s ``redact`` and before it.
+        redact: Sees each value before it is stored, as ``autolog``'s ``redact`` and before it.
 
     Yields:
         A ``Record`` with ``trace_id``, ``usage`` (tokens), ``cost`` (US dollars) and ``lm_calls``.

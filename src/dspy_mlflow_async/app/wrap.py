@@ -53,7 +53,7 @@ def wrap(
         tags: Trace tags by key, or a function that returns them; a single value may be a function too.
         metadata: Trace metadata by key, alike.
         experiment_id: The experiment that the traces go to, or a function.
-        redact: Sees each value of these calls' spans before it is stored, before ``autolog``'s own ``redact``.
+        redact: Sees each value of these calls before it is stored, before ``autolog``'s own ``redact``.
 
     Returns:
         The program with the same call forms, ``__call__``, ``acall``, ``stream`` and ``batch``. Everything else is

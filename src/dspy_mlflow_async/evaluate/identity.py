@@ -141,7 +141,7 @@ def _shown(value: Any, path: frozenset[int]) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": hashlib.sha256(value).hexdigest()}
     if value is None or isinstance(value, (str, bool, int, float)):
-        return Plain(MAX_VALUE_BYTES)(value)
+        return Plain(MAX_VALUE_BYTES, contents=False)(value)  # of a secret, too, a digest is all that is stored
     if isinstance(value, (set, frozenset)):
         return {"set": sorted(json.dumps(inner(item), sort_keys=True) for item in value)}
     if isinstance(value, (dict, dspy.Example)):
@@ -159,4 +159,4 @@ def _shown(value: Any, path: frozenset[int]) -> Any:
 
 
 def _text(value: Any) -> Any:
-    return without_addresses(Plain(MAX_VALUE_BYTES).dumps(value))
+    return without_addresses(Plain(MAX_VALUE_BYTES, contents=False).dumps(value))

@@ -26,7 +26,7 @@ from dspy_mlflow_async.evaluate.lasting import to_the_end
 from dspy_mlflow_async.evaluate.local import LocalCopy
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
 from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
-from dspy_mlflow_async.spans.serialize import Plain
+from dspy_mlflow_async.spans.door import MAX_FAILURE_BYTES, Door
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -43,10 +43,12 @@ class Journal:
         run_id: The run.
         keys: The fingerprint of each example of the devset.
         stored: What earlier processes have written.
+        door: What is written passes it.
     """
 
-    def __init__(self, run_id: str, keys: Sequence[str], stored: Stored) -> None:
+    def __init__(self, run_id: str, keys: Sequence[str], stored: Stored, door: Door) -> None:
         self._run_id = run_id
+        self._door = door
         self._keys = keys
         self._part = stored.next_part
         self._turn = 0
@@ -59,7 +61,7 @@ class Journal:
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome: on this machine now, in the store soon."""
-        record = record_of(outcome, self._keys[outcome.index])
+        record = record_of(outcome, self._keys[outcome.index], self._door)
         self._local.add(record)
         self._waiting.append(record)
         self._news.set()
@@ -178,16 +180,16 @@ def _outcomes(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[Outco
             yield outcome, line
 
 
-def record_of(outcome: Outcome, key: str) -> str:
+def record_of(outcome: Outcome, key: str, door: Door) -> str:
     """An outcome as a line of JSON."""
-    plain = Plain(MAX_VALUE_BYTES)
+    plain = door.plain(MAX_VALUE_BYTES)
     return json.dumps(
         {
             "index": outcome.index,
             "key": key,
             "score": _plain_score(outcome.score, plain),
             "prediction": _plain_prediction(outcome.prediction, plain),
-            "error": outcome.error,
+            "error": None if outcome.error is None else door.text(outcome.error, MAX_FAILURE_BYTES),
             "duration": outcome.duration,
             "trace_id": outcome.trace_id,
             "program_tokens": {model: dict(counted) for model, counted in outcome.program_tokens.items()},

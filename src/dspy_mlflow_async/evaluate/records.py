@@ -20,8 +20,9 @@ from dspy_mlflow_async.evaluate.journal import Stored
 from dspy_mlflow_async.printable import mask_uris
 from dspy_mlflow_async.runs import active, opening
 from dspy_mlflow_async.runs.asking import ask
-from dspy_mlflow_async.runs.handle import KILLED, RunHandle
+from dspy_mlflow_async.runs.handle import KILLED, MAX_TAG_LENGTH, RunHandle
 from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -75,17 +76,25 @@ class Plan:
         }
         return cls(keys, texts)
 
-    def check(self, earlier: Mapping[str, Mapping[str, str]], run_id: str) -> None:
+    def stored(self, door: Door) -> dict[str, dict[str, str]]:
+        """The texts by case as they are stored."""
+        return {
+            shown_name(name, door): {what: door.text(text, MAX_TAG_LENGTH) for what, text in texts.items()}
+            for name, texts in self.texts.items()
+        }
+
+    def check(self, earlier: Mapping[str, Mapping[str, str]], run_id: str, door: Door) -> None:
         """Refuse to go on with something else than was begun.
 
         Raises:
             ValueError: With the cases and what of them has changed.
         """
-        if earlier.keys() != self.texts.keys():
+        stored = self.stored(door)
+        if earlier.keys() != stored.keys():
             raise ValueError(
-                f"run {run_id} evaluates the cases {', '.join(sorted(earlier))}, not {', '.join(sorted(self.texts))}"
+                f"run {run_id} evaluates the cases {', '.join(sorted(earlier))}, not {', '.join(sorted(stored))}"
             )
-        for name, texts in self.texts.items():
+        for name, texts in stored.items():
             changed = [
                 f"{what} ({before} then, {text} now)"
                 for what, text in texts.items()
@@ -114,9 +123,10 @@ def open_parent(name: str, plan: Plan) -> RunHandle | None:
     Returns:
         Its handle, or None where the store does not create it within a bound: the evaluations go on without.
     """
-    texts = [json.dumps({"case": case, **text}) for case, text in plan.texts.items()]
+    door = Door.here()
+    texts = [json.dumps({"case": case, **text}) for case, text in plan.stored(door).items()]
     tags = {f"{PLAN_TAG}{number}": text for number, text in enumerate(texts)}
-    return _created(name, active.innermost(), {KIND_TAG: KIND, **tags})
+    return _created(shown_name(name, door), active.innermost(), {KIND_TAG: KIND, **tags})
 
 
 def reopen_parent(run_id: str, plan: Plan) -> tuple[RunHandle, dict[str, StoredCase]]:
@@ -133,13 +143,20 @@ def reopen_parent(run_id: str, plan: Plan) -> tuple[RunHandle, dict[str, StoredC
     if run.data.tags.get(KIND_TAG) != KIND:
         raise ValueError(f"run {run_id} is not one of evaluate_all, so it cannot be resumed")
     texts = [json.loads(text) for key, text in run.data.tags.items() if key.startswith(PLAN_TAG)]
-    plan.check({text.pop("case"): text for text in texts}, run_id)
+    door = Door.here()
+    plan.check({text.pop("case"): text for text in texts}, run_id, door)
+    names = {shown_name(name, door): name for name in plan.keys}
     stored = {}
     for child in children(run):
-        name = child.data.tags.get(CASE_TAG)
-        if name in plan.keys:
+        name = names.get(child.data.tags.get(CASE_TAG))
+        if name is not None:
             stored[name] = StoredCase(child, journal.read(child, plan.keys[name]))
     return _taken_up(seam.ActiveRun(run)), stored
+
+
+def shown_name(name: str, door: Door) -> str:
+    """The name of a run or a case as it is stored."""
+    return door.text(name, MAX_TAG_LENGTH)
 
 
 def find_run(run_id: Any) -> Any:
@@ -180,7 +197,10 @@ def open_case(parent: RunHandle | None, name: str, stored: StoredCase | None) ->
     """Create the run of a case, or take up that of an earlier process."""
     if stored is not None:
         return _taken_up(CaseRun(stored.run))
-    handle = None if parent is None else _created(name, parent.run, {CASE_TAG: name})
+    if parent is None:
+        return None
+    name = shown_name(name, parent.door)
+    handle = _created(name, parent.run, {CASE_TAG: name})
     if handle is not None:
         handle.run = CaseRun(handle.run)
     return handle
@@ -208,13 +228,13 @@ def entered(handle: RunHandle | None) -> Iterator[None]:
 
 
 def _created(name: str, parent: Any | None, tags: Mapping[str, str]) -> RunHandle | None:
-    tags = dict(tags)
+    tags, door = dict(tags), Door.here()
     if parent is not None:
         tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
     experiment_id = None if parent is None else parent.info.experiment_id
     try:
         handle = ask(
-            lambda: RunHandle(seam.create_run(name, experiment_id, tags), is_own=True),
+            lambda: RunHandle(seam.create_run(name, experiment_id, tags), is_own=True, door=door),
             discard=lambda late: late.end(KILLED),
             timeout=CREATION_SECONDS,
         )

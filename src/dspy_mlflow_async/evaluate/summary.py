@@ -16,10 +16,11 @@ from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
 from dspy_mlflow_async.evaluate.plot import plot_of_cases
 from dspy_mlflow_async.runs.artifacts import columns_of
-from dspy_mlflow_async.runs.handle import RunHandle
+from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
 from dspy_mlflow_async.runs.results import quantile
 from dspy_mlflow_async.runs.usage import cost_of
 from dspy_mlflow_async.seams.mlflow import TokenUsageKey
+from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -119,6 +120,7 @@ def _is_same(metric: Any, other: Any) -> bool:
 
 def log(parent: RunHandle, comparison: Comparison) -> None:
     """Log the comparison as a table, metrics per case, and a plot."""
+    comparison = _passed(comparison, parent.door)
     parent.table(TABLE, columns_of(comparison.rows()))
     metrics: dict[str, float | None] = {}
     for name, row in zip(metric_names(comparison), comparison.rows(), strict=True):
@@ -134,9 +136,23 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
         }
     )
     try:
-        parent.artifact(PLOT, plot_of_cases(comparison.cases, comparison.baseline))
+        parent.picture(PLOT, plot_of_cases(comparison.cases, comparison.baseline))
     except ImportError:
         logger.warning("The scores are not plotted: matplotlib is not installed.")
+
+
+def _passed(comparison: Comparison, door: Door) -> Comparison:
+    """The comparison with the names of its cases as they may be stored: metrics and the plot show them, too."""
+    shown: dict[str, str] = {}
+    for case in comparison.cases:
+        name, number = door.text(case.name, MAX_TAG_LENGTH), 1
+        unique = name
+        while unique in shown.values():  # a hook may have taken out what told them apart
+            number += 1
+            unique = f"{name} {number}"
+        shown[case.name] = unique
+    cases = tuple(replace(case, name=shown[case.name]) for case in comparison.cases)
+    return replace(comparison, cases=cases, baseline=shown[comparison.baseline])
 
 
 def metric_names(names: Iterable[str]) -> list[str]:

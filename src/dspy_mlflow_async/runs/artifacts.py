@@ -13,8 +13,8 @@ from typing import Any
 import dspy
 
 from dspy_mlflow_async.seams import mlflow_runs as seam
-from dspy_mlflow_async.spans.secrets import MASK, is_secret
-from dspy_mlflow_async.spans.serialize import Plain, dump, with_floats_replaced
+from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
+from dspy_mlflow_async.spans.serialize import dump, with_floats_replaced
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -46,7 +46,7 @@ def program_params(program: Any) -> dict[str, Any]:
         return {}
 
 
-def lm_params() -> dict[str, str]:
+def lm_params(door: Door) -> dict[str, str]:
     """The LM of ``dspy.settings`` as one JSON param. Source: ``mlflow.dspy.util.log_dspy_lm_state``."""
     lm = dspy.settings.lm
     if lm is None:
@@ -58,7 +58,7 @@ def lm_params() -> dict[str, str]:
             attributes[name] = value
     if not attributes:
         return {}
-    plain = Plain(MAX_LM_PARAMS_BYTES, secrets=True)(attributes)
+    plain = door.plain(MAX_LM_PARAMS_BYTES, secrets=True)(attributes)
     return {"lm_params": json.dumps(plain, sort_keys=True)}
 
 
@@ -66,8 +66,7 @@ def scalar_params(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of an optimizer's arguments that a param can hold. Source: ``mlflow.dspy.autolog._patched_compile``."""
     flat = {key: value for key, value in values.items() if key != "kwargs"}
     flat.update(values.get("kwargs") or {})
-    scalars = {key: value for key, value in flat.items() if isinstance(value, (int, float, str, bool))}
-    return {key: MASK if is_secret(key) else value for key, value in scalars.items()}
+    return {key: value for key, value in flat.items() if isinstance(value, (int, float, str, bool))}
 
 
 def dataset_columns(dataset: Iterable[Any]) -> dict[str, list[Any]]:
@@ -92,7 +91,7 @@ def fields_of(record: Any, *, prefix: str = "") -> dict[str, Any]:
     return {f"{prefix.rstrip('_') or 'value'}": record}
 
 
-def table_json(columns: Mapping[str, list[Any]], earlier: Mapping[str, Any] | None = None) -> bytes:
+def table_json(columns: Mapping[str, list[Any]], door: Door, earlier: Mapping[str, Any] | None = None) -> bytes:
     """A table in the form of ``mlflow.log_table``: ``{"columns": [...], "data": [[...], ...]}``."""
     names = list(dict.fromkeys([*(earlier["columns"] if earlier else ()), *columns]))
     rows: list[list[Any]] = []
@@ -100,7 +99,7 @@ def table_json(columns: Mapping[str, list[Any]], earlier: Mapping[str, Any] | No
         place = {name: index for index, name in enumerate(earlier["columns"])}
         rows += [[row[place[name]] if name in place else None for name in names] for row in earlier["data"]]
     length = max((len(values) for values in columns.values()), default=0)
-    plain = Plain(1024**3)
+    plain = door.plain(MAX_DOCUMENT_BYTES)
     rows += [[plain(columns[name][index]) if name in columns else None for name in names] for index in range(length)]
     content = {"columns": names, "data": rows}
     # pandas writes what is not a finite number as null, and reads nothing else.

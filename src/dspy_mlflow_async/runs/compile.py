@@ -22,6 +22,8 @@ from dspy_mlflow_async.runs.usage import add_up
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.scopes import Region
 from dspy_mlflow_async.spans.usage import Ledger
 
@@ -40,9 +42,11 @@ class Compile:
     Args:
         optimizer: The ``dspy.teleprompt.Teleprompter``.
         inputs: The arguments of ``compile`` by name.
+        settings: What is stored goes by these.
     """
 
-    def __init__(self, optimizer: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, optimizer: Any, inputs: dict[str, Any], settings: Settings | None = None) -> None:
+        self._door = Door.here(settings)
         self.run: RunHandle | None = None
         self._optimizer = optimizer
         self._inputs = inputs
@@ -67,6 +71,7 @@ class Compile:
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the compile goes on
             logger.warning("The compile of %s has no run (%s).", type(self._optimizer).__name__, error)
             return
+        self.run.door = self._door
         self._block = active.Block(self.run.run)
         self.run.params(artifacts.scalar_params(self._optimizer_params()) | artifacts.scalar_params(self._inputs))
         self._show_in_ui(self.run)
@@ -143,7 +148,7 @@ class Compile:
             # One by one: what cannot be logged does not take the rest along.
             if status == FINISHED:
                 self._log(lambda: self._log_program(run, program))
-            self._log(lambda: run.params(artifacts.lm_params()))
+            self._log(lambda: run.params(artifacts.lm_params(self._door)))
             self._log(lambda: run.tags(self._summary(program)))
             for name in ("trainset", "valset"):
                 self._log(functools.partial(self._log_dataset, run, name))
@@ -165,7 +170,7 @@ class Compile:
     def _log_program(self, run: RunHandle, program: Any) -> None:
         state = artifacts.program_state(program)
         if state is not None:
-            run.artifact("best_model.json", state)
+            run.document("best_model.json", state)
 
     def _log_dataset(self, run: RunHandle, name: str) -> None:
         dataset = self._inputs.get(name)
@@ -174,7 +179,7 @@ class Compile:
 
     def _log_plot(self, run: RunHandle) -> None:
         if self._series:
-            run.artifact("scores.png", artifacts.plot_of_series(self._series))
+            run.picture("scores.png", artifacts.plot_of_series(self._series))
 
     def _summary(self, program: Any) -> dict[str, Any]:
         """The best score, and LM calls and tokens by role. Tags: the metrics of the run are its score series."""

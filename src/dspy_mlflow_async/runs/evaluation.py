@@ -17,9 +17,11 @@ from dspy_mlflow_async.runs import active, artifacts, opening
 from dspy_mlflow_async.runs.compile import Compile
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.feedback import metric_name
-from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
+from dspy_mlflow_async.runs.handle import FINISHED, MAX_KEY_LENGTH, RunHandle
 from dspy_mlflow_async.runs.results import Results, usage_of
 from dspy_mlflow_async.seams import dspy as dspy_seam
+from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -54,10 +56,12 @@ class Evaluation:
         key: The metric key under which an optimizer follows the score.
         metric: The metric.
         devset: The examples.
+        door: What is stored passes it.
     """
 
-    def __init__(self, key: str, metric: Any, devset: Sequence[Any]) -> None:
-        self.key = key
+    def __init__(self, key: str, metric: Any, devset: Sequence[Any], door: Door | None = None) -> None:
+        self._door = door or Door()
+        self.key = self._door.text(key, MAX_KEY_LENGTH)
         self.metric = metric
         self.devset_size = len(devset)
         self.run: RunHandle | None = None
@@ -74,7 +78,7 @@ class Evaluation:
         self._ended: list[Example] = []
 
     @classmethod
-    def of_call(cls, instance: Any, inputs: dict[str, Any]) -> Evaluation:
+    def of_call(cls, instance: Any, inputs: dict[str, Any], settings: Settings | None = None) -> Evaluation:
         """The evaluation that ``instance``, a ``dspy.Evaluate``, begins with these arguments."""
         metadata = inputs.get("callback_metadata") or {}
         metric, devset = inputs.get("metric"), inputs.get("devset")
@@ -82,6 +86,7 @@ class Evaluation:
             metadata.get("metric_key") or DEFAULT_METRIC_KEY,
             instance.metric if metric is None else metric,
             (instance.devset if devset is None else devset) or (),
+            Door.here(settings),
         )
 
     # --- the run ------------------------------------------------------------------------------------------------
@@ -112,10 +117,11 @@ class Evaluation:
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
             self._failure = error
             return
+        self.run.door = self._door
         state = artifacts.program_state(program)
         if state is not None:
-            self.run.artifact("model.json", state)
-        self.run.params(artifacts.program_params(program) | artifacts.lm_params())
+            self.run.document("model.json", state)
+        self.run.params(artifacts.program_params(program) | artifacts.lm_params(self._door))
         self.run.tags(
             {
                 "dspy.metric": metric_name(self.metric),
@@ -208,7 +214,7 @@ class Evaluation:
         Yields:
             What notes its prediction, its score and its end.
         """
-        example = Example(index, item)
+        example = Example(index, item, self._door)
         self.examples.append(example)
         frames.enter(f"example-{id(example)}", example=example)
         error: BaseException | None = None

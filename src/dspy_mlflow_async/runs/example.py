@@ -13,6 +13,7 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.feedback import feedback_of, metric_name, text_of
 from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.usage import Ledger
 
 JUDGED_TRACE = "dspy_mlflow_async.judgedTrace"
@@ -24,6 +25,7 @@ class Example:
     Args:
         index: Its place in the devset, or None where that is not known.
         item: The example itself.
+        door: What is stored of its feedback passes it.
 
     Attributes:
         prediction: What the program returned, as far as ``run_program`` was used.
@@ -34,7 +36,8 @@ class Example:
         metric_usage: The LM calls of the metric.
     """
 
-    def __init__(self, index: int | None, item: Any = None) -> None:
+    def __init__(self, index: int | None, item: Any = None, door: Door | None = None) -> None:
+        self._door = door or Door()
         self.index = index
         self.item = item
         self.prediction: Any = None
@@ -126,7 +129,7 @@ class Example:
     @guarded
     def _attach(self, metric: Any, *, score: Any = None, error: Exception | None = None) -> None:
         if self.trace_id is not None:
-            self._release(feedback_of(metric, score=score, error=error))
+            self._release(feedback_of(metric, self._door, score=score, error=error))
 
     def _release(self, *assessments: Any) -> None:
         if self._is_held and self.trace_id is not None:

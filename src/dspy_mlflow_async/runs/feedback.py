@@ -9,8 +9,9 @@ from typing import Any
 import dspy
 from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Feedback
 
+from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import failure_of
-from dspy_mlflow_async.spans.serialize import Plain, with_floats_replaced
+from dspy_mlflow_async.spans.serialize import with_floats_replaced
 
 MAX_FEEDBACK_BYTES = 64 * 1024
 
@@ -35,11 +36,12 @@ def text_of(value: Any) -> str:
         return f"<no text: {type(failure).__name__}>"
 
 
-def feedback_of(metric: Any, *, score: Any = None, error: Exception | None = None) -> Feedback:
+def feedback_of(metric: Any, door: Door, *, score: Any = None, error: Exception | None = None) -> Feedback:
     """The feedback of one metric call.
 
     Args:
         metric: The metric.
+        door: What is stored passes it.
         score: What it returned: a number, a boolean, a text, a ``dspy.Prediction`` with ``score`` and ``feedback``.
         error: What it raised, in place of a score.
 
@@ -51,29 +53,27 @@ def feedback_of(metric: Any, *, score: Any = None, error: Exception | None = Non
         source_id=metric_name(metric),
     )
     if error is not None:
-        try:
-            return Feedback(name=metric_name(metric), error=error, source=source)
-        except Exception:  # noqa: BLE001 - its text is the user's code
-            told = AssessmentError(type(error).__name__, text_of(error), failure_of(error).stacktrace)
-            return Feedback(name=metric_name(metric), error=told, source=source)
+        failure = door.failure(failure_of(error)._replace(message=text_of(error)))
+        told = AssessmentError(failure.type, failure.message, failure.stacktrace)
+        return Feedback(name=metric_name(metric), error=told, source=source)
     rationale = None
     if isinstance(score, dspy.Prediction):
         score, rationale = getattr(score, "score", None), getattr(score, "feedback", None)
     return Feedback(
         name=metric_name(metric),
-        value=_storable(score),
-        rationale=None if rationale is None else str(_storable(rationale)),
+        value=_storable(score, door),
+        rationale=None if rationale is None else str(_storable(rationale, door)),
         source=source,
     )
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: Any, door: Door) -> Any:
     if value is None:
         return "None"  # MLflow takes no feedback without a value
     if not isinstance(value, (str, bytes, dict, list, tuple)):
         with contextlib.suppress(Exception):  # not one, or an array of several; and it may be the user's code
             value = value.item()  # a NumPy scalar
-    plain = Plain(MAX_FEEDBACK_BYTES)
+    plain = door.plain(MAX_FEEDBACK_BYTES)
     shown = plain(value)
     # MLflow sends feedback as JSON.
     return with_floats_replaced(shown, str) if plain.has_unusual_floats else shown

@@ -19,6 +19,7 @@ from dspy_mlflow_async.runs.artifacts import table_json
 from dspy_mlflow_async.runs.asking import TIMEOUT, ask
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans import outcome as outcomes
+from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -73,10 +74,14 @@ class RunHandle:
         run: MLflow's run.
         is_own: Whether it was created for this and ends with it; otherwise it is somebody else's.
         is_new: Whether it holds nothing yet; by default what was created for this.
+
+    Attributes:
+        door: What all of it passes that a program, its data or its user have said.
     """
 
-    def __init__(self, run: Any, *, is_own: bool, is_new: bool | None = None) -> None:
+    def __init__(self, run: Any, *, is_own: bool, is_new: bool | None = None, door: Door | None = None) -> None:
         self.run = run
+        self.door = door or Door.here()
         self.is_own = is_own
         self._is_new = is_own if is_new is None else is_new
         self.is_complete = True
@@ -107,18 +112,29 @@ class RunHandle:
         known = {} if self._is_new else self._stored_params()
         keys = self._param_keys.of(values)
         fresh = [
-            Param(keys[key], str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items() if keys[key] not in known
+            Param(keys[key], self.door.text(value, MAX_PARAM_LENGTH, name=key))
+            for key, value in values.items()
+            if keys[key] not in known
         ]
         self._writer.log(self.run_id, params=fresh)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; those that are None are left out."""
         keys = self._tag_keys.of(values)
-        tags = [RunTag(keys[key], str(value)[:MAX_TAG_LENGTH]) for key, value in values.items() if value is not None]
+        tags = [RunTag(keys[key], self._tag(key, value)) for key, value in values.items() if value is not None]
         self._writer.log(self.run_id, tags=tags)
 
-    def artifact(self, path: str, content: bytes) -> None:
-        """Store ``content`` as the artifact ``path``."""
+    def _tag(self, key: str, value: Any) -> str:
+        if not isinstance(value, str) or key == seam.MLFLOW_LOGGED_ARTIFACTS:
+            return str(value)[:MAX_TAG_LENGTH]  # a number of ours, or what MLflow reads
+        return self.door.text(value, MAX_TAG_LENGTH, name=key)
+
+    def document(self, path: str, content: bytes) -> None:
+        """Store a JSON document as the artifact ``path``."""
+        self.picture(path, self.door.document(content))
+
+    def picture(self, path: str, content: bytes) -> None:
+        """Store ``content``, which shows nothing that has not passed the door, as the artifact ``path``."""
         self._writer.artifact(self.run_id, path, content)
 
     def table(self, path: str, columns: Mapping[str, list[Any]]) -> None:
@@ -130,7 +146,7 @@ class RunHandle:
             except Exception:  # noqa: BLE001 - the store is away: rather a second table than one overwritten
                 stem, dot, ending = path.rpartition(".")
                 path = f"{stem}_{int(time.time() * 1000)}{dot}{ending}"
-        self.artifact(path, table_json(columns, earlier))
+        self.picture(path, table_json(columns, self.door, earlier))
         entry = {"path": path, "type": "table"}
         if entry not in self._tables:
             self._tables.append(entry)

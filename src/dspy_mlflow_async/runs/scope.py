@@ -10,8 +10,9 @@ from typing import Any
 import anyio.to_thread
 
 from dspy_mlflow_async.runs import active, opening
-from dspy_mlflow_async.runs.handle import RunHandle, run_status
+from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle, run_status
 from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.door import Door
 
 
 class run:  # noqa: N801 - used like a function
@@ -47,10 +48,11 @@ class run:  # noqa: N801 - used like a function
         experiment_id: str | None = None,
         parent_run_id: str | None = None,
     ) -> None:
-        self._name = name
-        self._tags = {key: str(value) for key, value in (tags or {}).items()}
+        self._name = name if name is None else Door.here().text(name, MAX_TAG_LENGTH)
+        door = Door.here()
+        self._tags = {key: _tag(door, key, value) for key, value in (tags or {}).items()}
         if description is not None:
-            self._tags["mlflow.note.content"] = description
+            self._tags["mlflow.note.content"] = door.text(description, MAX_TAG_LENGTH)
         self._experiment_id = experiment_id
         self._parent_run_id = parent_run_id
         self._block: active.Block | None = None
@@ -138,3 +140,8 @@ class run:  # noqa: N801 - used like a function
     def _finish(handle: RunHandle, status: str) -> None:
         opening.unregister(handle)
         handle.end(status)
+
+
+def _tag(door: Door, key: str, value: Any) -> str:
+    """What the user says; MLflow's own keys point to runs and sources."""
+    return str(value) if key.startswith("mlflow.") else door.text(value, MAX_TAG_LENGTH, name=key)

@@ -109,9 +109,9 @@ def _bare(data: bytes, begin: int, name: str, lead: bytes | None, *, is_assigned
     if bare is None:
         return None
     follows = data[bare.end() : bare.end() + 1]
-    is_plain = name.lower() in _SIGNATURES
-    if lead is not None:
-        is_plain |= lead in _LEADS or follows == b";" or name.isupper()
+    is_plain = lead is not None and (lead in _LEADS or follows == b";" or name.isupper())
+    if name.lower() in _SIGNATURES and lead not in (b"?", b"&"):
+        return None
     if not is_plain and follows in (b"(", b"["):
         return None
     if not is_value(bare.group(), name, is_plain=is_plain, is_assigned=is_assigned):

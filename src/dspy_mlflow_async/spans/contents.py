@@ -41,6 +41,14 @@ def mask(text: str) -> str:
     return _masked_long(text) if size <= _KEPT_LONG else _masked(text)
 
 
+def mask_beginning(text: str, most: int) -> str:
+    """At most so many characters of a text, masked before it is cut: no half of a secret is left."""
+    if len(text) <= most + MARGIN:
+        return mask(text)[:most]
+    shown = mask(text[: most + MARGIN])
+    return shown[: max(len(shown) - MARGIN, 0)][:most]
+
+
 def _masked(text: str) -> str:
     spans = sorted(_spans(text.encode("ascii", "replace")))
     if not spans:
@@ -73,7 +81,7 @@ def _spans(data: bytes) -> Iterator[Span]:
             yield from _credentials(data, lowered, word, check)
     if b"-----BEGIN " in data:
         yield from _private_keys(data)
-    if b" -" in data:
+    if b" -" in data or data[:1] == b"-":
         yield from _options(data)
 
 
@@ -197,13 +205,13 @@ def _end_of_lines(data: bytes, begin: int) -> int:
     return end
 
 
-_OPTION = re.compile(rb" --(?P<name>[A-Za-z][\w\-]{1,62}) {1,4}(?P<quote>[\"']?)(?P<value>[^\s\"'`]{4,4096})")
-_USER_OPTION = re.compile(rb" (?:-u|--user)[ =]{1,4}[\"']?[^\s:\"']{1,128}:(?P<value>[^\s\"'`]{3,512})")
+_OPTION = re.compile(rb"--(?P<name>[A-Za-z][\w\-]{1,62}) {1,4}(?P<quote>[\"']?)(?P<value>[^\s\"'`]{4,4096})")
+_USER_OPTION = re.compile(rb"(?:-u|--user)[ =]{1,4}[\"']?[^\s:\"']{1,128}:(?!//)(?P<value>[^\s\"'`]{3,512})")
 
 
 def _options(data: bytes) -> Iterator[Span]:
-    place = data.find(b" -")
-    while place >= 0:
+    place = 0 if data[:1] == b"-" else data.find(b" -") + 1
+    while place > 0 or data[place : place + 1] == b"-":
         found = _OPTION.match(data, place)
         if found is not None and is_secret(found["name"].decode()):
             name = found["name"].decode()
@@ -214,4 +222,6 @@ def _options(data: bytes) -> Iterator[Span]:
         user = _USER_OPTION.match(data, place)
         if user is not None and not PLACEHOLDER.match(user["value"]):
             yield user.span("value")
-        place = data.find(b" -", place + 2)
+        place = data.find(b" -", place + 1) + 1
+        if place == 0:
+            return

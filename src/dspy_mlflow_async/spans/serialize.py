@@ -82,20 +82,28 @@ class Plain:
         secrets: Whether the values of keys that name secrets are masked everywhere, not only in headers and LM
             arguments.
         media: Whether long text that may be media is left whole, for MLflow to store as an attachment.
+        contents: Whether texts are searched for what looks like a secret; False for what is not stored.
     """
 
     __slots__ = (
-        *("_looks_inside", "_max_bytes", "_media", "_path", "_redact", "_remaining", "_secrets"),
+        *("_looks_inside", "_mask", "_max_bytes", "_media", "_path", "_redact", "_remaining", "_secrets"),
         *("has_attachments", "has_secrets", "has_unusual_floats"),
     )
 
     def __init__(
-        self, max_bytes: int, redact: Redact | None = None, *, secrets: bool = False, media: bool = True
+        self,
+        max_bytes: int,
+        redact: Redact | None = None,
+        *,
+        secrets: bool = False,
+        media: bool = True,
+        contents: bool = True,
     ) -> None:
         self._max_bytes = self._remaining = max_bytes
         self._redact = redact
         self._secrets = secrets
         self._media = media
+        self._mask = mask if contents else _as_it_is
         self._path: set[int] = set()
         self._looks_inside = False
         self.has_attachments = False
@@ -129,7 +137,7 @@ class Plain:
         kind = type(value)
         if kind is str:
             if len(value) <= _SHORT and len(value) <= self._remaining:  # most values, and at most 4 bytes a character
-                value = mask(value)
+                value = self._mask(value)
                 self._remaining -= len(value)
                 return value
             return self._text(value, key)
@@ -164,7 +172,7 @@ class Plain:
             unit: What is counted.
             is_whole: Whether it is all of the text.
         """
-        shown = mask(text)
+        shown = self._mask(text)
         if is_whole:
             size = len(shown) if shown.isascii() else len(shown.encode("utf-8", "surrogatepass"))
             if size <= self._remaining:
@@ -200,7 +208,7 @@ class Plain:
         for key, item in list(items):
             name = key if type(key) is str else self._key(key)
             if len(name) >= SHORTEST_TOKEN:
-                name = mask(name[: most + MARGIN])
+                name = self._mask(name[: most + MARGIN])
             remaining = self._remaining - len(name)
             if remaining < 0:
                 plain["…"] = bounds.mark_of_items(len(plain), len(value), "keys")
@@ -325,6 +333,10 @@ class Plain:
             return self._container(shown, secrets=secrets)
         finally:
             self._path.discard(identity)
+
+
+def _as_it_is(text: str) -> str:
+    return text
 
 
 def _is_secret_record(record: dict[Any, Any]) -> bool:

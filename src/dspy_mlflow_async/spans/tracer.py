@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry.trace import Status, StatusCode
@@ -17,12 +18,12 @@ from dspy_mlflow_async.seams.mlflow_promise import PromisedSpan
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.describe import Description
+from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 from dspy_mlflow_async.spans.scopes import Counting, LeftOut, Region, SpanScope, Untraced, Usage, abandoned
-from dspy_mlflow_async.spans.serialize import Plain, dump
+from dspy_mlflow_async.spans.serialize import dump
 from dspy_mlflow_async.spans.witness import RequestWitness, Witness
 
-MAX_FAILURE_BYTES = 64 * 1024  # of a message, and of a stack trace: each span that an exception passes stores both
 _OK = Status(StatusCode.OK)
 _OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
 
@@ -87,7 +88,7 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     before = seam.here()
     where, parent, enclosing = _parent(before, frame)
     root = enclosing.span.root if enclosing is not None and parent is not None else None
-    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets)
+    plain = Door(settings).plain(secrets=description.has_secrets, media=True)
     inputs = plain(description.inputs)
     attributes = _attributes(description, settings)
     if not plain.has_attachments:
@@ -222,7 +223,7 @@ def _enclosing(frame: frames.Frame | None) -> SpanScope | None:
 def _attributes(description: Description, settings: Settings) -> dict[str, str]:
     if not description.attributes:
         return {}
-    plain = Plain(settings.max_value_bytes, settings.redact, secrets=description.has_secrets, media=False)
+    plain = Door(settings).plain(secrets=description.has_secrets)
     shown = plain(description.attributes)
     if not isinstance(shown, dict):  # the user's hook has replaced them as a whole
         shown = dict.fromkeys(description.attributes, shown)
@@ -232,7 +233,7 @@ def _attributes(description: Description, settings: Settings) -> dict[str, str]:
 def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
     attributes: dict[str, str] = {}
     if outputs is not None:
-        plain = Plain(scope.settings.max_value_bytes, scope.settings.redact)
+        plain = Door(scope.settings).plain(media=True)
         shown = plain(outputs if scope.show_outputs is None else scope.show_outputs(outputs))
         attributes[SpanAttributeKey.OUTPUTS] = (
             _without_media(scope.span, shown, scope.settings) if plain.has_attachments else plain.encode(shown)
@@ -247,7 +248,7 @@ def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
 
 def _without_media(span: seam.OpenSpan, shown: Any, settings: Settings) -> str:
     """JSON text with references in place of media; what only looked like media is bounded like everything else."""
-    return Plain(settings.max_value_bytes, media=False).dumps(seam.extract_attachments(span, shown))
+    return Door(replace(settings, redact=None)).plain().dumps(seam.extract_attachments(span, shown))
 
 
 def abandon(span: seam.OpenSpan, settings: Settings) -> None:
@@ -269,16 +270,13 @@ def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str]
         attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
         seam.end_span(span, attributes, _OK)
         return
-    most = min(settings.max_value_bytes, MAX_FAILURE_BYTES)  # of each of the two
-    message, stacktrace = (
-        Plain(most, settings.redact, media=False)(text) for text in (failure.message, failure.stacktrace)
-    )
+    failure = Door(settings).failure(failure)
     attributes["outcome"] = dump(failure.outcome)
     if is_late:
         attributes["late"] = dump(value=True)
     event = {
-        "exception.message": message,
+        "exception.message": failure.message,
         "exception.type": failure.type,
-        "exception.stacktrace": stacktrace,
+        "exception.stacktrace": failure.stacktrace,
     }
-    seam.end_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {message}"), event)
+    seam.end_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {failure.message}"), event)

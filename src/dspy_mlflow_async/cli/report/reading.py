@@ -13,6 +13,8 @@ from mlflow.exceptions import MlflowException
 from dspy_mlflow_async.cli.report.scores import number_of
 from dspy_mlflow_async.evaluate import journal, records
 from dspy_mlflow_async.seams import mlflow_artifacts
+from dspy_mlflow_async.spans.contents import mask
+from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
 
 EVALUATE_ALL, COMPILE, EVALUATION, RUN = "evaluate_all", "compile", "evaluation", "run"
 _BEST_SCORE = "dspy.best_score."
@@ -59,7 +61,7 @@ class Node:
     @property
     def name(self) -> str:
         """MLflow's name of the run."""
-        return str(self.run.info.run_name or self.run.info.run_id)
+        return mask(str(self.run.info.run_name or self.run.info.run_id))
 
     @property
     def seconds(self) -> float | None:
@@ -122,7 +124,8 @@ def result_table(run: Any) -> list[dict[str, Any]]:
     if content is None:
         return []
     table = json.loads(content)
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    plain = Door().plain(MAX_DOCUMENT_BYTES)  # the table may be somebody else's
+    return [dict(zip(table["columns"], plain(row), strict=True)) for row in table["data"]]
 
 
 def _node(run: Any) -> Node:
@@ -156,7 +159,9 @@ def _failures(run: Any, kind: str, rows: list[dict[str, Any]]) -> list[str]:
     """From the result table; an evaluation of evaluate_all that failed as a whole has its finished examples instead."""
     if kind != EVALUATION:
         return []
-    return [str(row["error"]) for row in rows if row.get("error") is not None] if rows else journal.errors(run)
+    if not rows:
+        return [mask(error) for error in journal.errors(run)]
+    return [str(row["error"]) for row in rows if row.get("error") is not None]
 
 
 def _series(run: Any, kind: str, children: tuple[Node, ...], rows: list[dict[str, Any]]) -> list[float]:

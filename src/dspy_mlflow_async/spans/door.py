@@ -1,0 +1,129 @@
+"""The one door to the store: what this package writes is redacted, masked and bounded here, whatever it is.
+
+Spans, artifacts, params, tags, metadata, sessions, users, feedback and exceptions pass it. ``Plain`` does the work;
+nothing else makes one, which a test of the structure holds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+import orjson
+
+from dspy_mlflow_async.context import frame as frames
+from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans.contents import mask, mask_beginning
+from dspy_mlflow_async.spans.opaque import text_of
+from dspy_mlflow_async.spans.outcome import Failure, stacktrace_of
+from dspy_mlflow_async.spans.secrets import MASK, is_secret
+from dspy_mlflow_async.spans.serialize import Plain
+
+MAX_DOCUMENT_BYTES = 1024**3  # an artifact: what somebody loads again is not cut
+MAX_FAILURE_BYTES = 64 * 1024  # of a message, and of a stack trace: each span that an exception passes stores both
+
+_DEFAULTS = Settings()
+
+
+class MaskingFilter(logging.Filter):
+    """Masks what is put into the lines of our log: errors and names come from models, users and servers."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass, with its arguments and its traceback masked."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_masked_argument, record.args))
+        if record.exc_info and record.exc_info[1] is not None:
+            text = record.exc_text or stacktrace_of(record.exc_info[1])
+            shown = mask_beginning(text, MAX_FAILURE_BYTES)
+            if record.exc_text or shown != text:  # else the formatter's own way of showing it stands
+                record.exc_text = shown
+        return True
+
+
+def _masked_argument(argument: Any) -> Any:
+    if isinstance(argument, (int, float)):
+        return argument
+    text = text_of(argument)
+    shown = mask(text)
+    return argument if shown == text else shown
+
+
+logging.getLogger("dspy_mlflow_async").addFilter(MaskingFilter())
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What is stored, by the settings of one tracer.
+
+    Attributes:
+        settings: The tracer's, with the request's own redaction.
+    """
+
+    settings: Settings = _DEFAULTS
+
+    @classmethod
+    def here(cls, settings: Settings | None = None) -> Door:
+        """The door of the request around this place.
+
+        Args:
+            settings: Those of the tracer; by default those of the one that DSPy knows here.
+        """
+        if settings is None:
+            found = (getattr(callback, "settings", None) for callback in dspy.settings.callbacks or ())
+            settings = next((each for each in found if isinstance(each, Settings)), _DEFAULTS)
+        frame = frames.current()
+        request = frame.request if frame is not None else None
+        return cls(settings if request is None else request.adapt(settings))
+
+    def plain(self, most: int | None = None, *, secrets: bool = False, media: bool = False) -> Plain:
+        """A pass over one value.
+
+        Args:
+            most: How many bytes its JSON text may have; by default as many as the settings say.
+            secrets: Whether what has the name of a secret is masked everywhere, not only in headers and LM arguments.
+            media: Whether long text that may be media is left whole, for MLflow to store as an attachment.
+        """
+        return Plain(
+            self.settings.max_value_bytes if most is None else most, self.settings.redact, secrets=secrets, media=media
+        )
+
+    def text(self, value: Any, most: int, *, name: str = "") -> str:
+        """A value as text of so many characters at most.
+
+        Args:
+            value: A text, a number, or whatever shows itself as text.
+            most: How many characters.
+            name: Its key, or nothing. Of a path with dots, each part may name a secret.
+        """
+        if is_secret(name) or any(map(is_secret, name.split("."))):
+            return MASK
+        if self.settings.redact is not None:
+            try:
+                value = self.settings.redact(value)
+            except Exception:  # noqa: BLE001 - a hook that fails must not let the value through
+                return MASK
+        return mask_beginning(value if type(value) is str else text_of(value), most)
+
+    def document(self, content: bytes) -> bytes:
+        """A JSON document, such as the state of a program; byte by byte the same where there is nothing to hide."""
+        before = json.loads(content)
+        plain = self.plain(MAX_DOCUMENT_BYTES)
+        after = plain(before)
+        if after == before:
+            return content
+        if plain.has_unusual_floats:
+            return json.dumps(after, indent=2).encode("utf-8", "surrogatepass")
+        return orjson.dumps(after, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+    def failure(self, failure: Failure) -> Failure:
+        """What is stored of an exception: its message and its stack trace, and no more of its text than is read."""
+        most = min(self.settings.max_value_bytes, MAX_FAILURE_BYTES)
+        message, stacktrace = (self._failure_text(text, most) for text in (failure.message, failure.stacktrace))
+        return failure._replace(message=message, stacktrace=stacktrace)
+
+    def _failure_text(self, text: str, most: int) -> str:
+        shown = self.plain(most)(text)
+        return shown if isinstance(shown, str) else text_of(shown)
