@@ -87,6 +87,7 @@ def autolog(
     visible_after: float = 10.0,
     children_timeout: float = 30.0,
     max_waiting_bytes: int = 64 * 1024 * 1024,
+    max_spool_bytes: int = 1024 * 1024 * 1024,
     exit_timeout: float = 10.0,
 ) -> None:
     """Trace DSPy with MLflow, right under concurrency: a drop-in for ``mlflow.dspy.autolog``.
@@ -114,6 +115,8 @@ def autolog(
         visible_after: Seconds after which a trace that is still open is stored with what has ended so far.
         children_timeout: Seconds that a finished root waits for its children.
         max_waiting_bytes: Bytes of finished traces that wait in memory; what exceeds them goes to the spool.
+        max_spool_bytes: Bytes that a spool may have on disk, and never the last 5 % of the disk. What exceeds them and
+            the memory is dropped, counted, with one warning; evaluations' results and traces with errors go last.
         exit_timeout: Seconds that the end of the process waits for the store; the rest goes to the spool.
 
     Raises:
@@ -135,6 +138,7 @@ def autolog(
         "visible_after": visible_after,
         "children_timeout": children_timeout,
         "max_waiting_bytes": max_waiting_bytes,
+        "max_spool_bytes": max_spool_bytes,
         "exit_timeout": exit_timeout,
     }
     reach = {"context_runs": context_runs, "propagate_threads": propagate_threads}

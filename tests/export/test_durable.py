@@ -71,11 +71,11 @@ def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch)
         first = pool.submit(put, "first")
         wait_until(lambda: len(begun) == 1)
         second = [pool.submit(put, f"second {number}") for number in range(10)]
-        wait_until(lambda: written._live and 11 in written._live.values())
+        wait_until(lambda: written._live and 11 in map(len, written._live.values()))
         go[0].set()
         wait_until(lambda: len(begun) == 2)
         third = [pool.submit(put, f"third {number}") for number in range(4)]
-        wait_until(lambda: 15 in written._live.values())
+        wait_until(lambda: 15 in map(len, written._live.values()))
         go[1].set()
         wait_until(lambda: len(begun) == 3)
         for future in (first, *second):

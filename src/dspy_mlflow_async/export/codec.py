@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from typing import Any
 
 import orjson
@@ -21,8 +22,8 @@ from dspy_mlflow_async.seams import mlflow_traces
 VERSION = 1
 
 
-class LaterVersionError(ValueError):
-    """The record was written by a later version of this package, which will know what to do with it."""
+class UnreadableError(ValueError):
+    """A whole record that this version cannot decode: another one wrote it, and will know what to do with it."""
 
 
 def encode(item: Item) -> bytes:
@@ -58,16 +59,36 @@ def encode(item: Item) -> bytes:
     return dumps(record)
 
 
+# Written first, by `encode`; orjson leaves no blanks, the standard library does.
+_HEAD = re.compile(rb'"key":\s?"((?:[^"\\]|\\.)*)",\s?"counted":\s?(\d)')
+_HEAD_BYTES = 4096
+
+
+def peek(data: bytes) -> tuple[str, int]:
+    """Tell what a line belongs to, and how many traces it carries, without decoding the whole of it.
+
+    Returns:
+        The key and the count; an empty key and 0 where the line does not tell.
+    """
+    found = _HEAD.search(data, 0, _HEAD_BYTES)
+    if found is None:
+        return "", 0
+    try:
+        return str(loads(b'"' + found[1] + b'"')), int(found[2])
+    except ValueError:
+        return "", 0
+
+
 def decode(data: bytes) -> Item:
     """The item of a line.
 
     Raises:
-        LaterVersionError: If the line is of a later version.
+        UnreadableError: If the line is of another version.
         ValueError: If it is no record of ours.
     """
     record = loads(data)
     if record.get("v") != VERSION:
-        raise LaterVersionError(f"spool record of version {record.get('v')!r}, this is version {VERSION}")
+        raise UnreadableError(f"spool record of version {record.get('v')!r}, this is version {VERSION}")
     common: dict[str, Any] = {"key": record["key"], "counted": record["counted"], "size": len(data)}
     kind = record["kind"]
     if kind == "trace":

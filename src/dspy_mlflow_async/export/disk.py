@@ -35,7 +35,9 @@ class Disk:
                 logger.warning("dspy-mlflow-async: %s cannot be kept on disk: %s", item.key, error)
                 return False
             try:
-                item.reference = self.spool.put(payload, key=item.key, counted=item.counted, durable=durable)
+                item.reference = self.spool.put(
+                    payload, key=item.key, counted=item.counted, durable=durable, is_vital=item.is_vital
+                )
                 self.is_full = False
             except OSError as error:
                 self.is_full = True
@@ -55,7 +57,7 @@ class Disk:
         """The item at ``reference``; None, with a warning, if the disk has lost it.
 
         Raises:
-            LaterVersionError: If it is not lost, but not for us to read.
+            UnreadableError: If it is whole, but not for this version to read.
         """
         payload = self.spool.read(reference)
         if payload is None:
@@ -63,11 +65,10 @@ class Disk:
             return None
         try:
             item = codec.decode(payload)
-        except codec.LaterVersionError:
+        except codec.UnreadableError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the disk has made of it
-            logger.warning("dspy-mlflow-async: a record in %s is lost: %s", reference.segment, error)
-            return None
+        except Exception as error:  # its checksum is right: another version wrote it so
+            raise codec.UnreadableError(f"{type(error).__name__}: {error}") from error
         item.reference, item.counted = reference, reference.counted
         return item
 

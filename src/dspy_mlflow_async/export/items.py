@@ -33,6 +33,11 @@ class Item:
     supersedes: Reference | None = None
     number: int = 0
 
+    @property
+    def is_vital(self) -> bool:
+        """Whether it is among the last to go when the disk is full: results of evaluations, traces with errors."""
+        return False
+
 
 @dataclass(slots=True, kw_only=True)
 class TraceItem(Item):
@@ -54,6 +59,11 @@ class TraceItem(Item):
     workspace: str | None = None
     prepared: bool = False
 
+    @property
+    def is_vital(self) -> bool:
+        """Whether the trace has failed."""
+        return self.info.state.value == "ERROR"
+
 
 @dataclass(slots=True, kw_only=True)
 class SpansItem(Item):
@@ -73,6 +83,11 @@ class FollowUp(Item):
     metadata: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     workspace: str | None = None
+
+    @property
+    def is_vital(self) -> bool:
+        """Feedback is: somebody has judged the trace."""
+        return True
 
 
 @dataclass(slots=True)
@@ -103,6 +118,11 @@ class RunItem(Item):
     end_time_ms: int | None = None
     workspace: str | None = None
     fate: Fate | None = None
+
+    @property
+    def is_vital(self) -> bool:
+        """What an evaluation or a compile has found out is."""
+        return True
 
     def __post_init__(self) -> None:
         """Refuse an artifact's path that leads out of the run, as a damaged or forged record may have one."""

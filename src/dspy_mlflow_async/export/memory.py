@@ -67,8 +67,14 @@ class Memory:
             self.size += item.size
             return True
 
-    def take(self, most: int, most_bytes: int) -> list[Item]:
-        """The next batch, traces or one run, each key in order; nothing of what others have in their hands."""
+    def take(self, most: int, most_bytes: int, are_meant: Callable[[Item], bool] | None = None) -> list[Item]:
+        """The next batch, traces or one run, each key in order; nothing of what others have in their hands.
+
+        Args:
+            most: How many items.
+            most_bytes: How many bytes, and the item that exceeds them.
+            are_meant: Chooses among them, if given; what follows one that is passed over, of the same key, is so, too.
+        """
         batch: list[Item] = []
         size = 0
         with self._lock:
@@ -80,8 +86,9 @@ class Memory:
                 # A run is a batch of its own: who waits for it does not wait for traces, or for another one.
                 is_other = bool(batch) and run_of(item) != run_of(batch[0])
                 others += is_other
-                if is_other or item.key in theirs:
+                if is_other or item.key in theirs or not (are_meant is None or are_meant(item)):
                     passed_over.append(item)
+                    theirs.add(item.key)
                     continue
                 batch.append(item)
                 size += item.size

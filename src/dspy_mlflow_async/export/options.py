@@ -20,6 +20,7 @@ class ExportOptions:
         visible_after: Seconds after which an open trace is stored with what has ended so far.
         children_timeout: Seconds that a finished root waits for its children, and a held trace for its release.
         max_waiting_bytes: Bytes of waiting traces kept in memory; the rest goes to the spool.
+        max_spool_bytes: Bytes of one spool on disk; what exceeds them is dropped, and counted.
         exit_timeout: Seconds that the end of the process waits for the store.
         spool_dir: Folder of the spools; by default ``DSPY_MLFLOW_ASYNC_SPOOL``, else the user's state directory.
     """
@@ -29,6 +30,7 @@ class ExportOptions:
     visible_after: float = 10.0
     children_timeout: float = 30.0
     max_waiting_bytes: int = 64 * 2**20
+    max_spool_bytes: int = 2**30
     exit_timeout: float = 10.0
     spool_dir: Path | None = None
 

@@ -14,6 +14,7 @@ from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.process import ProcessQueue
 from dspy_mlflow_async.export.queue import StoreQueue
+from dspy_mlflow_async.export.quota import Quota
 from dspy_mlflow_async.export.spool import Reference, Spool
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.guard import guarded
@@ -63,12 +64,14 @@ class Pipeline:
     def _make_queue(self, uri: str) -> StoreQueue:
         stable_uri = mlflow_store.absolute_uri(uri)  # what lies on disk may be sent from another working directory
         folder = folder_of(spool_root(self.options.spool_dir), stable_uri)
+        quota = Quota(folder, self.options.max_spool_bytes)
         queue: StoreQueue
         if self.options.mode == "process":
-            queue = ProcessQueue(self.options, self.books, stable_uri, Spool(folder, stable_uri, is_shared=True))
+            spool = Spool(folder, stable_uri, is_shared=True, quota=quota)
+            queue = ProcessQueue(self.options, self.books, stable_uri, spool)
         else:
             tail = Tail(folder, counts=False, follows_living=False)
-            queue = StoreQueue(self.options, self.books, uri, Spool(folder, stable_uri, tail=tail))
+            queue = StoreQueue(self.options, self.books, uri, Spool(folder, stable_uri, tail=tail, quota=quota))
         queue.waits = self._waits_for_stores
         return queue
 

@@ -138,12 +138,13 @@ class ProcessQueue(StoreQueue):
 
     def __init__(self, options: ExportOptions, books: Books, uri: str, spool: Spool) -> None:
         super().__init__(options, books, uri, spool)
-        self._copies = Disk(Spool(spool.folder, uri))  # not shared: the child would send them
+        self._copies = Disk(Spool(spool.folder, uri, quota=spool.quota))  # not shared: the child would send them
         self.child = Child(spool.folder)
         self._read_until: dict[Path, int] = {}  # where the notes on a segment go on
         self._unmatched: dict[Path, dict[int, bool]] = {}  # notes that came before we knew of the record
         self._last_failure = self.child.failure()
         self._collecting = threading.Lock()
+        self._is_writing_around = False  # said once
         self._somebody_waits = threading.Event()
 
     def put(self, item: Item) -> None:
@@ -160,6 +161,8 @@ class ProcessQueue(StoreQueue):
     def work(self) -> None:
         """Tell the child what is new, and note what it has done."""
         self._spool_waiting()
+        if self._disk.is_full:
+            self._write_around()
         self._collect()
         if len(self.backlog):
             somebody_waits = self._somebody_waits.is_set()
@@ -173,6 +176,23 @@ class ProcessQueue(StoreQueue):
                 self._attempts += 1  # the child's
                 self._failed()
         self._tell()
+
+    def _write_around(self) -> None:
+        """The spool takes nothing, and the store may be well: write from this thread, as ``export="thread"`` does."""
+        if not self._is_writing_around:
+            self._is_writing_around = True
+            logger.warning(
+                "dspy-mlflow-async: export='process' needs the spool %s, which takes nothing; the traces are written "
+                "to the store from a thread of this process.",
+                self.spool.folder,
+            )
+
+        def is_first(item: Item) -> bool:
+            return not self.backlog.has(item.key)  # else the child has yet to bring what came before it
+
+        while time.monotonic() >= self._away_until and not self._stop.is_set():
+            if not self._write_waiting(is_first):
+                break
 
     def next_wait(self) -> float | None:
         """Seconds until there may be something to do; None to wait until woken."""

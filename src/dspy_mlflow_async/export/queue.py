@@ -63,7 +63,7 @@ class StoreQueue:
         # process, which does not wait for a store. Held while they do, and by nobody else.
         self._fate = threading.Lock()
         self.backlog = Backlog()
-        self._is_warned = False  # of records of a later version
+        self._is_warned = False  # of records of another version
         self._adopt_at = 0.0  # monotonic
         self._backoff = Backoff()
         self._failures = 0  # writes in a row that found the store away
@@ -207,8 +207,8 @@ class StoreQueue:
         return item.reference if self._copies.save(item, durable=True) else None
 
     def discard_copy(self, reference: Reference) -> None:
-        """Forget a copy that nothing supersedes any more."""
-        self._copies.spool.done([reference])
+        """Forget a copy that nothing supersedes any more, and take it off the disk: it may have been sampled out."""
+        self._copies.spool.erase(reference)
 
     def has_queued(self, key: str) -> bool:
         """Whether something of this trace or run still waits; then what comes next must wait behind it."""
@@ -269,8 +269,8 @@ class StoreQueue:
                 self._hurry.clear()
             self._progress.notify_all()
 
-    def _write_waiting(self) -> bool:
-        batch = self.memory.take(_BATCH_ITEMS, _BATCH_BYTES)
+    def _write_waiting(self, are_meant: Callable[[Item], bool] | None = None) -> bool:
+        batch = self.memory.take(_BATCH_ITEMS, _BATCH_BYTES, are_meant)
         if not batch:
             return False
         outcomes = self._writer.write(batch)
@@ -357,10 +357,16 @@ class StoreQueue:
 
     def _spool_waiting(self) -> None:
         """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
+        self._spool_those()
+        if self._disk.is_full:  # there may be room yet for what is the last to go
+            self._spool_those(lambda item: item.is_vital)
+            self._disk.is_full = True
+
+    def _spool_those(self, are_meant: Callable[[Item], bool] | None = None) -> None:
         self._disk.is_full = False
         while not self._disk.is_full:
             with self._fate:
-                batch = self.memory.take(1, 1)
+                batch = self.memory.take(1, 1, are_meant)
                 if not batch:
                     return
                 is_safe = self._is_partial(batch[0]) or self._move_to_spool(batch[0])
@@ -408,7 +414,7 @@ class StoreQueue:
     def _load(self, reference: Reference) -> Item | None:
         try:
             item = self._disk.load(reference)
-        except codec.LaterVersionError as error:
+        except codec.UnreadableError as error:
             if not self._is_warned:
                 self._is_warned = True
                 logger.warning("dspy-mlflow-async: left alone in %s: %s", self.spool.folder, error)

@@ -187,7 +187,7 @@ def _info(folder: Path) -> SpoolInfo:
                 damaged += 1
             else:
                 records += 1
-                traces += b'"counted":1' in payload[:200]
+                traces += codec.peek(payload)[1]
         with contextlib.suppress(OSError):
             size += segment.stat().st_size
         lock = Lock(segment)

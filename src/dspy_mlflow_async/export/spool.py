@@ -23,9 +23,11 @@ from dspy_mlflow_async.export.folder import make_folder, open_file, read_file, s
 from dspy_mlflow_async.export.group_sync import GroupSync
 
 if TYPE_CHECKING:
+    from dspy_mlflow_async.export.quota import Quota
     from dspy_mlflow_async.export.tail import Tail
 
 _LINE = re.compile(rb"([0-9a-f]{8}) (\d{1,15}) ")
+_TEXT = re.compile(rb"[^\n]")  # newlines alone are what has been erased
 _DONE = re.compile(rb"(\d{1,15} [sd]) ([0-9a-f]{8})\n")
 # A segment that has grown this large is closed; it disappears when all of its records are done with.
 _SEGMENT_BYTES = 16 * 2**20
@@ -60,7 +62,8 @@ def scan(data: bytes) -> Iterator[tuple[int, bytes | None]]:
         Offset and payload; the payload is None for a damaged stretch (flipped bits, a torn end).
     """
     position = 0
-    while position < len(data):
+    while (begin := _TEXT.search(data, position)) is not None:
+        position = begin.start()
         match = _LINE.match(data, position)
         if match:
             start, end = match.end(), match.end() + int(match[2])
@@ -117,9 +120,12 @@ def mark_done(segment: Path, offsets: list[int], *, stored: bool = True) -> None
 class Spool:
     """The spool of one tracking URI, as one process writes it. Safe for threads."""
 
-    def __init__(self, folder: Path, uri: str, *, is_shared: bool = False, tail: Tail | None = None) -> None:
+    def __init__(
+        self, folder: Path, uri: str, *, is_shared: bool = False, tail: Tail | None = None, quota: Quota | None = None
+    ) -> None:
         self.folder = folder
         self.uri = uri
+        self.quota = quota  # None for no bound
         self.tail = tail  # segments of others whose records we bring to the store
         self._suffix = SHARED if is_shared else ".seg"
         self._append = threading.Lock()
@@ -129,10 +135,10 @@ class Spool:
         self._written = self._synced = 0
         self._is_name_safe = False  # whether a power cut would leave the current segment its name
         self._unsynced: set[Path] = set()  # segments that could not be synced when they were closed
-        self._live: dict[Path, int] = {}  # our segments, and how many of their records are not done with
+        self._live: dict[Path, set[int]] = {}  # our segments, and where those of their records lie that are needed
         self._full: dict[Path, int] = {}  # handles of those that take no more; open, since that is what locks them
 
-    def put(self, payload: bytes, *, key: str, counted: int, durable: bool = False) -> Reference:
+    def put(self, payload: bytes, *, key: str, counted: int, durable: bool = False, is_vital: bool = True) -> Reference:
         """Append a record.
 
         Args:
@@ -141,11 +147,14 @@ class Spool:
             counted: How many traces it carries; kept with the reference.
             durable: Return only when it would survive a power cut. Callers that wait at the same time share
                 one sync.
+            is_vital: Whether the reserve of the quota is for it, too.
 
         Raises:
-            OSError: If the disk is full, or the folder cannot be written.
+            OSError: If the disk or the quota is full, or the folder cannot be written.
         """
         line = frame(payload)
+        if self.quota is not None:
+            self.quota.take(len(line), is_vital=is_vital)
         with self._append:
             if self._handle < 0 or self._written >= _SEGMENT_BYTES:
                 self._open_segment()
@@ -153,7 +162,7 @@ class Spool:
             assert segment is not None  # noqa: S101 - for the type checker
             self._write(handle, line, offset)
             self._written = end = offset + len(line)
-            self._live[segment] = self._live.get(segment, 0) + 1
+            self._live.setdefault(segment, set()).add(offset)
         if durable:
             self._sync_to(segment, handle, end)
         return Reference(segment, offset, len(line), key, counted)
@@ -256,22 +265,36 @@ class Spool:
                 self.tail.done(segment, offsets, stored=stored)
                 continue
             with self._append:
-                is_mine = self.is_mine(segment)
-                left = self._live.get(segment, 0) - len(offsets) if is_mine else 1
-                if is_mine:
-                    self._live[segment] = left
-                if left <= 0 and segment == self._segment and self._written >= _SEGMENT_BYTES_IF_EMPTY:
-                    self._retire_segment()
-                is_over = left <= 0 and segment != self._segment
-                if is_over:
-                    self._live.pop(segment, None)
-                    if segment in self._full:
-                        os.close(self._full.pop(segment))
-            if is_over:
-                remove(segment)
-            elif not noted:
+                is_gone = self.is_mine(segment) and self._is_gone_without(segment, offsets)
+            if not (is_gone or noted):
                 with contextlib.suppress(OSError):  # then it is sent twice, which the store does not mind
                     mark_done(segment, offsets, stored=stored)
+
+    def _is_gone_without(self, segment: Path, offsets: list[int]) -> bool:
+        """Take records off a segment of ours; where no other is needed, its bytes go. Called with the lock."""
+        needed = self._live.get(segment, set())
+        needed.difference_update(offsets)
+        if needed:
+            return False
+        if segment == self._segment:
+            if self._written < _SEGMENT_BYTES_IF_EMPTY:
+                return False
+            self._retire_segment()
+        self._live.pop(segment, None)
+        if segment in self._full:
+            os.close(self._full.pop(segment))
+        remove(segment)
+        return True
+
+    def erase(self, reference: Reference) -> None:
+        """Take the content of a record of ours off the disk, as well as the record: nobody shall ever read it."""
+        with contextlib.suppress(OSError):  # the segment is gone already
+            handle = open_file(reference.segment, os.O_WRONLY)
+            try:
+                os.pwrite(handle, b"\n" * reference.length, reference.offset)
+            finally:
+                os.close(handle)
+        self.done([reference])
 
     def adopt(self) -> list[Reference]:
         """Records of others that are now ours to send."""
@@ -289,6 +312,8 @@ class Spool:
     def after_fork(self) -> None:
         """In a forked child: the parent's segment is the parent's."""
         self._append, self._syncs = threading.Lock(), GroupSync()
+        if self.quota is not None:
+            self.quota.after_fork()
         for handle in (*self._full.values(), self._handle):
             if handle >= 0:
                 os.close(handle)  # flock belongs to the open file, which the parent still has

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dspy_mlflow_async.export import spool
+from dspy_mlflow_async.export import codec, spool
 from dspy_mlflow_async.export.folder import read_file
 from dspy_mlflow_async.export.lock import Lock
 
-_HEAD = re.compile(rb'"key":\s?"([^"]*)",\s?"counted":\s?(\d)')
 # Read no more at once than this beyond the last whole record.
 _CHUNK = 8 * 2**20
 
@@ -100,8 +98,7 @@ class Tail:
             if base + offset in followed.done:
                 continue
             followed.left += 1
-            head = _HEAD.search(payload[:300])
-            key, counted = (head[1].decode(), int(head[2])) if head else ("", 0)
+            key, counted = codec.peek(payload)
             found.append(spool.Reference(segment, base + offset, length, key, counted if self._counts else 0))
         return found
 
