@@ -26,14 +26,26 @@ def end_of(pattern: re.Pattern[bytes], data: bytes, begin: int) -> int:
     return begin if found is None else found.end()
 
 
-# The last letters of the names of secrets, as ``secrets.is_secret`` knows them: they stand before "=" or ":", with
-# nothing, a quote, a blank, or both between.
+# The last letters of the names of secrets, as ``secrets.is_secret`` knows them, by how many they are. They stand before
+# "=" or ":", with nothing, a quote, a blank, or both between. To look at the last one alone first is faster.
 _LAST_LETTERS = (
-    *("key", "eys", "ken", "ens", "ret", "ets", "ord", "rds", "swd", "pwd", "ass", "ase", "ode", "ial", "als", "eds"),
-    *("ion", "uth", "kie", "ies", "jwt", "rer", "pat", "nid", "sid", "ing", "str", "_id", "-id", "sig", "ure"),
+    ("key", "eys", "pwd", "jwt", "pat", "sid", "nid", "_id", "-id", "sig", "uth"),
+    ("pass", "_str", "-str", "nstr", "reds"),
+    ("token", "okens", "ecret", "crets", "sword", "words", "asswd", "hrase", "scode", "ntial", "tials", "ookie"),
+    ("okies", "earer"),
+    ("zation", "string", "nature"),
 )
-_ENDS = "|".join(dict.fromkeys(_LAST_LETTERS))
-_NAMED = re.compile(rf"[=:](?:(?<=(?:{_ENDS}).)|(?<=(?:{_ENDS})[\"' \\].)|(?<=(?:{_ENDS})[\"'\\][\"' ].))".encode())
+
+
+def _behind(between: str) -> str:
+    """A pattern for what stands behind such letters, ``between`` them and its own end."""
+    last = "".join(sorted({letters[-1] for group in _LAST_LETTERS for letters in group}))
+    endings = "|".join(f"(?<=(?:{'|'.join(group)}){between})" for group in _LAST_LETTERS)
+    return f"(?<=[{last}]{between})(?:{endings})"
+
+
+_BETWEEN = (".", r"[\"' \\].", r"[\"'\\][\"' ].")
+_NAMED = re.compile(f"[=:](?:{'|'.join(map(_behind, _BETWEEN))})".encode())
 _NAME_BACKWARDS = re.compile(rb"[ \t]{0,2}(?P<quote>[\"']\\{0,3})?(?P<name>[A-Za-z0-9_.\-]{1,64})")
 _BLANKS = re.compile(rb"[ \t]{0,8}")
 _QUOTE = re.compile(rb"[bBrRfFuU]{0,2}(?P<quote>\\{0,3}[\"'])")
