@@ -56,6 +56,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
         log_evals: Log each evaluation as a run.
         max_value_bytes: How many bytes the stored JSON text of a span's inputs, of its outputs, or of one of its
             attributes may have. What is longer is cut to its beginning; the mark for that may add up to 64 bytes.
+        mask_contents: Mask what looks like a secret in every text.
         redact: Sees each value before it is stored, and returns what to store in its place.
         dependencies_schema: As ``MlflowCallback``'s, for a served model.
 
@@ -81,6 +82,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
         log_compiles: bool = False,
         log_evals: bool = False,
         max_value_bytes: int = 1024 * 1024,
+        mask_contents: bool = True,
         redact: Redact | None = None,
         dependencies_schema: dict[str, Any] | None = None,
     ) -> None:
@@ -92,6 +94,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
             log_compiles=log_compiles,
             log_evals=log_evals,
             max_value_bytes=max_value_bytes,
+            mask_contents=mask_contents,
             redact=redact,
         )
 

@@ -81,6 +81,7 @@ def autolog(
     context_runs: bool = True,
     propagate_threads: bool = False,
     max_value_bytes: int = 1024 * 1024,
+    mask_contents: bool = True,
     redact: Redact | None = None,
     export: Literal["thread", "process"] = "thread",
     durable: bool = False,
@@ -108,6 +109,8 @@ def autolog(
             the process; ``propagate`` and ``ThreadPoolExecutor`` of this package do it one by one.
         max_value_bytes: How many bytes the stored JSON text of a span's inputs, of its outputs, or of one of its
             attributes may have. What is longer is cut to its beginning; the mark for that may add up to 64 bytes.
+        mask_contents: Mask what looks like a secret in every text: tokens, passwords in addresses, ``NAME=value``.
+            False where such texts are the program's data; what has the name of a secret is masked either way.
         redact: Sees each value before it is stored, containers before what they contain, and returns what to store
             in its place. Where it raises, a mask is stored.
         export: Who writes to the store: a thread of this process, or a child process that reads the spool.
@@ -132,7 +135,11 @@ def autolog(
         "log_compiles": log_compiles,
         "log_evals": log_evals,
     }
-    for_spans: dict[str, Any] = {"max_value_bytes": max_value_bytes, "redact": redact}
+    for_spans: dict[str, Any] = {
+        "max_value_bytes": max_value_bytes,
+        "mask_contents": mask_contents,
+        "redact": redact,
+    }
     for_export: dict[str, Any] = {
         "durable": durable,
         "visible_after": visible_after,

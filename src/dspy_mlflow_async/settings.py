@@ -33,6 +33,7 @@ class Settings:
         log_evals: Log each evaluation as a run.
         max_value_bytes: How many bytes the stored JSON text of a span's inputs, of its outputs, or of one of its
             attributes may have. What is longer is cut to its beginning; the mark for that may add up to 64 bytes.
+        mask_contents: Mask what looks like a secret in every text; names of secrets count either way.
         redact: Sees each value before it is stored, containers before what they contain, and returns what to
             store in its place. Where it raises, a mask is stored.
     """
@@ -43,6 +44,7 @@ class Settings:
     log_compiles: bool = False
     log_evals: bool = False
     max_value_bytes: int = 1024 * 1024
+    mask_contents: bool = True
     redact: Redact | None = None
 
     def __post_init__(self) -> None:

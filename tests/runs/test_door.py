@@ -154,6 +154,11 @@ def test_what_was_masked_can_be_loaded(tmp_path):
     loaded.load(path)
 
     assert plain == Door().document(plain)
+    state = {"token": {"demos": [{"password": "kept"}], "api_key": "planted"}, "lm": {"password": "planted"}}
+    assert {
+        "token": {"demos": [{"password": "kept"}], "api_key": "[masked]"},
+        "lm": {"password": "[masked]"},
+    } == json.loads(Door().document(json.dumps(state).encode()))
     assert b"planted" not in path.read_bytes()
     assert ("openai/x", "2024-10-21") == (loaded.answer.lm.model, loaded.answer.lm.kwargs["api_version"])
 

@@ -10,6 +10,7 @@ from corpus import false_examples, jwt, private_key, tokens, true_examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspy_mlflow_async import autolog
 from dspy_mlflow_async.spans.contents import MARGIN, mask, mask_beginning
 from dspy_mlflow_async.spans.patterns import RULES, SHORTEST_TOKEN, TOKENS
 from dspy_mlflow_async.spans.secrets import MASK, is_secret
@@ -226,6 +227,16 @@ def test_an_exception_through_many_calls(traces):
     text = traces[0].to_json()
     assert KEY not in text
     assert len(text) < 1_500_000
+
+
+def test_it_can_be_switched_off(captured):
+    """For programs whose data look like secrets; names count all the same."""
+    autolog(mask_contents=False, silent=True)
+    dspy.Tool(lambda text, api_key: f"sk-{KEY}", name="search")(text=f"sk-{KEY}", api_key="planted")
+
+    text = captured[0].to_json()
+    assert 2 <= text.count(KEY)
+    assert "planted" not in text
 
 
 def test_images_stay():

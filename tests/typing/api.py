@@ -37,6 +37,7 @@ autolog(
     silent=True,
     propagate_threads=True,
     max_value_bytes=10_000,
+    mask_contents=False,
     redact=lambda value: "…" if isinstance(value, bytes) else value,
 )
 autolog(disable=True)

@@ -18,6 +18,7 @@ from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, SpanType
 from dspy_mlflow_async.spans.serialize import without_addresses
 from dspy_mlflow_async.spans.signatures import texts_of
 
+_HASHED = 32_768  # characters of the beginning, and of the end, of a demo's field by which a program is named
 FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the user's
 
 
@@ -141,6 +142,8 @@ def _texts_of_demo(demo: Any) -> list[str]:
 
 
 def _text(value: Any) -> str:
+    if type(value) in {str, bytes} and len(value) > _HASHED:  # not all of an image, at each call
+        return f"{len(value)} {value[:_HASHED]!r} {value[-_HASHED:]!r}"
     try:
         return repr(value)
     except Exception:  # noqa: BLE001 - somebody's own __repr__

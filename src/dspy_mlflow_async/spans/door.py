@@ -87,7 +87,11 @@ class Door:
             media: Whether long text that may be media is left whole, for MLflow to store as an attachment.
         """
         return Plain(
-            self.settings.max_value_bytes if most is None else most, self.settings.redact, secrets=secrets, media=media
+            self.settings.max_value_bytes if most is None else most,
+            self.settings.redact,
+            secrets=secrets,
+            media=media,
+            contents=self.settings.mask_contents,
         )
 
     def text(self, value: Any, most: int, *, name: str = "") -> str:
@@ -96,22 +100,23 @@ class Door:
         Args:
             value: A text, a number, or whatever shows itself as text.
             most: How many characters.
-            name: Its key, or nothing. Of a path with dots, each part may name a secret.
+            name: Its key, or nothing. Of a path with dots, the last part may name a secret, and each below an LM.
         """
-        if is_secret(name) or any(map(is_secret, name.split("."))):
+        if _names_secret(name):
             return MASK
         if self.settings.redact is not None:
             try:
                 value = self.settings.redact(value)
             except Exception:  # noqa: BLE001 - a hook that fails must not let the value through
                 return MASK
-        return mask_beginning(value if type(value) is str else text_of(value), most)
+        text = value if type(value) is str else text_of(value)
+        return mask_beginning(text, most) if self.settings.mask_contents else text[:most]
 
     def document(self, content: bytes) -> bytes:
         """A JSON document, such as the state of a program; byte by byte the same where there is nothing to hide."""
         before = json.loads(content)
         plain = self.plain(MAX_DOCUMENT_BYTES)
-        after = plain(before)
+        after = plain(_without_secrets(before))
         if after == before:
             return content
         if plain.has_unusual_floats:
@@ -127,3 +132,25 @@ class Door:
     def _failure_text(self, text: str, most: int) -> str:
         shown = self.plain(most)(text)
         return shown if isinstance(shown, str) else text_of(shown)
+
+
+def _names_secret(path: str) -> bool:
+    *parts, last = path.split(".")
+    below = parts[parts.index("lm") + 1 :] if "lm" in parts else ()
+    return is_secret(path) or is_secret(last) or any(map(is_secret, below))
+
+
+# Where a program's state holds what its examples hold, whose fields may have any name.
+_DATA = frozenset({"demos", "train", "traces", "signature", "extended_signature", "fields"})
+
+
+def _without_secrets(state: Any) -> Any:
+    """A program's state without the texts whose keys name secrets. What is no text may be a predictor of that name."""
+    if isinstance(state, list):
+        return [_without_secrets(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    return {
+        key: item if key in _DATA else MASK if isinstance(item, str) and is_secret(key) else _without_secrets(item)
+        for key, item in state.items()
+    }
