@@ -78,7 +78,7 @@ def test_media_becomes_an_attachment(traces):
 
     (span,) = traces[0].data.spans
     if not hasattr(mlflow.environment_variables, "MLFLOW_TRACE_EXTRACT_ATTACHMENTS"):  # mlflow < 3.12
-        assert picture == span.inputs["picture"]
+        assert span.inputs["picture"].startswith("[image/png, 4000 bytes, sha256 ")
         return
     assert span.inputs["picture"].startswith("mlflow-attachment://")
     assert span.outputs["picture"].startswith("mlflow-attachment://")

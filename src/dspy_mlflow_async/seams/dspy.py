@@ -7,13 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import dspy
+from dspy.adapters.types.base_type import CUSTOM_TYPE_END_IDENTIFIER, CUSTOM_TYPE_START_IDENTIFIER
 from dspy.dsp.utils.settings import main_thread_config, thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
 from dspy.utils.callback_context import ACTIVE_CALL_ID
 from dspy.utils.parallelizer import ParallelExecutor
 from dspy.utils.usage_tracker import UsageTracker
 
-__all__ = ["ACTIVE_CALL_ID", "ParallelExecutor", "UsageTracker"]
+__all__ = [
+    "ACTIVE_CALL_ID",
+    "CUSTOM_TYPE_END_IDENTIFIER",
+    "CUSTOM_TYPE_START_IDENTIFIER",
+    "ParallelExecutor",
+    "UsageTracker",
+]
 
 
 def global_callbacks() -> list[Any]:

@@ -19,6 +19,7 @@ _HANDLERS = "chooses a handler once per type, and ends what was begun when anoth
 _SETTINGS = "reads and changes DSPy's settings where dspy.configure would raise"
 _CONTEXT = "carries MLflow's current span, session and tags between threads and tasks"
 _SPANS = "begins and ends spans as MLflow does, with fewer steps"
+_MEDIA = "finds pictures, recordings and files in the text of DSPy's types"
 _EXPORT = "hands MLflow the exporter that writes whole traces"
 _WRITE = "writes a trace as MLflow's own exporter does"
 _RUNS = "gives each evaluation and compile its own run"
@@ -29,6 +30,8 @@ _FORK = "keeps a forked process from inheriting held locks and open connections"
 
 SEAMS: tuple[Seam, ...] = (
     # DSPy
+    Seam("dspy.adapters.types.base_type:CUSTOM_TYPE_START_IDENTIFIER", _MEDIA),
+    Seam("dspy.adapters.types.base_type:CUSTOM_TYPE_END_IDENTIFIER", _MEDIA),
     Seam("dspy.dsp.utils.settings:main_thread_config", _SETTINGS),
     Seam("dspy.dsp.utils.settings:thread_local_overrides", _SETTINGS),
     Seam("dspy.dsp.utils.utils:dotdict", _SETTINGS),

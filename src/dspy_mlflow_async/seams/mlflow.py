@@ -308,17 +308,6 @@ def _level_of(span_type: str) -> str | None:
     return str(int(default_log_level_for_span_type(span_type)))
 
 
-def extract_attachments(span: OpenSpan, plain: Any) -> Any:
-    """Inputs or outputs with references in place of their media, which MLflow keeps as attachments."""
-    try:
-        from mlflow.environment_variables import MLFLOW_TRACE_EXTRACT_ATTACHMENTS
-    except ImportError:  # mlflow < 3.12 stores media as it is
-        return plain
-    if MLFLOW_TRACE_EXTRACT_ATTACHMENTS.get():
-        return span.live._extract_attachments(plain, True)
-    return plain
-
-
 def end_span(
     span: OpenSpan, attributes: dict[str, str], status: otel.Status, event: Mapping[str, str] | None = None
 ) -> None:

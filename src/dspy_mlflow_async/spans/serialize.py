@@ -16,6 +16,7 @@ from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans import bounds
 from dspy_mlflow_async.spans.bounds import Mark
 from dspy_mlflow_async.spans.contents import MARGIN, mask
+from dspy_mlflow_async.spans.media import blocks_of, in_few_words, may_be_attached
 from dspy_mlflow_async.spans.opaque import beginning_of_text, held_by, text_of
 from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN
 from dspy_mlflow_async.spans.secrets import MASK, is_secret, mask_in_text, names_secret
@@ -41,8 +42,6 @@ _GUARDED_KEYS = frozenset(
         "model_list",
     }
 )
-# What MLflow stores as an attachment must reach it uncut: see LiveSpan._extract_attachments.
-_ATTACHMENT_KEYS = frozenset({"data", "b64_json", "result"})
 
 
 def dump(value: Any) -> str:
@@ -155,10 +154,15 @@ class Plain:
             return self._container(value, secrets=secrets)
         return self._other(value, secrets=secrets)
 
-    def _text(self, text: str, key: str | None) -> str:
-        if self._media and len(text) > _SHORT and _may_be_media(text, key):
-            self.has_attachments = True
-            return text
+    def _text(self, text: str, key: str | None) -> Any:
+        if len(text) > _SHORT and (self._media or len(text) > self._remaining):
+            if (blocks := blocks_of(text)) is not None:
+                return self._container(blocks, secrets=False)
+            if not self._media:  # no part of a medium is of any use
+                text = in_few_words(text, key)
+            elif may_be_attached(text, key):
+                self.has_attachments = True
+                return text
         most = max(self._remaining, 0) + MARGIN
         return self._bounded(text[:most], len(text), is_whole=len(text) <= most)
 
@@ -342,7 +346,3 @@ def _as_it_is(text: str) -> str:
 def _is_secret_record(record: dict[Any, Any]) -> bool:
     """Whether this is the name of a secret and its value, as HTTP archives and cloud APIs write headers."""
     return record.get("value") is not None and (names_secret(record.get("name")) or names_secret(record.get("key")))
-
-
-def _may_be_media(text: str, key: str | None) -> bool:
-    return key in _ATTACHMENT_KEYS or (text.startswith("data:") and ";base64," in text[:200])

@@ -14,11 +14,13 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey
+from dspy_mlflow_async.seams.mlflow_media import CAN_ATTACH, extract_attachments
 from dspy_mlflow_async.seams.mlflow_promise import PromisedSpan
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.describe import Description
 from dspy_mlflow_async.spans.door import Door
+from dspy_mlflow_async.spans.media import without_media
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 from dspy_mlflow_async.spans.scopes import Counting, LeftOut, Region, SpanScope, Untraced, Usage, abandoned
 from dspy_mlflow_async.spans.serialize import dump
@@ -248,7 +250,8 @@ def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
 
 def _without_media(span: seam.OpenSpan, shown: Any, settings: Settings) -> str:
     """JSON text with references in place of media; what only looked like media is bounded like everything else."""
-    return Door(replace(settings, redact=None)).plain().dumps(seam.extract_attachments(span, shown))
+    shown = extract_attachments(span, shown) if CAN_ATTACH else without_media(shown)
+    return Door(replace(settings, redact=None)).plain().dumps(shown)
 
 
 def abandon(span: seam.OpenSpan, settings: Settings) -> None:
