@@ -1,5 +1,7 @@
 """The parts of a call's cost, one by one: ``python -m pytest benchmarks/micro``."""
 
+import inspect
+import json
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import dspy_mlflow_async
 from benchmarks.programs import ScriptedLM, make_question
 from dspy_mlflow_async.context import frame
 from dspy_mlflow_async.spans import describe
+from dspy_mlflow_async.spans.contents import _masked, mask
 from dspy_mlflow_async.spans.serialize import Plain
 from dspy_mlflow_async.spans.usage import LmUsage
 
@@ -96,6 +99,27 @@ def test_export_of_a_batch(benchmark, program):
     benchmark.extra_info["traces"] = _BATCH
 
     assert dspy_mlflow_async.stats().waiting == 0
+
+
+_PROSE = "The city was founded in 1204 by merchants from the north, who built a harbour; it has two churches. " * 100
+_TEXTS = {
+    "prose": _PROSE,
+    "code": inspect.getsource(dspy.Predict),
+    "json": json.dumps(
+        [{"name": f"item {n}", "description": "of it", "price": n * 1.5, "tags": ["a"]} for n in range(200)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _TEXTS)
+@pytest.mark.parametrize("size", [100, 1000, 8000])
+def test_mask(benchmark, kind, size):
+    """The search of a text for secrets that has not been seen before; the results of the last ones are kept."""
+    text = _TEXTS[kind][:size]
+    assert len(text) == size
+    benchmark(_masked, text)
+
+    assert mask(text) == text
 
 
 @pytest.mark.usefixtures("traced")

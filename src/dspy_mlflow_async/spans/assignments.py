@@ -72,6 +72,11 @@ _LEADS = (b"?", b"&", b";", b"--")
 _MOST_QUOTES = 16  # in one value
 
 
+def may_have_values(lowered: bytes) -> bool:
+    """Whether the end of a secret's name may stand before a sign, where that can be said in one short pass."""
+    return len(lowered) > _CHUNK or _NAMED.search(lowered) is not None
+
+
 def values(data: bytes, lowered: bytes) -> Iterator[Span]:
     """The places of the values of secrets.
 

@@ -21,6 +21,7 @@ from dspy_mlflow_async.spans.assignments import (
     end_of,
     is_value,
     looks_random,
+    may_have_values,
     values,
 )
 from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN, TOKENS
@@ -50,12 +51,12 @@ def mask_beginning(text: str, most: int) -> str:
 
 
 def _masked(text: str) -> str:
-    spans = sorted(_spans(text.encode("ascii", "replace")))
+    spans = _spans(text.encode("ascii", "replace"))
     if not spans:
         return text
     parts: list[str] = []
     done = 0
-    for begin, end in spans:
+    for begin, end in sorted(spans):
         if end <= done:
             continue
         if begin >= done:
@@ -69,20 +70,26 @@ _masked_short = functools.lru_cache(maxsize=4096)(_masked)
 _masked_long = functools.lru_cache(maxsize=64)(_masked)
 
 
-def _spans(data: bytes) -> Iterator[Span]:
-    yield from _tokens(data)
+def _spans(data: bytes) -> list[Span]:
+    """The places of secrets, in no order. Most texts have nothing that is looked at more closely."""
+    spans: list[Span] = []
+    runs = data.translate(_RUN_CHARACTERS)
+    if _RUN in runs:
+        spans += _tokens(data, runs)
     lowered = data.lower()
-    if b"=" in data or b":" in data:
-        yield from values(data, lowered)
+    if (b"=" in data or b":" in data) and may_have_values(lowered):
+        spans += values(data, lowered)
     if b"://" in data:
-        yield from _addresses(data)
-    for word, check in ((b"bearer", _is_bearer), (b"basic", _is_basic)):
-        if word in lowered:
-            yield from _credentials(data, lowered, word, check)
+        spans += _addresses(data)
+    if b"bearer" in lowered:
+        spans += _credentials(data, lowered, b"bearer", looks_random)
+    if b"basic" in lowered:
+        spans += _credentials(data, lowered, b"basic", _is_basic)
     if b"-----BEGIN " in data:
-        yield from _private_keys(data)
+        spans += _private_keys(data)
     if b" -" in data or data[:1] == b"-":
-        yield from _options(data)
+        spans += _options(data)
+    return spans
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -98,8 +105,7 @@ _FORMS = {prefix.encode(): each.form for each in TOKENS for prefix in each.prefi
 _TOKEN_REST = re.compile(rb"[A-Za-z0-9_\-]*")
 
 
-def _tokens(data: bytes) -> Iterator[Span]:
-    runs = data.translate(_RUN_CHARACTERS)
+def _tokens(data: bytes, runs: bytes) -> Iterator[Span]:
     begin = runs.find(_RUN)
     while begin >= 0:
         end = runs.find(b" ", begin + SHORTEST_TOKEN)
@@ -150,10 +156,6 @@ def _addresses(data: bytes) -> Iterator[Span]:
 
 _CREDENTIAL_REST = re.compile(rb"[A-Za-z0-9\-._~+/=]*")
 _CREDENTIAL = re.compile(rb"(?:[ \t]|%20|\+){1,4}(?P<value>[A-Za-z0-9\-._~+/]{8,256}={0,2})")
-
-
-def _is_bearer(value: bytes) -> bool:
-    return looks_random(value)
 
 
 def _is_basic(value: bytes) -> bool:
