@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from dspy_mlflow_async import export as export_room
@@ -17,7 +19,7 @@ from dspy_mlflow_async.runs import active
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
-from dspy_mlflow_async.settings import Redact, Settings
+from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -36,6 +38,9 @@ class _Installation:
 
 
 _installation = _Installation()
+_SETTINGS_OF_MLFLOW = frozenset(
+    ("log_traces", "log_traces_from_compile", "log_traces_from_eval", "log_compiles", "log_evals")
+)
 
 
 class AutologCallback(TracingCallback):
@@ -54,6 +59,9 @@ class AutologCallback(TracingCallback):
     @property
     def settings(self) -> Settings | None:
         """The settings of the last ``autolog`` call, or None after ``autolog(disable=True)``."""
+        override = OVERRIDE.get()
+        if override is not None:
+            return override.settings
         current = _installation.settings
         if current is not None:
             return current
@@ -263,6 +271,9 @@ def _redirect_mlflow_autolog() -> Undo:
         @functools.wraps(original)
         def redirected(*args: Any, **kwargs: Any) -> None:
             arguments = signature.bind(*args, **kwargs).arguments
+            if OVERRIDE.get() is not None:
+                _override(arguments)
+                return
             if arguments.pop("disable", False):
                 # MLflow's evaluations switch off and on again: the way back must lead here.
                 with _installation.lock:
@@ -275,8 +286,27 @@ def _redirect_mlflow_autolog() -> Undo:
 
         undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
 
+    undos.append(autolog_seam.patch_evaluation_config(_settings_of_this_context))
+
     def undo() -> None:
         for each in undos:
             each()
 
     return undo
+
+
+@contextlib.contextmanager
+def _settings_of_this_context() -> Iterator[None]:
+    """Let what ``mlflow.dspy.autolog`` is told inside hold in this context alone, until the block ends."""
+    before = OVERRIDE.get()
+    OVERRIDE.set(before or Override(_installation.settings))
+    try:
+        yield
+    finally:
+        OVERRIDE.set(before)
+
+
+def _override(arguments: dict[str, Any]) -> None:
+    settings = _installation.settings or Settings()
+    known = {name: value for name, value in arguments.items() if name in _SETTINGS_OF_MLFLOW}
+    OVERRIDE.set(Override(None if arguments.get("disable") else replace(settings, **known)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -72,6 +73,21 @@ class Settings:
         """Pickle ``redact`` by itself, so that one that cannot be pickled keeps nothing else from it."""
         plain = tuple(getattr(self, field.name) for field in fields(self) if field.name != "redact")
         return _unpickled, (plain, None if self.redact is None else _pickled(self.redact))
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """What holds in one context in place of the process's settings.
+
+    Attributes:
+        settings: The settings; None where the tracer is off there.
+    """
+
+    settings: Settings | None
+
+
+# Set while MLflow's evaluations switch autologging on and off: their wishes are for their own context.
+OVERRIDE: ContextVar[Override | None] = ContextVar("dspy_mlflow_async_settings", default=None)
 
 
 def _pickled(redact: Redact) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dspy_mlflow_async.runs.patches import ContextRunStack, replace_stack
 from dspy_mlflow_async.runs.stack import (
+    OPEN,
     VARIABLE,
     forget,
     in_context,
@@ -68,6 +69,7 @@ _installation = _Installation()
 def _start_afresh() -> None:
     """In a forked child: the active runs are the parent's, as MLflow has it, and nobody holds a lock."""
     VARIABLE.set(None)
+    OPEN.after_fork()
     _installation.lock = threading.Lock()
     _installation.open_blocks = 0
 
@@ -114,6 +116,8 @@ class Block:
             noted.has_ended, noted.is_scoped = False, True
             if noted.opened_in is None:
                 mark_opened_here(run)
+            if not noted.is_ours:
+                OPEN.add(run)
         VARIABLE.set((*around, run) if self._is_added else around)
         self._trace_context_around = tracing.TRACE_CONTEXT.get()
         self._trace_context: Any = None
@@ -137,6 +141,7 @@ class Block:
     def _take_away(self) -> None:
         runs = in_context()
         if self._is_added:
+            OPEN.discard(self._run)
             places = [index for index, each in enumerate(runs or ()) if each is self._run]
             if not places:
                 notes(self._run).has_ended = True  # we are in another context than the one that has it

@@ -16,6 +16,8 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 Undo = Callable[[], None]
 
+_ELSEWHERE = -1  # no thread has this id
+
 
 class _View:
     """The list that MLflow's fluent functions read and change, over the immutable tuple of this context."""
@@ -31,10 +33,12 @@ class _View:
 
     def append(self, run: Any) -> None:
         stack.mark_opened_here(run)
+        stack.OPEN.add(run)
         stack.VARIABLE.set((*(stack.in_context() or ()), run))
 
     def pop(self) -> Any:
         *rest, run = stack.in_context() or ()
+        stack.OPEN.discard(run)
         noted = stack.notes(run)
         # mlflow.end_run() may be called anywhere, in a worker as well, and the context that opened it keeps the run.
         noted.has_ended = noted.has_ended or not noted.ends_in_place
@@ -58,11 +62,17 @@ class ContextRunStack:
         return stack.without_ended(self.original.get()) if stack.in_context() is None else self._view
 
     def get_all_thread_values(self) -> dict[int, list[Any]]:
-        """What MLflow takes the newest of, to attribute a trace: here, the innermost run of this context."""
+        """What MLflow takes the newest of, to attribute a trace: here, the innermost run of this context.
+
+        Where there is none, all that MLflow alone would list: also what other contexts have, off its own list.
+        """
         runs = stack.in_context()
         if runs is None:
             listed = self.original.get_all_thread_values()
-            return {thread: [run for run in each if not stack.has_ended(run)] for thread, each in listed.items()}
+            elsewhere = {_ELSEWHERE: stack.OPEN.runs()}
+            return {
+                thread: [run for run in each if not stack.has_ended(run)] for thread, each in listed.items()
+            } | elsewhere
         return {threading.get_ident(): list(runs[-1:])}
 
     def __getattr__(self, name: str) -> Any:
@@ -108,7 +118,7 @@ def _replace_blocks(replacement: ContextRunStack, count_blocks: Callable[[int], 
         if stack.VARIABLE.get() is None and runs and runs[-1] is self and seam.run_stack() is replacement:
             stack.mark_opened_here(self)
             stack.VARIABLE.set(tuple(runs))
-            runs.pop()
+            stack.OPEN.add(runs.pop())
         noted = stack.notes(self)
         if not noted.holds_block and any(each is self for each in stack.in_context() or ()):
             noted.holds_block = True
@@ -161,6 +171,7 @@ def _end_alone(run: Any, leave: Callable[..., Any], exception: tuple[Any, ...]) 
         return leave(run, *exception)
     finally:
         stack.notes(run).has_ended = True
+        stack.OPEN.discard(run)
         if before is None:
             stack.VARIABLE.set(None)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import weakref
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -74,6 +75,45 @@ def forget(run: Any) -> None:
 def without(runs: Runs, run: Any) -> Runs:
     """``runs`` less this one."""
     return tuple(each for each in runs if each is not run)
+
+
+# --- what threads without a context see --------------------------------------------------------------------------
+
+
+class _Open:
+    """The user's runs that are active in some context, which MLflow alone would keep on a thread's list.
+
+    MLflow gives a trace of a thread that has no run to the newest active one of any thread. Kept weakly: a context
+    that is dropped with its run leaves nothing here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, run: Any) -> None:
+        with self._lock:
+            self._runs[id(run)] = weakref.ref(run)
+
+    def discard(self, run: Any) -> None:
+        with self._lock:
+            self._runs.pop(id(run), None)
+
+    def runs(self) -> list[Any]:
+        """The runs, less those that have ended."""
+        with self._lock:
+            found = [(key, reference()) for key, reference in self._runs.items()]
+            for key, run in found:
+                if run is None:
+                    del self._runs[key]
+        return [run for _, run in found if run is not None and not has_ended(run)]
+
+    def after_fork(self) -> None:
+        """In a forked child: a lock of its own; the parent's runs are seen there, as MLflow has it."""
+        self._lock = threading.Lock()
+
+
+OPEN = _Open()
 
 
 # --- what is noted of a run ---------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +16,8 @@ from mlflow.dspy.callback import MlflowCallback
 __all__ = ["MlflowCallback", "StatelessCallback"]
 
 FLAVOR = "dspy"
+_EVALUATION_CONFIG_HOME = "mlflow.models.evaluation.utils.trace"
+_EVALUATION_CONFIG = "configure_autologging_for_evaluation"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -63,6 +69,40 @@ def note_autolog(config: Mapping[str, Any]) -> None:
     from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
     AUTOLOGGING_INTEGRATIONS[FLAVOR] = dict(config)
+
+
+def patch_evaluation_config(scoped: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """Put a block around MLflow's, in which its evaluations set autologging as they need it, and set it back.
+
+    Args:
+        scoped: Makes the block. What is told to ``mlflow.dspy.autolog`` inside is for the evaluation.
+
+    Returns:
+        The undo.
+
+    Source: ``mlflow.models.evaluation.utils.trace``, used by ``mlflow.evaluate``, ``mlflow.genai.evaluate`` and
+    ``mlflow.genai.optimize_prompts``.
+    """
+    home = sys.modules.get(_EVALUATION_CONFIG_HOME)  # mlflow.dspy has imported it, but in small installs
+    original = getattr(home, _EVALUATION_CONFIG, None)
+    if original is None:
+        return lambda: None
+
+    @functools.wraps(original)
+    @contextlib.contextmanager
+    def configure_autologging_for_evaluation(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with scoped(), original(*args, **kwargs) as given:
+            yield given
+
+    _exchange(original, configure_autologging_for_evaluation)
+    return lambda: _exchange(configure_autologging_for_evaluation, original)
+
+
+def _exchange(old: Any, new: Any) -> None:
+    """Put ``new`` wherever a module of MLflow's has ``old`` under its name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlflow.") and vars(module).get(_EVALUATION_CONFIG) is old:
+            setattr(module, _EVALUATION_CONFIG, new)
 
 
 def own_autolog_module() -> Any:
