@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import shutil
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +150,11 @@ def _patched_functions():
         ThreadPoolExecutor.submit,
         mlflow.dspy.autolog,
         autolog_seam.own_autolog_module().safe_patch,
+        mlflow.dspy.log_model,
+        mlflow.pyfunc.load_model,
+        mlflow.tracing.provider.trace_disabled,
+        type(mlflow.tracing.provider.provider).get_or_init_tracer,
+        sys.modules["mlflow.models.evaluation.utils.trace"].configure_autologging_for_evaluation,
     )
 
 

@@ -19,6 +19,7 @@ from dspy_mlflow_async.runs import active
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
+from dspy_mlflow_async.seams.mlflow_provider import patch_trace_disabled
 from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
@@ -286,7 +287,7 @@ def _redirect_mlflow_autolog() -> Undo:
 
         undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
 
-    undos.append(autolog_seam.patch_evaluation_config(_settings_of_this_context))
+    undos += [autolog_seam.patch_evaluation_config(_settings_of_this_context), patch_trace_disabled()]
 
     def undo() -> None:
         for each in undos:

@@ -178,13 +178,13 @@ def test_a_thread_of_the_users_has_none_unless_propagated(runs):
     assert [None, "mine"] == seen
 
 
-def test_a_call_in_a_thread_without_a_run_gets_nobodys(runs):
-    """While another thread is inside ``with mlflow.start_run()``, a call elsewhere stays in no run."""
+def test_a_call_in_a_thread_without_a_context_gets_the_newest_run(runs):
+    """While another thread is inside ``with mlflow.start_run()``, a plain thread's call belongs to it, as in MLflow."""
     with mlflow.start_run(run_name="mine"):
         in_threads(lambda: Program()(question="@elsewhere"))
         Program()(question="@here")
 
-    assert {None: ["@elsewhere"], "mine": ["@here"]} == runs.traces_by_run()
+    assert {"mine": ["@elsewhere", "@here"]} == runs.traces_by_run()
 
 
 def test_a_copied_context_keeps_its_run(runs):

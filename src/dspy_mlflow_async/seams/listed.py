@@ -92,6 +92,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.utils.autologging_utils.safety:revert_patches", "switches MLflow's own autolog off"),
     # MLflow, export
     Seam(f"{_PROVIDER}:_get_mlflow_span_processor", _EXPORT),
+    Seam(
+        f"{_PROVIDER}:trace_disabled",
+        "keeps MLflow's log_model, load_model and evaluations from switching tracing off for all threads",
+        is_optional=True,
+    ),
     Seam(f"{_PROVIDER}:_trace_disabled_state", _EXPORT, is_optional=True),
     Seam(_PROCESSOR, _EXPORT),
     Seam(f"{_PROCESSOR}._start_trace", _EXPORT),

@@ -21,6 +21,7 @@ from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import Span as OtelSpan
 
 from dspy_mlflow_async.seams import mlflow_live as live_seam
+from dspy_mlflow_async.seams import mlflow_provider as provider_seam
 
 __all__ = ["SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
 
@@ -76,6 +77,7 @@ TRACING_VARIABLES: tuple[Any, ...] = (
     RUNTIME_CONTEXT,
     OPENTELEMETRY_CONTEXT,
     TRACE_CONTEXT,
+    provider_seam.DISABLED,
     *_optional_variables(),
 )
 
@@ -236,6 +238,8 @@ _tracer = _Tracer()
 
 def current_tracer(where: Here) -> Any:
     """The tracer of MLflow's provider."""
+    if provider_seam.DISABLED.get():
+        return provider_seam.no_op_tracer()
     return _tracer.get(is_isolated=where.is_isolated)
 
 
