@@ -15,11 +15,15 @@ class SlowStore:
 
     Attributes:
         delay: Seconds; may be changed at any time.
+        is_away: Whether it forwards nothing and answers 503, as a proxy before a server that is down.
+        loses: A part of a request's path; such requests are done, and their answers lost.
         requests: What it was asked, oldest first.
     """
 
     def __init__(self, server_uri):
         self.delay = 0.0
+        self.is_away = False
+        self.loses = None
         self.requests = []
         self._target = urlsplit(server_uri)
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -44,6 +48,11 @@ def _handler_of(store):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             store.requests.append(f"{self.command} {urlsplit(self.path).path}")
             time.sleep(store.delay)
+            if store.is_away:
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             connection = http.client.HTTPConnection(store._target.hostname, store._target.port, timeout=60)
             headers = {key: value for key, value in self.headers.items() if key.lower() not in _NOT_FORWARDED}
             if "Content-Encoding" in self.headers:
@@ -52,6 +61,9 @@ def _handler_of(store):
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
+            if store.loses is not None and store.loses in self.path:
+                self.close_connection = True
+                return
             self.send_response(answer.status)
             for key, value in answer.getheaders():
                 if key.lower() not in _NOT_FORWARDED:

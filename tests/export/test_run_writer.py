@@ -124,12 +124,12 @@ def test_what_worked_is_not_written_again(client, run_id, sqlite, monkeypatch):
     ]
     with monkeypatch.context() as failing:
         failing.setattr(MlflowClient, "log_artifacts", away)
-        outcomes = write_runs(sqlite.uri, items, [])
+        outcomes = write_runs(sqlite.uri, items, [], lambda *_: None)
     left = [outcome.item for outcome in outcomes if outcome.verdict is not Verdict.STORED]
     assert [Verdict.STORED] * 3 + [Verdict.AWAY] * 2 == [outcome.verdict for outcome in outcomes]
     assert "RUNNING" == client.get_run(run_id).info.status
 
-    assert {Verdict.STORED} == {outcome.verdict for outcome in write_runs(sqlite.uri, left, [])}
+    assert {Verdict.STORED} == {outcome.verdict for outcome in write_runs(sqlite.uri, left, [], lambda *_: None)}
     assert [1] == batches
     assert "FINISHED" == client.get_run(run_id).info.status
 
@@ -151,12 +151,12 @@ def test_nothing_overtakes_what_must_be_tried_again(client, run_id, sqlite, monk
     ]
     with monkeypatch.context() as failing:
         failing.setattr(MlflowClient, "log_batch", fail_for_some)
-        outcomes = write_runs(sqlite.uri, items, [])
+        outcomes = write_runs(sqlite.uri, items, [], lambda *_: None)
     assert [Verdict.STORED, *[Verdict.SUSPECT] * 3] == [outcome.verdict for outcome in outcomes]
     run = client.get_run(run_id)
     assert ("RUNNING", "1", None) == (run.info.status, run.data.tags["other"], run.data.tags.get("tag"))
 
-    write_runs(sqlite.uri, items[1:], [])
+    write_runs(sqlite.uri, items[1:], [], lambda *_: None)
     run = client.get_run(run_id)
     assert ("FINISHED", "new") == (run.info.status, run.data.tags["tag"])
 

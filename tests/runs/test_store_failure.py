@@ -11,11 +11,12 @@ import time
 import dspy
 import mlflow
 import pytest
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking import fluent
 from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flush, in_threads, markers
 
 import dspy_mlflow_async
-from dspy_mlflow_async.runs import asking
+from dspy_mlflow_async.runs import asking, opening
 from mlflow_server import mlflow_server
 from slow_store import slow_store
 
@@ -47,7 +48,6 @@ def store_at(uri, monkeypatch, tmp_path, experiment_id=None):
         yield Store(experiment_id)
     finally:
         dspy_mlflow_async.autolog(disable=True)
-        asking._away.forget(uri)
         mlflow.set_tracking_uri(before)
         mlflow.tracing.reset()
 
@@ -146,7 +146,6 @@ def test_a_database_that_somebody_locks(store, caplog, monkeypatch):
         lock = Program(lambda question: question.endswith("-0") and database.execute("BEGIN EXCLUSIVE"))
         *_, seconds = result_of(lambda: evaluate("a", 1, 4, program=lock))
         database.rollback()
-    asking._away.forget(mlflow.get_tracking_uri())
     deadline = time.monotonic() + TIMEOUT
     while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
         pass
@@ -157,6 +156,13 @@ def test_a_database_that_somebody_locks(store, caplog, monkeypatch):
     run = store.run("eval")
     assert ("FINISHED", 25.0) == (run.info.status, run.data.metrics["eval"])
     assert ["model.json", "result_table.json"] == store.artifacts(run)
+
+
+def flush_all():
+    """Flush until everything is stored."""
+    deadline = time.monotonic() + TIMEOUT
+    while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
+        pass
 
 
 # --- away ---------------------------------------------------------------------------------------------------------
@@ -240,43 +246,58 @@ def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
         assert [1] * 4 == [len(trace.info.assessments) for trace in store.traces()]
 
 
-def test_a_run_created_too_late_is_no_stray(store, monkeypatch, caplog):
-    """The store answers after the bound: the evaluation has gone on without a run, and the late one is KILLED."""
+def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
+    """The store answers after the bound: the evaluation has gone on, and the run that came late is its run."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     monkeypatch.setattr(asking, "TIMEOUT", 0.05)
+    monkeypatch.setattr(opening, "TIMEOUT", 0.05)
     may_create = threading.Event()
-    create = asking.seam.create_run
+    create = opening.seam.create_run
 
     def slow(*arguments):
         may_create.wait(TIMEOUT)
         return create(*arguments)
 
-    monkeypatch.setattr(asking.seam, "create_run", slow)
-    try:
-        result = evaluate("a")
-        may_create.set()
-        deadline = time.monotonic() + TIMEOUT
-        while [("eval", "KILLED", [])] != store.tree() and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        asking._away.forget(mlflow.get_tracking_uri())
+    monkeypatch.setattr(opening.seam, "create_run", slow)
+    result = evaluate("a")
+    may_create.set()
+    flush_all()
+    deadline = time.monotonic() + TIMEOUT
+    while [("eval", "FINISHED", [])] != store.tree() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
     assert 50.0 == result.score
-    assert [("eval", "KILLED", [])] == store.tree()
-    (line,) = said(caplog)
-    assert "scored 50.0" in line
+    assert [("eval", "FINISHED", [])] == store.tree()
+    assert 50.0 == store.run("eval").data.metrics["eval"]
+
+
+def test_a_store_that_fails_is_asked_again(store, monkeypatch):
+    """An error that is no refusal: the run is created a moment later, and the next evaluation has its run at once."""
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    create = opening.seam.create_run
+
+    def fail(*arguments):
+        monkeypatch.setattr(opening.seam, "create_run", create)
+        raise mlflow.MlflowException("not today")
+
+    monkeypatch.setattr(opening.seam, "create_run", fail)
+    evaluate("a")
+    evaluate("b", metric_key="second")
+    flush_all()
+
+    assert [("eval", "FINISHED", []), ("second", "FINISHED", [])] == sorted(store.tree())
 
 
 def test_a_store_that_refuses_is_asked_again(store, monkeypatch, caplog):
-    """An error that is no absence: said with the score, and the next evaluation has its run at once."""
+    """A refusal: said with the score, and the next evaluation has its run at once."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    create = asking.seam.create_run
+    create = opening.seam.create_run
 
     def refuse(*arguments):
-        monkeypatch.setattr(asking.seam, "create_run", create)
-        raise mlflow.MlflowException("not today")
+        monkeypatch.setattr(opening.seam, "create_run", create)
+        raise mlflow.MlflowException("not today", error_code=INVALID_PARAMETER_VALUE)
 
-    monkeypatch.setattr(asking.seam, "create_run", refuse)
+    monkeypatch.setattr(opening.seam, "create_run", refuse)
     evaluate("a")
     evaluate("b", metric_key="second")
 

@@ -20,11 +20,13 @@ import anyio.to_thread
 import dspy
 from mlflow import MlflowClient
 
+from dspy_mlflow_async import export
 from dspy_mlflow_async.evaluate import local
 from dspy_mlflow_async.evaluate.identity import MAX_VALUE_BYTES
 from dspy_mlflow_async.evaluate.lasting import to_the_end
 from dspy_mlflow_async.evaluate.local import LocalCopy
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
 from dspy_mlflow_async.spans.door import MAX_FAILURE_BYTES, Door
 
@@ -40,14 +42,14 @@ class Journal:
     """Writes outcomes to the artifacts of a run, in the background of an event loop.
 
     Args:
-        run_id: The run.
+        run: The run.
         keys: The fingerprint of each example of the devset.
         stored: What earlier processes have written.
         door: What is written passes it.
     """
 
-    def __init__(self, run_id: str, keys: Sequence[str], stored: Stored, door: Door) -> None:
-        self._run_id = run_id
+    def __init__(self, run: RunHandle, keys: Sequence[str], stored: Stored, door: Door) -> None:
+        self._run = run
         self._door = door
         self._keys = keys
         self._part = stored.next_part
@@ -57,7 +59,7 @@ class Journal:
         self._news = anyio.Event()
         self._is_closing = False
         self._has_warned = False
-        self._local = LocalCopy(run_id)
+        self._local = LocalCopy(run.key)
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome: on this machine now, in the store soon."""
@@ -90,17 +92,24 @@ class Journal:
         try:
             with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
                 await self._write(functools.partial(anyio.to_thread.run_sync, abandon_on_cancel=True))
+            if self._waiting and self._run.is_pending:  # the queue brings it when the run is there
+                text = "\n".join([*self._lines, *self._waiting]) + "\n"
+                self._run.picture(self._path(), text.encode())
         finally:
             self._local.close(is_stored=not self._waiting)
+
+    def _path(self) -> str:
+        return f"{FOLDER}/{self._part:05}-{'ab'[self._turn]}.jsonl"
 
     async def _write(self, in_thread: Callable[..., Awaitable[Any]]) -> bool:
         if not self._waiting:
             return True
         taken = list(self._waiting)
         lines = [*self._lines, *taken]
-        path = f"{FOLDER}/{self._part:05}-{'ab'[self._turn]}.jsonl"
+        if self._run.is_pending:  # the copy on this machine is there
+            return False
         try:
-            await in_thread(_log_text, self._run_id, path, "\n".join(lines) + "\n")
+            await in_thread(_log_text, self._run.run_id, self._path(), "\n".join(lines) + "\n")
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
             if not self._has_warned:
                 self._has_warned = True
@@ -141,7 +150,13 @@ def read(run: Any, keys: Sequence[str]) -> Stored:
     """
     lines, next_part = _stored_lines(run)
     found = {outcome.index: outcome for outcome, _ in _outcomes(lines, keys)}
-    here = {outcome.index: (outcome, line) for outcome, line in _outcomes(local.read(run.info.run_id), keys)}
+    kept = [
+        line
+        for name in (run.data.tags.get(export.CREATION_TAG), run.info.run_id)
+        if name is not None
+        for line in local.read(name)
+    ]
+    here = {outcome.index: (outcome, line) for outcome, line in _outcomes(kept, keys)}
     unstored = [line for index, (_, line) in here.items() if index not in found]
     return Stored({index: outcome for index, (outcome, _) in here.items()} | found, unstored, next_part)
 

@@ -14,13 +14,13 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from dspy_mlflow_async import export
 from dspy_mlflow_async.evaluate import identity, journal
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.journal import Stored
 from dspy_mlflow_async.printable import mask_uris
 from dspy_mlflow_async.runs import active, opening
-from dspy_mlflow_async.runs.asking import ask
-from dspy_mlflow_async.runs.handle import KILLED, MAX_TAG_LENGTH, RunHandle
+from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans.door import Door
 
@@ -169,11 +169,9 @@ def find_run(run_id: Any) -> Any:
     if not isinstance(run_id, str):
         raise TypeError(f"a run id is a text, not {run_id!r}")
     try:
-        return MlflowClient().get_run(run_id)
-    except MlflowException as error:
-        raise ValueError(
-            mask_uris(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}: {error.message}")
-        ) from error
+        return MlflowClient().get_run(export.real_id(run_id))
+    except (MlflowException, LookupError) as error:
+        raise ValueError(mask_uris(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}: {error}")) from error
 
 
 def children(run: Any) -> list[Any]:
@@ -201,7 +199,7 @@ def open_case(parent: RunHandle | None, name: str, stored: StoredCase | None) ->
         return None
     name = shown_name(name, parent.door)
     handle = _created(name, parent.run, {CASE_TAG: name})
-    if handle is not None:
+    if handle is not None and not isinstance(handle.run, seam.PendingRun):
         handle.run = CaseRun(handle.run)
     return handle
 
@@ -228,16 +226,10 @@ def entered(handle: RunHandle | None) -> Iterator[None]:
 
 
 def _created(name: str, parent: Any | None, tags: Mapping[str, str]) -> RunHandle | None:
-    tags, door = dict(tags), Door.here()
-    if parent is not None:
-        tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
-    experiment_id = None if parent is None else parent.info.experiment_id
+    door = Door.here()
     try:
-        handle = ask(
-            lambda: RunHandle(seam.create_run(name, experiment_id, tags), is_own=True, door=door),
-            discard=lambda late: late.end(KILLED),
-            timeout=CREATION_SECONDS,
-        )
+        handle = opening.create_or_queue(name, parent=parent, tags=tags, timeout=CREATION_SECONDS)
+        handle.door = door
     except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
         logger.warning("Could not create the run %r (%s); what it would hold is not logged.", name, error)
         return None

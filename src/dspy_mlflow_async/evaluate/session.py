@@ -187,7 +187,7 @@ class Session:
         devset = case.devset or ()
         journal = None
         if handle is not None and self._plan is not None:
-            journal = Journal(handle.run_id, self._plan.keys[case.name], stored, handle.door)
+            journal = Journal(handle, self._plan.keys[case.name], stored, handle.door)
         options = self._options
         line_of = BOARD.line(case.name, len(devset), options.failure_score, is_shown=options.display_progress)
         with line_of as line, case.context():

@@ -4,13 +4,17 @@ from dspy_mlflow_async.export.books import ExportStats
 from dspy_mlflow_async.export.dead_letters import DeadLetter
 from dspy_mlflow_async.export.exit import before_leaving
 from dspy_mlflow_async.export.installation import count_sampled, discard, flush, hold, install, release, secure, stats
+from dspy_mlflow_async.export.items import Creation
+from dspy_mlflow_async.export.late_runs import CREATION_TAG, is_stand_in, known, new_id
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.replaying import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
-from dspy_mlflow_async.export.runs import RunWriter, run_writer
+from dspy_mlflow_async.export.runs import RunWriter, is_refusal, real_id, run_writer
 from dspy_mlflow_async.export.sampling import KEEPS
 
 __all__ = [
+    "CREATION_TAG",
     "KEEPS",
+    "Creation",
     "DeadLetter",
     "ExportOptions",
     "ExportStats",
@@ -24,7 +28,12 @@ __all__ = [
     "flush",
     "hold",
     "install",
+    "is_refusal",
+    "is_stand_in",
+    "known",
     "letters",
+    "new_id",
+    "real_id",
     "release",
     "replay",
     "run_writer",

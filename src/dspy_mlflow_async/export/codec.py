@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -16,10 +17,13 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Link as OtelLink
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
-from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, SpansItem, TraceItem
+from dspy_mlflow_async.export.items import Creation, FollowUp, Item, RunItem, SpansItem, TraceItem
+from dspy_mlflow_async.export.late_runs import is_stand_in
 from dspy_mlflow_async.seams import mlflow_traces
 
-VERSION = 1
+VERSION = 2
+# 2 has runs that are not there yet. Records without them are written as 1, which earlier versions of this package read.
+_READABLE = frozenset({1, 2})
 
 
 class UnreadableError(ValueError):
@@ -28,7 +32,7 @@ class UnreadableError(ValueError):
 
 def encode(item: Item) -> bytes:
     """One line of JSON, without the line's end."""
-    record: dict[str, Any] = {"v": VERSION, "kind": _KINDS[type(item)], "key": item.key}
+    record: dict[str, Any] = {"v": VERSION if is_stand_in(item.key) else 1, "kind": _KINDS[type(item)], "key": item.key}
     record["counted"] = item.counted
     if isinstance(item, TraceItem):
         record |= _encode_spans(item) | {
@@ -47,6 +51,7 @@ def encode(item: Item) -> bytes:
         }
     elif isinstance(item, RunItem):
         record |= {
+            "creation": None if item.creation is None else asdict(item.creation),
             "metrics": [[m.key, _sayable(m.value), m.timestamp, m.step] for m in item.metrics],
             "params": [[p.key, p.value] for p in item.params],
             "tags": [[t.key, t.value] for t in item.tags],
@@ -87,7 +92,7 @@ def decode(data: bytes) -> Item:
         ValueError: If it is no record of ours.
     """
     record = loads(data)
-    if record.get("v") != VERSION:
+    if record.get("v") not in _READABLE:
         raise UnreadableError(f"spool record of version {record.get('v')!r}, this is version {VERSION}")
     common: dict[str, Any] = {"key": record["key"], "counted": record["counted"], "size": len(data)}
     kind = record["kind"]
@@ -113,6 +118,7 @@ def decode(data: bytes) -> Item:
     if kind == "run":
         return RunItem(
             **common,
+            creation=None if (creation := record.get("creation")) is None else Creation(**creation),
             metrics=[Metric(key, float(value), at, step) for key, value, at, step in record["metrics"]],
             params=[Param(key, value) for key, value in record["params"]],
             tags=[RunTag(key, value) for key, value in record["tags"]],

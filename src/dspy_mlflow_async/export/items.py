@@ -101,14 +101,35 @@ class Fate:
     was_refused: bool = False
 
 
-@dataclass(slots=True, kw_only=True)
-class RunItem(Item):
-    """One operation on a run: a batch of values, an artifact, or its end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Creation:
+    """What a run is created with, whenever that is.
 
     Attributes:
+        name: Its name; None for one that MLflow makes up.
+        experiment_id: Its experiment, where that is known.
+        experiment_name: The name of its experiment, where that must be looked up.
+        tags: Its tags. The parent's may be a stand-in id.
+        start_time_ms: Milliseconds since the epoch.
+    """
+
+    name: str | None
+    experiment_id: str | None
+    experiment_name: str | None
+    tags: dict[str, str]
+    start_time_ms: int
+
+
+@dataclass(slots=True, kw_only=True)
+class RunItem(Item):
+    """One operation on a run: its creation, a batch of values, an artifact, or its end.
+
+    Attributes:
+        creation: What the run is created with; the key is then its stand-in id.
         fate: Told what becomes of it, while this process has it in memory.
     """
 
+    creation: Creation | None = None
     metrics: Sequence[Any] = ()
     params: Sequence[Any] = ()
     tags: Sequence[Any] = ()

@@ -117,13 +117,13 @@ class StoreQueue:
         if self.has_queued(item.key):  # what has ended of it was shown while it was open
             self.put(item)
             return self.write_waiting(item.key, _URGENT_SECONDS)
-        if self._may_wait():
+        if self.may_wait():
             begun = time.monotonic()
             outcome = self._urgent_writer.write([item])[0]
             if outcome.verdict in (Verdict.STORED, Verdict.REFUSED):
                 self._settle(outcome, "waiting")
                 return outcome.verdict is Verdict.STORED
-            self._note_wait(begun)
+            self.note_wait(begun)
         self.put(item)
         return False
 
@@ -137,7 +137,7 @@ class StoreQueue:
         Returns:
             Whether nothing of it waits any more.
         """
-        items = self._take_out(key, time.monotonic() + timeout) if self._may_wait() else None
+        items = self._take_out(key, time.monotonic() + timeout) if self.may_wait() else None
         if items is None:
             return False
         begun = time.monotonic()
@@ -157,17 +157,18 @@ class StoreQueue:
             again = [outcome.item for outcome in outcomes if outcome.verdict not in is_settled]
             self.memory.give_back(items, again)
         if again:
-            self._note_wait(begun)
+            self.note_wait(begun)
         if len(self.memory):
             self._wake.set()
             self._start()
         self._tell()
         return not again
 
-    def _may_wait(self) -> bool:
+    def may_wait(self) -> bool:
+        """Whether a caller may wait for the store: it was not found away a moment ago."""
         return self.waits and time.monotonic() >= max(self._waits_again_at, self._away_until)
 
-    def _note_wait(self, begun: float) -> None:
+    def note_wait(self, begun: float) -> None:
         """Somebody has waited in vain since ``begun``: where that was long, let nobody else for a while."""
         if time.monotonic() - begun > _LONG_WAIT:
             self._waits_again_at = time.monotonic() + _WAITS_AGAIN
@@ -180,7 +181,7 @@ class StoreQueue:
                 if not self.backlog.has(key) and (items := self.memory.take_all_of(key)) is not None:
                     return items
                 left = deadline - time.monotonic()
-                if left <= 0 or self._failures or self.away_at > attempts or not self._may_wait():
+                if left <= 0 or self._failures or self.away_at > attempts or not self.may_wait():
                     return None
                 self._hurry.set()
                 self._wake.set()

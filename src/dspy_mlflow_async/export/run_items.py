@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from mlflow.tracking import MlflowClient
 
-from dspy_mlflow_async.export import prepare
+from dspy_mlflow_async.export import late_runs, prepare
 from dspy_mlflow_async.export.items import RunItem
 from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, judge
 from dspy_mlflow_async.seams import mlflow_http, mlflow_store
@@ -18,7 +19,9 @@ from dspy_mlflow_async.seams import mlflow_http, mlflow_store
 _MOST_METRICS, _MOST_OTHERS = 800, 100  # 1,000 together
 
 
-def write_runs(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+def write_runs(
+    uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.Status], link: Callable[[str, str], None]
+) -> list[Outcome]:
     """Write operations on runs, those on one run in order and in as few requests as they take.
 
     Once the store is found to be away nothing further is tried.
@@ -27,6 +30,7 @@ def write_runs(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.St
         uri: The store.
         items: The operations.
         statuses: Where the HTTP statuses are noted.
+        link: Called with a trace and its run, where the trace was stored before the run was created.
 
     Returns:
         An outcome for each item.
@@ -37,12 +41,18 @@ def write_runs(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.St
     outcomes: list[Outcome] = []
     for (_, workspace), operations in runs.items():
         with mlflow_store.workspace_scope(workspace):
-            _write_run(uri, operations, statuses, outcomes)
+            _write_run(uri, operations, statuses, outcomes, link)
     return outcomes
 
 
-def _write_run(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.Status], outcomes: list[Outcome]) -> None:
-    """Write operations on one run: values, then artifacts, then its end. What worked is not done again."""
+def _write_run(
+    uri: str,
+    items: Sequence[RunItem],
+    statuses: list[mlflow_http.Status],
+    outcomes: list[Outcome],
+    link: Callable[[str, str], None],
+) -> None:
+    """Write operations on one run: it, values, then artifacts, then its end. What worked is not done again."""
 
     def write(how: Callable[[MlflowClient, str, Sequence[RunItem]], None], some: Sequence[RunItem]) -> None:
         waiting = [outcome for item in some if (outcome := held_up(item, outcomes)) is not None]
@@ -53,7 +63,8 @@ def _write_run(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.St
         try:
             for item in some:
                 prepare.prepare(item)
-            how(MlflowClient(tracking_uri=uri), items[0].key, some)  # which opens a store that is not open yet
+            client = MlflowClient(tracking_uri=uri)  # which opens a store that is not open yet
+            how(client, items[0].key if how is create else late_runs.real_id(client, items[0].key), some)
         except Exception as error:  # noqa: BLE001 - judged
             verdict = judge(error, statuses)
             if len(some) == 1 or verdict is Verdict.AWAY:
@@ -64,13 +75,27 @@ def _write_run(uri: str, items: Sequence[RunItem], statuses: list[mlflow_http.St
             return
         outcomes.extend(Outcome(item, Verdict.STORED) for item in some)
 
+    create = functools.partial(_create, link=link)
     for how, some in (
-        (_log_values, [item for item in items if item.path is None and item.status is None]),
+        (create, [item for item in items if item.creation is not None]),
+        (_log_values, [item for item in items if _is_values(item)]),
         (_log_artifacts, [item for item in items if item.path is not None]),
         (_end, [item for item in items if item.status is not None]),
     ):
         if some:
             write(how, some)
+
+
+def _is_values(item: RunItem) -> bool:
+    return item.creation is None and item.path is None and item.status is None
+
+
+def _create(client: MlflowClient, stand_in: str, items: Sequence[RunItem], *, link: Callable[[str, str], None]) -> None:
+    for item in items:
+        if item.creation is not None:
+            run_id, trace_ids = late_runs.create(client, stand_in, item.creation)
+            for trace_id in trace_ids:
+                link(trace_id, run_id)
 
 
 def _log_values(client: MlflowClient, run_id: str, items: Sequence[RunItem]) -> None:

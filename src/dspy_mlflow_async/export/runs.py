@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mlflow import MlflowClient
+
+from dspy_mlflow_async.export import late_runs
 from dspy_mlflow_async.export.installation import pipeline
-from dspy_mlflow_async.export.items import Fate, RunItem
+from dspy_mlflow_async.export.items import Creation, Fate, RunItem
+from dspy_mlflow_async.export.retry import Verdict, judge
 from dspy_mlflow_async.export.run_items import parts
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
+
+    from dspy_mlflow_async.export.queue import StoreQueue
 
 
 class RunWriter:
@@ -21,6 +27,24 @@ class RunWriter:
     def __init__(self, tracking_uri: str | None) -> None:
         self._uri = mlflow_store.resolve_tracking_uri(tracking_uri)
         self._fate = Fate()
+
+    def create(self, stand_in: str, creation: Creation) -> None:
+        """Create a run as soon as the store does that; the other methods take ``stand_in`` for its id at once."""
+        late_runs.note_queued(stand_in)
+        self._put(RunItem(key=stand_in, size=1000, creation=creation))
+
+    def keep(self, stand_in: str, run_id: str) -> None:
+        """Note that a run is there under a stand-in id; one that was created a second time is deleted."""
+        client = MlflowClient(tracking_uri=self._uri)
+        late_runs.keep(client, stand_in, client.get_run(run_id))
+
+    def may_ask(self) -> bool:
+        """Whether the store is worth a wait now: it was not away a moment ago."""
+        return self._queue().may_wait()
+
+    def note_wait(self, begun: float) -> None:
+        """Let nobody wait for a while, after a long wait in vain since ``begun`` (monotonic)."""
+        self._queue().note_wait(begun)
 
     def log(
         self,
@@ -66,14 +90,17 @@ class RunWriter:
         """
         return bool(self._settle(run_id, timeout)) and not self._fate.was_refused
 
+    def _queue(self) -> StoreQueue:
+        return pipeline().current().queue(self._uri)
+
     @guarded
     def _put(self, item: RunItem) -> None:
         item.workspace, item.fate = mlflow_store.request_workspace(), self._fate
-        pipeline().current().queue(self._uri).put(item)
+        self._queue().put(item)
 
     @guarded
     def _settle(self, run_id: str, timeout: float) -> bool:
-        return pipeline().current().queue(self._uri).write_waiting(run_id, timeout)
+        return self._queue().write_waiting(run_id, timeout)
 
 
 def run_writer(tracking_uri: str | None) -> RunWriter:
@@ -83,3 +110,17 @@ def run_writer(tracking_uri: str | None) -> RunWriter:
         tracking_uri: The store; None for the one that MLflow uses now.
     """
     return RunWriter(tracking_uri)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error of the store says that it will never do what it was asked for."""
+    return judge(error) is Verdict.REFUSED
+
+
+def real_id(run_id: str) -> str:
+    """The id in the current store of the run that a stand-in id stands for; any other id as it is.
+
+    Raises:
+        LookupError: Where the run has not been created yet.
+    """
+    return late_runs.real_id(MlflowClient(), run_id)

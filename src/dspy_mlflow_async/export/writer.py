@@ -7,9 +7,11 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.entities import Trace, TraceData
+from mlflow.tracing.constant import TraceMetadataKey
 
-from dspy_mlflow_async.export import gate, prepare
+from dspy_mlflow_async.export import gate, late_runs, prepare
 from dspy_mlflow_async.export.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, TraceItem
 from dspy_mlflow_async.export.lanes import in_lanes
@@ -69,35 +71,56 @@ class Writer:
 
     def _write_group(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         if isinstance(items[0], RunItem):
-            return write_runs(self.uri, items, statuses)
+            return write_runs(self.uri, items, statuses, self._link)
         if isinstance(items[0], FollowUp):
             return self._one_by_one(items, self._write_follow_up, statuses)
         return self._write_traces(items, statuses)
 
     # --- traces ---
 
-    def _write_traces(self, items: Sequence[Item], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+    def _write_traces(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         good: list[Any] = []
         bad: list[Outcome] = []
         for item in items:
             try:
                 prepare.prepare(item)
-                good.append(item)
-            except Exception as error:  # noqa: BLE001, PERF203 - one trace must not keep the others from the store
+            except Exception as error:  # noqa: BLE001 - one trace must not keep the others from the store
                 bad.append(Outcome(item, Verdict.SUSPECT, error))
+                continue
+            try:
+                if late_runs.has_stand_in(item):
+                    late_runs.name_run(MlflowClient(tracking_uri=self.uri), item.info.trace_metadata)
+                good.append(item)
+            except Exception as error:  # noqa: BLE001 - the store decides what it raises; `judge` says what it means
+                bad.append(Outcome(item, judge(error, statuses), error))
         if not good:
             return bad
+        return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, statuses)]
+
+    def _linked(self, outcome: Outcome, statuses: list[mlflow_http.Status]) -> Outcome:
+        """The outcome of a trace, with its run where that was created while it was stored."""
+        item: Any = outcome.item
+        if outcome.verdict is not Verdict.STORED or not late_runs.has_stand_in(item):
+            return outcome
+        statuses.clear()
+        try:
+            late_runs.link_since(MlflowClient(tracking_uri=self.uri), item, self._link)
+        except Exception as error:  # noqa: BLE001 - judged
+            return Outcome(item, judge(error, statuses), error)
+        return outcome
+
+    def _store_traces(self, good: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         statuses.clear()
         try:
             if self._takes_batches is None:
                 self._takes_batches = self._ask_for_batches(statuses)
         except Exception as error:  # noqa: BLE001 - the store decides what it raises; `judge` says what it means
-            return bad + [Outcome(item, judge(error, statuses), error) for item in good]
+            return [Outcome(item, judge(error, statuses), error) for item in good]
         if self._takes_batches and self._takes_spans and self._all_at_once(good):
-            return bad + [Outcome(item, Verdict.STORED) for item in good]
+            return [Outcome(item, Verdict.STORED) for item in good]
         if not self._takes_batches:
-            return bad + self._one_by_one(good, self._write_spans_first, statuses)
-        return bad + self._starts_then_spans(good, statuses)
+            return self._one_by_one(good, self._write_spans_first, statuses)
+        return self._starts_then_spans(good, statuses)
 
     def _ask_for_batches(self, statuses: Sequence[mlflow_http.Status]) -> bool:
         """Whether the store takes spans of many traces together.
@@ -299,6 +322,8 @@ class Writer:
 
     def _write_follow_up(self, item: FollowUp) -> None:
         prepare.prepare(item)
+        if late_runs.has_stand_in(item):
+            late_runs.name_run(MlflowClient(tracking_uri=self.uri), item.metadata)
         if item.metadata:  # only `start_trace` can set it; it leaves alone what it is not given
             info = self._stored_info(item.key)
             info.trace_metadata.update(item.metadata)
@@ -311,6 +336,10 @@ class Writer:
                     raise
         for key, value in item.tags.items():
             self.client.store.set_trace_tag(item.key, key, value)
+
+    def _link(self, trace_id: str, run_id: str) -> None:
+        """Give a trace its run, which came after it."""
+        self._write_follow_up(FollowUp(key=trace_id, metadata={TraceMetadataKey.SOURCE_RUN: run_id}))
 
     def _has_assessment(self, trace_id: str, assessment_id: str | None) -> bool:
         try:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextvars
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async import export
 
 TIMEOUT = 10.0  # seconds: a busy machine must not be taken for a store that is away
-# Seconds in which a store that was away is not asked again: twice as long each time that it is away again.
-FIRST_PAUSE = 5.0
-LONGEST_PAUSE = 300.0
 
 _Answer = TypeVar("_Answer")
 
@@ -30,53 +26,23 @@ def ask(
         timeout: Seconds to wait.
 
     Raises:
-        TimeoutError: When there is no answer in time, or this store gave none a moment ago.
+        TimeoutError: When there is no answer in time, or the queue of this store knows that it gives none now.
         Exception: What ``question`` raised.
     """
-    uri = seam.tracking_uri()
-    _away.check(uri)
+    writer = export.run_writer(None)
+    if not writer.may_ask():
+        raise TimeoutError("the store is away")
+    begun = time.monotonic()
     wait = _Wait(question, discard)
     # MLflow's own retries can take minutes; a daemon does not hold up the end of the process either.
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(wait.run,), name="dspy-mlflow-async-ask", daemon=True).start()
     try:
-        answer = wait.result(timeout)
+        return wait.result(timeout)
     except Exception as error:
-        if seam.is_away(error):
-            _away.note(uri)
+        if not export.is_refusal(error):
+            writer.note_wait(begun)
         raise
-    _away.forget(uri)
-    return answer
-
-
-class _Away:
-    """Which stores were away, and until when they are not asked. ``lock`` guards that."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pauses: dict[str, tuple[float, float]] = {}  # its end, by the monotonic clock, and its length
-
-    def check(self, uri: str) -> None:
-        with self._lock:
-            end, _ = self._pauses.get(uri, (0.0, 0.0))
-        if time.monotonic() < end:
-            raise TimeoutError("the store was away a moment ago")
-
-    def note(self, uri: str) -> None:
-        with self._lock:
-            _, earlier = self._pauses.get(uri, (0.0, 0.0))
-            pause = min(max(2 * earlier, FIRST_PAUSE), LONGEST_PAUSE)
-            self._pauses[uri] = (time.monotonic() + pause, pause)
-
-    def forget(self, uri: str) -> None:
-        with self._lock:
-            self._pauses.pop(uri, None)
-
-
-_away = _Away()
-if hasattr(os, "register_at_fork"):
-    # Nobody holds its lock there.
-    os.register_at_fork(after_in_child=_away.__init__)  # type: ignore[misc]
 
 
 class _Wait(Generic[_Answer]):

@@ -51,6 +51,7 @@ class Compile:
         self._optimizer = optimizer
         self._inputs = inputs
         self._block: active.Block | None = None
+        self._is_shown = False
         # MIPROv2 proposes with the LM that runs the program where it is given no other: then nobody can tell.
         self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
         self._judges = _judges(optimizer, inputs)
@@ -155,6 +156,7 @@ class Compile:
             self._log(lambda: self._log_plot(run))
         finally:
             opening.close(run, status)
+            self._show_in_ui(run)
             if not run.is_complete:
                 logger.warning(
                     "The run of the compile of %s could not be logged in full now; its scores: %s. What is in the "
@@ -216,6 +218,9 @@ class Compile:
 
     @guarded
     def _show_in_ui(self, run: RunHandle) -> None:
+        if self._is_shown or run.is_pending:
+            return
+        self._is_shown = True
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
             ask(lambda: seam.log_dummy_model(run.run_id, autolog_seam.FLAVOR))
 

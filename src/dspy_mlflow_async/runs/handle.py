@@ -90,10 +90,17 @@ class RunHandle:
         self._tables: list[dict[str, str]] = []
         self._metric_keys, self._param_keys, self._tag_keys = _Keys(), _Keys(), _Keys()
         self._writer = export.run_writer(None)
+        # What is logged keeps its order under the id that the run has now, should that be a stand-in.
+        self.key = self.run_id
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the store has not told us of the run."""
+        return isinstance(self.run, seam.PendingRun) and not self.run.is_there
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run."""
+        """MLflow's id of the run; while its creation waits, a stand-in."""
         return str(self.run.info.run_id)
 
     @property
@@ -105,24 +112,24 @@ class RunHandle:
         """Log metrics at ``step``; those that are None are left out."""
         now, keys = int(time.time() * 1000), self._metric_keys.of(values)
         metrics = [Metric(keys[key], float(value), now, step) for key, value in values.items() if value is not None]
-        self._writer.log(self.run_id, metrics=metrics)
+        self._writer.log(self.key, metrics=metrics)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log params. Those that the run held before keep their value: MLflow refuses a second."""
-        known = {} if self._is_new else self._stored_params()
+        known = {} if self._is_new or self.is_pending else self._stored_params()
         keys = self._param_keys.of(values)
         fresh = [
             Param(keys[key], self.door.text(value, MAX_PARAM_LENGTH, name=key))
             for key, value in values.items()
             if keys[key] not in known
         ]
-        self._writer.log(self.run_id, params=fresh)
+        self._writer.log(self.key, params=fresh)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; those that are None are left out."""
         keys = self._tag_keys.of(values)
         tags = [RunTag(keys[key], self._tag(key, value)) for key, value in values.items() if value is not None]
-        self._writer.log(self.run_id, tags=tags)
+        self._writer.log(self.key, tags=tags)
 
     def _tag(self, key: str, value: Any) -> str:
         if not isinstance(value, str) or key == seam.MLFLOW_LOGGED_ARTIFACTS:
@@ -135,7 +142,7 @@ class RunHandle:
 
     def picture(self, path: str, content: bytes) -> None:
         """Store ``content``, which shows nothing that has not passed the door, as the artifact ``path``."""
-        self._writer.artifact(self.run_id, path, content)
+        self._writer.artifact(self.key, path, content)
 
     def table(self, path: str, columns: Mapping[str, list[Any]]) -> None:
         """Store a table as ``mlflow.log_table`` does, below the rows that the run held before."""
@@ -161,16 +168,22 @@ class RunHandle:
         """
         monitor = None
         if self.is_own and self._process_id == os.getpid():
-            self._writer.end(self.run_id, status, int(time.time() * 1000))
-            seam.remember_last_run(self.run_id)
+            self._writer.end(self.key, status, int(time.time() * 1000))
+            if not self.is_pending:
+                seam.remember_last_run(self.run_id)
             monitor = self._stop_system_metrics()
         if not is_leaving:
+            was_pending = self.is_pending
             self.settle()
+            if was_pending and self.is_own and not self.is_pending:
+                seam.remember_last_run(self.run_id)
         if monitor is not None and self.is_complete:
             monitor.join(1.0 if is_leaving else TIMEOUT)
 
     def start_system_metrics(self, *, is_resumed: bool = False) -> None:
         """Collect system metrics until the run ends, if the user has asked MLflow for them."""
+        if self.is_pending:
+            return
         try:
             self._monitor = seam.start_system_metrics(self.run_id, is_resumed=is_resumed or not self._is_new)
         except Exception as error:  # noqa: BLE001 - MLflow says a word and goes on, too
@@ -189,7 +202,7 @@ class RunHandle:
     def settle(self) -> None:
         """Wait until the store has what was logged, for a bounded time; the rest goes on in the background."""
         try:
-            is_stored = ask(lambda: self._writer.settle(self.run_id, TIMEOUT))
+            is_stored = ask(lambda: self._writer.settle(self.key, TIMEOUT))
         except Exception:  # noqa: BLE001 - the store does not answer
             is_stored = False
         self.is_complete = self.is_complete and is_stored

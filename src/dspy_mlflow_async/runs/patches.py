@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dspy_mlflow_async import export
+from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import stack
 from dspy_mlflow_async.runs.nesting import replace_start_run
 from dspy_mlflow_async.seams import mlflow_runs as seam
@@ -96,14 +98,24 @@ def replace_stack(count_blocks: Callable[[int], None]) -> Undo:
     setattr(seam.fluent, seam.STACK_NAME, replacement)
     undo_blocks = _replace_blocks(replacement, count_blocks)
     undo_start = replace_start_run()
+    undo_wait = seam.wait_in_fluent_calls(_wait_for_run)
 
     def undo() -> None:
         if seam.run_stack() is replacement:
             setattr(seam.fluent, seam.STACK_NAME, original)
         undo_blocks()
         undo_start()
+        undo_wait()
 
     return undo
+
+
+@guarded
+def _wait_for_run() -> None:
+    """Wait for the run that is active here, for a bounded time, where its creation waits in the queue."""
+    run = stack.innermost()
+    if isinstance(run, seam.PendingRun) and not run.is_there:
+        export.run_writer(None).settle(run.info.run_id)
 
 
 # --- with mlflow.start_run() --------------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_FLUENT}:_active_experiment_id", _RUNS),
     Seam(f"{_FLUENT}:_create_logged_model", _RUNS),
     Seam(f"{_FLUENT}:_get_experiment_id", _RUNS),
+    Seam(f"{_FLUENT}:_get_or_start_run", "lets a fluent call wait for a run that is on its way", is_optional=True),
     Seam(f"{_FLUENT}:_last_active_run_id", _RUNS),
     Seam("mlflow.dspy.util:_flatten_dspy_module_state", _RUNS),
     Seam("mlflow.dspy.util:sanitize_params", _RUNS),

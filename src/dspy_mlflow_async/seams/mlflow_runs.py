@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlflow
 from mlflow import ActiveRun, MlflowClient
 from mlflow.dspy.util import _flatten_dspy_module_state, sanitize_params
-from mlflow.entities import LifecycleStage, LoggedModelOutput, RunStatus, RunTag
-from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING, MLFLOW_RUN_ID
+from mlflow.entities import LifecycleStage, LoggedModelOutput, Run, RunData, RunInfo, RunStatus, RunTag
+from mlflow.environment_variables import (
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING,
+    MLFLOW_EXPERIMENT_ID,
+    MLFLOW_EXPERIMENT_NAME,
+    MLFLOW_RUN_ID,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.constant import TokenUsageKey
 from mlflow.tracing.utils import calculate_cost_by_model_and_token_usage
-from mlflow.tracking import fluent, get_tracking_uri
+from mlflow.tracking import fluent
 from mlflow.tracking.context import registry as context_registry
 from mlflow.utils import providers
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
+
+from dspy_mlflow_async.seams.patching import patch
 
 __all__ = [
     "MLFLOW_AUTOLOGGING",
@@ -33,7 +41,6 @@ __all__ = [
 
 # Looked up by MLflow in this module at every use, so an object of the same interface can stand in for it.
 STACK_NAME = "_active_run_stack"
-_AWAY = frozenset({408, 429, 502, 503, 504})  # HTTP
 
 
 def has_run_stack() -> bool:
@@ -47,7 +54,9 @@ def run_stack() -> Any:
     return getattr(fluent, STACK_NAME)
 
 
-def create_run(name: str | None, experiment_id: str | None, tags: Mapping[str, str]) -> ActiveRun:
+def create_run(
+    name: str | None, experiment_id: str | None, tags: Mapping[str, str], start_time_ms: int | None = None
+) -> ActiveRun:
     """Create a run as ``mlflow.start_run`` does, without making it active.
 
     Raises:
@@ -55,8 +64,82 @@ def create_run(name: str | None, experiment_id: str | None, tags: Mapping[str, s
     """
     if experiment_id is None:
         experiment_id = fluent._get_experiment_id()
-    run = MlflowClient().create_run(experiment_id, run_name=name, tags=context_registry.resolve_tags(dict(tags)))
+    run = MlflowClient().create_run(experiment_id, start_time_ms, resolve_tags(tags), name)
     return ActiveRun(run)
+
+
+def resolve_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """These tags, and those that MLflow gives every run: user, source, commit."""
+    return dict(context_registry.resolve_tags(dict(tags)))
+
+
+def experiment_here() -> tuple[str | None, str | None]:
+    """The id and the name of the experiment that a run gets here, as far as that is known without the store."""
+    if fluent._active_experiment_id:
+        return str(fluent._active_experiment_id), None
+    if name := MLFLOW_EXPERIMENT_NAME.get():
+        return None, name
+    return MLFLOW_EXPERIMENT_ID.get(), None
+
+
+class PendingRun(ActiveRun):
+    """Stands for a run that the store has not told us of, and shows it as soon as it is there.
+
+    Args:
+        run_id: Its id, or a stand-in.
+        experiment_id: Its experiment, where that is known.
+        name: Its name.
+        start_time_ms: Milliseconds since the epoch.
+        find: Gives MLflow's run, or None while it is not there.
+    """
+
+    replaces_tables = True  # it holds nothing yet
+
+    def __init__(
+        self,
+        run_id: str,
+        experiment_id: str | None,
+        name: str | None,
+        start_time_ms: int,
+        find: Callable[[str], Run | None],
+    ) -> None:
+        self._find = find
+        self._stand_in = RunInfo(
+            run_id=run_id,
+            experiment_id=experiment_id,
+            user_id="",
+            status=RunStatus.to_string(RunStatus.RUNNING),
+            start_time=start_time_ms,
+            end_time=None,
+            lifecycle_stage=LifecycleStage.ACTIVE,
+            run_name=name,
+        )
+        super().__init__(Run(self._stand_in, RunData()))
+
+    @property
+    def info(self) -> RunInfo:
+        """What is known of the run."""
+        found = self._find(self._stand_in.run_id)
+        return self._stand_in if found is None else found.info
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the store has it, as far as this process knows."""
+        return self._find(self._stand_in.run_id) is not None
+
+
+def wait_in_fluent_calls(wait: Callable[[], None]) -> Callable[[], None]:
+    """Call ``wait`` before a fluent function takes the active run to log into; returns the undo."""
+    if not hasattr(fluent, "_get_or_start_run"):
+        return lambda: None
+    get_or_start_run = fluent._get_or_start_run
+
+    @functools.wraps(get_or_start_run)
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        wait()
+        return get_or_start_run(*args, **kwargs)
+
+    return patch(fluent, _get_or_start_run=waiting)
 
 
 def take_run_id() -> str | None:
@@ -83,21 +166,6 @@ def resume_run(run_id: str, name: str | None, tags: Mapping[str, str]) -> Active
     if tags:
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     return ActiveRun(client.get_run(run_id))
-
-
-def tracking_uri() -> str:
-    """Where MLflow's store is."""
-    return str(get_tracking_uri())
-
-
-def is_away(error: Exception) -> bool:
-    """Whether an error of the store says that it cannot be reached, rather than that it refuses."""
-    if isinstance(error, OSError):  # a TimeoutError, and what ``requests`` raises
-        return True
-    # MLflow wraps what `requests` raises after its retries: mlflow.utils.rest_utils.http_request.
-    if not isinstance(error, MlflowException):
-        return False
-    return "API request to" in error.message or error.get_http_status_code() in _AWAY
 
 
 def remember_last_run(run_id: str) -> None:
