@@ -66,7 +66,7 @@ def scalar_params(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of an optimizer's arguments that a param can hold. Source: ``mlflow.dspy.autolog._patched_compile``."""
     flat = {key: value for key, value in values.items() if key != "kwargs"}
     flat.update(values.get("kwargs") or {})
-    return {key: value for key, value in flat.items() if isinstance(value, (int, float, str, bool))}
+    return {key: value for key, value in flat.items() if issubclass(type(value), (int, float, str, bool))}
 
 
 def dataset_columns(dataset: Iterable[Any]) -> dict[str, list[Any]]:

@@ -57,7 +57,7 @@ def feedback_of(metric: Any, door: Door, *, score: Any = None, error: Exception 
         told = AssessmentError(failure.type, failure.message, failure.stacktrace)
         return Feedback(name=metric_name(metric), error=told, source=source)
     rationale = None
-    if isinstance(score, dspy.Prediction):
+    if issubclass(type(score), dspy.Prediction):
         score, rationale = getattr(score, "score", None), getattr(score, "feedback", None)
     return Feedback(
         name=metric_name(metric),
@@ -70,7 +70,7 @@ def feedback_of(metric: Any, door: Door, *, score: Any = None, error: Exception 
 def _storable(value: Any, door: Door) -> Any:
     if value is None:
         return "None"  # MLflow takes no feedback without a value
-    if not isinstance(value, (str, bytes, dict, list, tuple)):
+    if not issubclass(type(value), (str, bytes, dict, list, tuple)):
         with contextlib.suppress(Exception):  # not one, or an array of several; and it may be the user's code
             value = value.item()  # a NumPy scalar
     plain = door.plain(MAX_FEEDBACK_BYTES)

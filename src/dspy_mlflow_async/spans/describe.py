@@ -12,13 +12,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import dspy
+import pydantic
 from mlflow.dspy.util import EXCLUDE_LM_PARAMS
 
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, SpanType
+from dspy_mlflow_async.spans.opaque import behind, contain
 from dspy_mlflow_async.spans.serialize import without_addresses
 from dspy_mlflow_async.spans.signatures import texts_of
 
 _HASHED = 32_768  # characters of the beginning, and of the end, of a demo's field by which a program is named
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the user's
 
 
@@ -101,15 +104,32 @@ def describe_interpreter(instance: Any, inputs: Mapping[str, Any], operation: st
 
 def describe_outputs(instance: Any, outputs: Any) -> Any:
     """What a module returned, in the form that MLflow shows: predictions as dicts, documents as documents."""
-    if not isinstance(outputs, dspy.Prediction):
+    if not issubclass(type(outputs), dspy.Prediction):
         return outputs
     kind = type(instance)
     if f"{kind.__module__}.{kind.__qualname__.rpartition('.')[2]}" == "dspy.retrieve.databricks_rm.DatabricksRM":
         return _documents(outputs)
     try:
-        return outputs.toDict()
-    except Exception:  # noqa: BLE001 - it runs through whatever the program has put there, circles too
-        return dict(outputs.items())
+        return _as_dict(outputs)
+    except BaseException as error:  # noqa: BLE001 - it runs through whatever the program has put there, circles too
+        contain(error)
+        return dict(dspy.Example.items(outputs))
+
+
+def _as_dict(value: Any) -> Any:
+    """``dspy.Example.toDict``, which asks every value for a method, and so evaluates lazy ones."""
+    kind = type(value)
+    if kind in _SCALARS or behind(value)[1]:
+        return value
+    if getattr(kind, "toDict", None) is dspy.Example.toDict:
+        return {key: _as_dict(item) for key, item in dspy.Example.items(value)}
+    if hasattr(kind, "toDict"):
+        return value.toDict()
+    if issubclass(kind, pydantic.BaseModel):
+        return value.model_dump()
+    if issubclass(kind, list):
+        return [_as_dict(item) for item in list.__iter__(value)]
+    return {key: _as_dict(item) for key, item in value.items()} if issubclass(kind, dict) else value
 
 
 def program_hash(predictor: Any) -> str:
@@ -144,9 +164,12 @@ def _texts_of_demo(demo: Any) -> list[str]:
 def _text(value: Any) -> str:
     if type(value) in {str, bytes} and len(value) > _HASHED:  # not all of an image, at each call
         return f"{len(value)} {value[:_HASHED]!r} {value[-_HASHED:]!r}"
+    if behind(value)[1]:
+        return type(value).__name__
     try:
         return repr(value)
-    except Exception:  # noqa: BLE001 - somebody's own __repr__
+    except BaseException as error:  # noqa: BLE001 - somebody's own __repr__
+        contain(error)
         return type(value).__name__
 
 
@@ -181,7 +204,7 @@ def _unpack(inputs: Mapping[str, Any]) -> dict[str, Any]:
     merged = {key: value for key, value in inputs.items() if key != "kwargs"}
     merged.update(inputs.get("kwargs") or {})
     for key, value in merged.items():
-        if isinstance(value, type) and issubclass(value, dspy.Signature):
+        if issubclass(type(value), type) and issubclass(value, dspy.Signature):
             merged[key] = texts_of(value).full
     return merged
 

@@ -17,7 +17,7 @@ from dspy_mlflow_async.spans import bounds
 from dspy_mlflow_async.spans.bounds import Mark
 from dspy_mlflow_async.spans.contents import MARGIN, mask
 from dspy_mlflow_async.spans.media import blocks_of, in_few_words, may_be_attached
-from dspy_mlflow_async.spans.opaque import beginning_of_text, held_by, text_of
+from dspy_mlflow_async.spans.opaque import beginning_of_text, behind, contain, held_by, is_a, text_of
 from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN
 from dspy_mlflow_async.spans.secrets import MASK, is_secret, mask_in_text, names_secret
 
@@ -29,19 +29,10 @@ _SHORT = 64  # characters
 _LARGE = 10_000  # bits; Python refuses to write integers of more than 4,300 digits
 
 # Below these, secrets are masked whatever the span: HTTP headers, and the LM arguments that modules hand on.
-_GUARDED_KEYS = frozenset(
-    {
-        "headers",
-        "Headers",
-        "extra_headers",
-        "default_headers",
-        "http_headers",
-        "config",
-        "lm",
-        "lm_kwargs",
-        "model_list",
-    }
-)
+_GUARDED_KEYS = frozenset({
+    *("headers", "Headers", "extra_headers", "default_headers", "http_headers"),
+    *("config", "lm", "lm_kwargs", "model_list"),
+})  # fmt: skip
 
 
 def dump(value: Any) -> str:
@@ -86,7 +77,7 @@ class Plain:
 
     __slots__ = (
         *("_looks_inside", "_mask", "_max_bytes", "_media", "_path", "_redact", "_remaining", "_secrets"),
-        *("has_attachments", "has_secrets", "has_unusual_floats"),
+        *("has_attachments", "has_lazy", "has_secrets", "has_unusual_floats"),
     )
 
     def __init__(
@@ -106,6 +97,7 @@ class Plain:
         self._path: set[int] = set()
         self._looks_inside = False
         self.has_attachments = False
+        self.has_lazy = False  # what evaluates itself when its text is asked for
         self.has_secrets = False
         self.has_unusual_floats = False
 
@@ -197,8 +189,9 @@ class Plain:
             return f"[nested deeper than {MAX_DEPTH}]"
         self._path.add(identity)
         try:
-            return self._mapping(value, secrets) if isinstance(value, dict) else self._sequence(value, secrets)
-        except Exception:  # noqa: BLE001 - a subclass may refuse to be read, or another thread change it meanwhile
+            return self._mapping(value, secrets) if is_a(value, dict) else self._sequence(value, secrets)
+        except BaseException as error:  # noqa: BLE001 - a subclass may refuse to be read, or another thread change it
+            contain(error)
             return self._as_text(value, secrets=secrets)
         finally:
             self._path.discard(identity)
@@ -208,14 +201,14 @@ class Plain:
         is_open = self._redact is None
         is_record = secrets and _is_secret_record(value)
         most = max(self._remaining, 0) + 1
-        items = value.items() if type(value) is not dict or len(value) <= most else islice(value.items(), most)
-        for key, item in list(items):
+        total = dict.__len__(value)
+        for key, item in list(value.items() if type(value) is dict and total < most else islice(value.items(), most)):
             name = key if type(key) is str else self._key(key)
             if len(name) >= SHORTEST_TOKEN:
                 name = self._mask(name[: most + MARGIN])
             remaining = self._remaining - len(name)
             if remaining < 0:
-                plain["…"] = bounds.mark_of_items(len(plain), len(value), "keys")
+                plain["…"] = bounds.mark_of_items(len(plain), max(total, len(plain) + 1), "keys")
                 break
             self._remaining = remaining
             if secrets and item is not None and (is_secret(name) or (is_record and name == "value")):
@@ -230,12 +223,13 @@ class Plain:
     def _sequence(self, value: Any, secrets: bool) -> list[Any]:
         plain: list[Any] = []
         kind = type(value)
-        is_named = kind is not list and kind is not tuple and isinstance(value, tuple)
+        is_named = kind is not list and kind is not tuple and is_a(value, tuple)
         names = getattr(kind, "_fields", None) if is_named else None
         most = max(self._remaining, 0) + 1
-        for item in value[:most] if kind is list or kind is tuple else list(value):
+        base = list if is_a(value, list) else tuple  # a subclass's own iterator may never end, and its length lie
+        for item in base.__getitem__(value, slice(most)):
             if self._remaining <= 0:
-                plain.append(bounds.mark_of_items(len(plain), len(value), "items"))
+                plain.append(bounds.mark_of_items(len(plain), base.__len__(value), "items"))
                 break
             self._remaining -= 1
             if names is not None and len(plain) < len(names):
@@ -260,30 +254,33 @@ class Plain:
 
     def _other(self, value: Any, *, secrets: bool) -> Any:
         try:
-            return self._shown(value, secrets=secrets)
-        except Exception:  # noqa: BLE001 - the user's object may refuse to be looked at; its text still tells something
+            found, is_lazy = behind(value)
+            self.has_lazy |= is_lazy
+            return self._plain(found, secrets=secrets) if is_lazy else self._shown(value, secrets=secrets)
+        except BaseException as error:  # noqa: BLE001 - it may refuse to be looked at; its text still tells something
+            contain(error)
             return self._as_text(value, secrets=secrets)
 
     def _shown(self, value: Any, *, secrets: bool) -> Any:
         # The order of TraceJSONEncoder: what json itself takes by subclass first, then models, then dataclasses.
-        if isinstance(value, Mark):
+        if is_a(value, Mark):
             return value
-        if isinstance(value, str):
+        if is_a(value, str):
             return self._text(str.__str__(value), None)
-        if isinstance(value, int):
+        if is_a(value, int):
             return self._plain(int(value), secrets=secrets)
-        if isinstance(value, float):
+        if is_a(value, float):
             return self._plain(float(value), secrets=secrets)
-        if isinstance(value, (dict, list, tuple)):
+        if is_a(value, (dict, list, tuple)):
             return self._container(value, secrets=secrets)
-        if isinstance(value, pydantic.BaseModel):
+        if is_a(value, pydantic.BaseModel):
             # A text for dspy.Image and the like, and whatever a RootModel holds.
             return self._plain(value.model_dump(), secrets=secrets)
-        if is_dataclass(value) and not isinstance(value, type):
+        if is_dataclass(value) and not is_a(value, type):
             shown = {field.name: getattr(value, field.name) for field in fields(value)}
             return self._nested(value, shown, secrets=secrets)
         inside = held_by(value, max(self._remaining, 0) + 1)
-        if inside is not None and self._holds_secrets(value, inside, secrets=secrets):
+        if inside is not None and self._must_be_opened(value, inside, secrets=secrets):
             before, self._looks_inside = self._looks_inside, True
             try:
                 return self._nested(value, inside, secrets=secrets)
@@ -291,14 +288,14 @@ class Plain:
                 self._looks_inside = before
         return self._as_text(value, secrets=secrets)
 
-    def _holds_secrets(self, value: Any, inside: Any, *, secrets: bool) -> bool:
+    def _must_be_opened(self, value: Any, inside: Any, *, secrets: bool) -> bool:
         if self._looks_inside:
             return True  # something around it does, or is being looked through
         look = Plain(self._remaining, secrets=secrets)
         look._path = set(self._path)
         look._looks_inside = True
         look._nested(value, inside, secrets=secrets)
-        return look.has_secrets
+        return look.has_secrets or look.has_lazy
 
     def _as_text(self, value: Any, *, secrets: bool) -> str:
         most = max(self._remaining, 0) + MARGIN
@@ -321,9 +318,9 @@ class Plain:
 
     def _key(self, key: Any) -> str:
         """A mapping's key as ``json`` writes it; what ``json`` refuses, as text."""
-        if isinstance(key, str):
+        if is_a(key, str):
             return str.__str__(key)
-        if key is None or isinstance(key, (bool, int, float)):
+        if key is None or is_a(key, (bool, int, float)):
             return json.dumps(key)
         return beginning_of_text(key, max(self._remaining, 0) + MARGIN)[0]
 
