@@ -252,7 +252,7 @@ LINEAR = {
     "spans.assignments._BLANKS": BOUNDED,
     "spans.assignments._LETTER": PLAIN,
     "spans.assignments._LINE": BOUNDED,
-    "spans.assignments._LINE_REST": "takes what is masked, so that it is not searched again",
+    "spans.assignments._END_OF_HEADER": "ends what is masked, so that it is not searched again",
     "spans.assignments._NAMED": PLAIN,
     "spans.assignments._NAME_BACKWARDS": BOUNDED,
     "spans.assignments._PASSWORD": SHORT,

@@ -112,6 +112,26 @@ def test_it_is_masked_once():
         assert mask(text) == mask(mask(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ('Cookie: a="x y"; sid=abc; b=c\nAccept: *', "Cookie: [masked]\nAccept: *"),
+        ('curl -H "Cookie: a=b; c=d" https://x', 'curl -H "Cookie: [masked]" https://x'),
+        ("{'Set-Cookie': 'a=b; Path=/', 'n': 5}", "{'Set-Cookie': '[masked]', 'n': 5}"),
+        (
+            r'{"raw": "GET /\r\nCookie: a=b\r\nHost: x", "n": 5}',
+            r'{"raw": "GET /\r\nCookie: [masked]\r\nHost: x", "n": 5}',
+        ),
+        ('{"raw": "x Cookie: a=b; c=d", "n": 5}', '{"raw": "x Cookie: [masked]", "n": 5}'),
+        (r"{\"Authorization\": \"Bearer abcd1234\", \"n\": 5}", r"{\"Authorization\": \"[masked]\", \"n\": 5}"),
+        ("csrftoken=qwer5678; theme=dark", "csrftoken=[masked]; theme=dark"),
+    ],
+)
+def test_where_a_header_ends(text, masked):
+    """With its line, or with the text that it stands in; never in the middle of it."""
+    assert masked == mask(text)
+
+
 # --- where a bound cuts ---------------------------------------------------------------------------------------------
 
 KEY = "".join(random.Random(2).choices(string.ascii_letters + string.digits, k=48))  # noqa: S311 - nobody's key

@@ -52,7 +52,8 @@ _QUOTE = re.compile(rb"[bBrRfFuU]{0,2}(?P<quote>\\{0,3}[\"'])")
 _BARE = re.compile(rb"[^\s&;,'\"<>(){}\[\]|\\`]{1,256}")
 _BARE_REST = re.compile(rb"[^\s&;,'\"<>(){}\[\]|\\`]*")
 _LINE = re.compile(rb"[^\r\n\"'\\]{1,256}")
-_LINE_REST = re.compile(rb"[^\r\n\"'\\]*")
+# Where a header ends: with its line, which may be written as an escape, or with the text that it stands in.
+_END_OF_HEADER = re.compile(rb"[\r\n]|\\[rn]|[\"'](?=[ \t]{0,8}(?:[,})\]\r\n]|\Z))")
 _HEADER_NAMES = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie"})
 _SIGNATURES = frozenset({"sig", "x-amz-signature", "x-goog-signature"})
 _NOT_ONE = frozenset(
@@ -98,7 +99,10 @@ def _value_at(data: bytes, sign: int) -> Span | None:
     named = _NAME_BACKWARDS.match(before[::-1])
     if named is None:
         return None
-    name = named["name"][::-1].decode("ascii").lstrip("-.")
+    name = named["name"][::-1].decode("ascii")
+    if before[: len(before) - named.end()].endswith(b"\\") and name[0] in "nrt":  # an escape in the text of a text
+        name = name[1:]
+    name = name.lstrip("-.")
     if not (is_secret(name) or name.lower() in _SIGNATURES):
         return None
     is_assigned = data[sign] == ord("=")
@@ -109,8 +113,11 @@ def _value_at(data: bytes, sign: int) -> Span | None:
     if is_assigned and following[:1] == b">":  # Ruby, PHP
         behind += 1
     begin = end_of(_BLANKS, data, behind)
-    if name.lower() in _HEADER_NAMES and (span := _header(data, begin, is_cookie="ookie" in name)) is not None:
-        return span
+    if name.lower() in _HEADER_NAMES:
+        opening = before[: len(before) - named.end()][-1:]
+        span = _header(data, begin, opening, is_cookie="ookie" in name)
+        if span is not None:
+            return span
     quoted = _QUOTE.match(data, begin)
     if quoted is not None:
         return _quoted(data, quoted.end(), quoted["quote"], name, is_assigned=is_assigned)
@@ -136,10 +143,11 @@ def _bare(data: bytes, begin: int, name: str, lead: bytes | None, *, is_assigned
     return begin, end_of(_BARE_REST, data, bare.end())
 
 
-def _header(data: bytes, begin: int, *, is_cookie: bool) -> Span | None:
+def _header(data: bytes, begin: int, opening: bytes, *, is_cookie: bool) -> Span | None:
+    """The value of a header; ``opening`` is what stands before its name, which may be the quote that closes it."""
     quoted = _QUOTE.match(data, begin)
     if quoted is not None:
-        begin = quoted.end()
+        begin, opening = quoted.end(), quoted["quote"]
     line = _LINE.match(data, begin)
     if line is None:
         return None
@@ -152,7 +160,12 @@ def _header(data: bytes, begin: int, *, is_cookie: bool) -> Span | None:
         is_one = bool(rest) and scheme.isalpha() and not PLACEHOLDER.match(rest) and (b" " not in rest or b"=" in rest)
         is_one = is_one and (looks_random(rest) or scheme.lower() in (b"bearer", b"basic", b"token", b"apikey"))
         is_one = is_one or (not rest and looks_random(value))
-    return (begin, end_of(_LINE_REST, data, line.end())) if is_one else None
+    if not is_one:
+        return None
+    found = _END_OF_HEADER.search(data, line.end())
+    end = len(data) if found is None else found.start()
+    closing = data.find(opening, begin, end + 1) if opening and opening in b"\"'\\\"\\'" else -1
+    return begin, end if closing < 0 else closing
 
 
 def _quoted(data: bytes, begin: int, quote: bytes, name: str, *, is_assigned: bool) -> Span | None:

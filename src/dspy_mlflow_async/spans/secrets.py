@@ -16,7 +16,10 @@ _NAMES = frozenset({
     "proxy_authorization", "pwd", "refresh_token", "secret", "secret_key", "session_token", "set_cookie",
     "signing_key", "ssh_key", "subscription_key", "token", "x_api_key",
 })  # fmt: skip
-_ONE_WORD = frozenset({"sessionid", "jsessionid", "phpsessid"})  # cookies; "session_id" is MLflow's, and no secret
+# Cookies; "session_id" is MLflow's, and no secret.
+_ONE_WORD = frozenset({
+    "sessionid", "jsessionid", "phpsessid", "csrftoken", "xsrftoken", "csrfmiddlewaretoken", "apitoken",
+})  # fmt: skip
 _PLURALS = frozenset({
     "access_keys", "access_tokens", "api_keys", "auth_tokens", "bearer_tokens", "passwords", "private_keys",
     "refresh_tokens", "secret_keys", "secrets", "session_tokens",
