@@ -8,6 +8,7 @@ import pytest
 from werkzeug.local import LocalProxy
 
 import dspy_mlflow_async
+from dspy_mlflow_async.runs.artifacts import fields_of
 from dspy_mlflow_async.spans.serialize import Plain
 from dspy_mlflow_async.testing import tree
 
@@ -223,3 +224,32 @@ def test_odd_classes_and_arrays(traces, kind):
     Return()(value=ODD[kind](), plain="kept")
 
     assert "kept" == traces[0].data.spans[0].inputs["plain"]
+
+
+def test_an_error_that_cannot_be_told(traces):
+    """An exception whose text exits ends its span as it is, and passes to the caller unchanged."""
+
+    class OddError(Exception):
+        def __str__(self):
+            raise SystemExit(3)
+
+    error = OddError()
+
+    class Fails(dspy.Module):
+        def forward(self):
+            raise error
+
+    with pytest.raises(OddError) as raised:
+        Fails()()
+
+    (span,) = traces[0].data.spans
+    assert error is raised.value
+    assert "error" == span.get_attribute("outcome")
+
+
+def test_lazy_values_in_a_result_table(evaluations):
+    """A prediction that is a lazy object is one field, and stays as it is."""
+    fields = fields_of(proxy(evaluations), prefix="pred_")
+
+    assert ["pred"] == list(fields)
+    assert [] == evaluations

@@ -14,6 +14,7 @@ import dspy
 
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
+from dspy_mlflow_async.spans.opaque import contain
 from dspy_mlflow_async.spans.serialize import dump, with_floats_replaced
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -82,12 +83,11 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def fields_of(record: Any, *, prefix: str = "") -> dict[str, Any]:
     """The fields of an example or prediction; anything else is one field."""
-    items = getattr(record, "items", None)
-    if callable(items):
+    if callable(getattr(type(record), "items", None)):  # of the class: to ask a lazy object is to evaluate it
         try:
-            return {f"{prefix}{key}": value for key, value in items()}
-        except Exception:  # noqa: BLE001, S110 - somebody's own items()
-            pass
+            return {f"{prefix}{key}": value for key, value in record.items()}
+        except BaseException as error:  # noqa: BLE001 - somebody's own items()
+            contain(error)
     return {f"{prefix.rstrip('_') or 'value'}": record}
 
 

@@ -10,6 +10,7 @@ import dspy
 from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Feedback
 
 from dspy_mlflow_async.spans.door import Door
+from dspy_mlflow_async.spans.opaque import contain
 from dspy_mlflow_async.spans.outcome import failure_of
 from dspy_mlflow_async.spans.serialize import with_floats_replaced
 
@@ -32,7 +33,8 @@ def text_of(value: Any) -> str:
     """The text of an exception or an example, whose ``__str__`` may be the user's, and raise."""
     try:
         return str(value)
-    except Exception as failure:  # noqa: BLE001 - as said
+    except BaseException as failure:  # noqa: BLE001 - as said
+        contain(failure)
         return f"<no text: {type(failure).__name__}>"
 
 

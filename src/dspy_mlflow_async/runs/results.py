@@ -11,6 +11,7 @@ from typing import Any
 from dspy_mlflow_async.runs import artifacts
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.usage import add_up
+from dspy_mlflow_async.spans.opaque import contain
 
 
 class Results:
@@ -109,5 +110,6 @@ def _content(item: Any) -> Any:
     """What is in an item, as text, to find it again in a devset that makes its items anew."""
     try:
         return repr(artifacts.fields_of(item))
-    except Exception:  # noqa: BLE001 - a repr is the user's code
+    except BaseException as error:  # noqa: BLE001 - a repr is the user's code
+        contain(error)
         return id(item)

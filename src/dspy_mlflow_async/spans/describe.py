@@ -156,7 +156,8 @@ def _hash_of(*texts: str) -> str:
 def _texts_of_demo(demo: Any) -> list[str]:
     try:
         fields = [(_text(key), _text(value)) for key, value in demo.items()]
-    except Exception:  # noqa: BLE001 - no mapping, or one that fails
+    except BaseException as error:  # noqa: BLE001 - no mapping, or one that fails
+        contain(error)
         return [_text(demo)]
     return [text for field in sorted(fields) for text in field]
 

@@ -9,6 +9,8 @@ import traceback
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
+from dspy_mlflow_async.spans.opaque import contain
+
 OK = "ok"
 ERROR = "error"
 CANCELLED = "cancelled"
@@ -37,11 +39,13 @@ def failure_of(error: BaseException) -> Failure:
     kind = type(error).__name__
     try:
         message = str(error)
-    except Exception:  # noqa: BLE001 - str() runs the user's code
+    except BaseException as failure:  # noqa: BLE001 - str() runs the user's code
+        contain(failure)
         message = ""
     try:
         stacktrace = stacktrace_of(error)
-    except Exception:  # noqa: BLE001 - a __str__ or __repr__ in the chain may raise
+    except BaseException as failure:  # noqa: BLE001 - a __str__ or __repr__ in the chain may raise
+        contain(failure)
         stacktrace = kind
     return Failure(outcome_of(error), kind, message or kind, stacktrace)
 
