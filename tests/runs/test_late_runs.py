@@ -1,6 +1,7 @@
 """Evaluations and compiles that begin while the store is away or slow: their runs come late, and whole."""
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -9,12 +10,13 @@ import time
 import anyio
 import mlflow
 import pytest
-from runtools import TIMEOUT, Candidates, Program, devset, evaluate, exact, in_threads, markers
+from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, exact, in_threads, markers
 from test_store_failure import flush_all, server, store_at  # noqa: F401 - a fixture
 
 import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all
 from dspy_mlflow_async.export import late_runs
+from dspy_mlflow_async.runs import asking, opening
 from slow_store import slow_store
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
@@ -128,6 +130,58 @@ def test_fluent_calls_inside(proxy):
     assert 7.0 == check_whole(store).data.metrics["mine"]
 
 
+def test_another_process_creates_it(proxy):
+    """With ``export="process"`` the child creates the run; a fluent call waits for it, and finds it."""
+    slow, store = proxy
+    dspy_mlflow_async.autolog(log_evals=True, silent=True, export="process")
+
+    def during(question):
+        if question.endswith("-1"):
+            slow.is_away = False
+            dspy_mlflow_async.flush(TIMEOUT)
+            mlflow.log_metric("mine", 7)
+
+    slow.is_away = True
+    evaluate("a", program=Program(during))
+    flush_all()
+
+    assert [("eval", "FINISHED", [])] == store.tree()
+    assert 7.0 == check_whole(store).data.metrics["mine"]
+    assert {"eval": markers("a", 2)} == store.traces_by_run()
+
+
+def test_a_run_that_was_made_for_this_process(proxy, monkeypatch):
+    """The run of ``MLFLOW_RUN_ID`` is logged into, though it could not be looked at when the evaluation began."""
+    slow, store = proxy
+    made = mlflow.MlflowClient().create_run(store.experiment_id, run_name="made")
+    monkeypatch.setenv("MLFLOW_RUN_ID", made.info.run_id)
+    slow.is_away = True
+    evaluate("a")
+    slow.is_away = False
+    flush_all()
+
+    (run,) = store.runs()
+    assert (made.info.run_id, "FINISHED", 50.0) == (run.info.run_id, run.info.status, run.data.metrics["eval"])
+    assert [made.info.run_id] * 2 == [trace.info.trace_metadata["mlflow.sourceRun"] for trace in store.traces()]
+
+
+def test_the_experiment_is_looked_up_later(proxy, monkeypatch):
+    """An experiment that is known by its name alone is found, or made, when the run is created, for its child, too."""
+    slow, _ = proxy
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name := f"late{time.time_ns()}")
+    slow.is_away = True
+    parent = opening.create("outer")
+    child = opening.create("inner", parent=parent.run)
+    for handle in (child, parent):
+        opening.close(handle, "FINISHED")
+    slow.is_away = False
+    flush_all()
+
+    experiment = mlflow.get_experiment_by_name(name)
+    assert [("outer", "FINISHED", [("inner", "FINISHED", [])])] == Store(experiment.experiment_id).tree()
+
+
 def test_evaluate_all(proxy):
     """The parent, its cases and the comparison arrive late, and the run can be resumed by either id."""
     slow, store = proxy
@@ -233,10 +287,6 @@ def test_away_to_the_end_then_replay(server, monkeypatch, tmp_path):  # noqa: F8
 
 def test_a_locked_database(store, monkeypatch):
     """A SQL store that somebody locks while evaluations begin: they have their runs when it is free."""
-    import sqlite3
-
-    from dspy_mlflow_async.runs import asking, opening
-
     for module in (asking, opening):
         monkeypatch.setattr(module, "TIMEOUT", 1.0)
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")

@@ -20,7 +20,6 @@ WAITING_TRACE = "dspy_mlflow_async.pending_run"
 _PARENT_TAG = "mlflow.parentRunId"
 
 _runs: dict[str, Run] = {}  # by stand-in id; single operations on a dict are atomic
-_queued: set[str] = set()  # those that this process will create
 
 
 class RunNotThereError(LookupError):
@@ -40,11 +39,6 @@ def is_stand_in(run_id: Any) -> bool:
 def known(stand_in: str) -> Run | None:
     """Return the run that a stand-in id has become, as far as this process knows."""
     return _runs.get(stand_in)
-
-
-def note_queued(stand_in: str) -> None:
-    """Note that this process's queue will create a run: nobody need look for it in the store before."""
-    _queued.add(stand_in)
 
 
 def keep(client: MlflowClient, stand_in: str, run: Run) -> Run:
@@ -85,7 +79,6 @@ def create(client: MlflowClient, stand_in: str, creation: Creation) -> tuple[str
     for other in found:
         if other.info.run_id != run.info.run_id and other.info.lifecycle_stage == LifecycleStage.ACTIVE:
             client.delete_run(other.info.run_id)
-    _queued.discard(stand_in)
     return str(run.info.run_id), _adopt(client, stand_in, run)
 
 
@@ -98,7 +91,7 @@ def real_id(client: MlflowClient, run_id: str) -> str:
     if not is_stand_in(run_id):
         return run_id
     run = known(run_id)
-    if run is None and run_id not in _queued and (run := _find(client, run_id)) is not None:
+    if run is None and (run := _find(client, run_id)) is not None:
         run = _runs.setdefault(run_id, run)
     if run is None:
         raise RunNotThereError(f"the run {run_id} has not been created yet")

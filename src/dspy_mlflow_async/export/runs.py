@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,6 @@ class RunWriter:
 
     def create(self, stand_in: str, creation: Creation) -> None:
         """Create a run as soon as the store does that; the other methods take ``stand_in`` for its id at once."""
-        late_runs.note_queued(stand_in)
         self._put(RunItem(key=stand_in, size=1000, creation=creation))
 
     def keep(self, stand_in: str, run_id: str) -> None:
@@ -100,7 +100,11 @@ class RunWriter:
 
     @guarded
     def _settle(self, run_id: str, timeout: float) -> bool:
-        return self._queue().write_waiting(run_id, timeout)
+        is_stored = self._queue().write_waiting(run_id, timeout)
+        if is_stored and late_runs.is_stand_in(run_id) and late_runs.known(run_id) is None:
+            with contextlib.suppress(late_runs.RunNotThereError):  # another process has created it, or it was refused
+                late_runs.real_id(MlflowClient(tracking_uri=self._uri), run_id)
+        return is_stored
 
 
 def run_writer(tracking_uri: str | None) -> RunWriter:

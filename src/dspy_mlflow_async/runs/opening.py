@@ -43,6 +43,8 @@ def create_or_queue(
     """
     tags = seam.resolve_tags(tags or {})
     experiment_id, experiment_name = None if parent is None else parent.info.experiment_id, None
+    if isinstance(parent, seam.PendingRun):
+        experiment_id = parent.known_experiment_id
     if experiment_id is None:
         experiment_id, experiment_name = seam.experiment_here()
     start_time_ms, stand_in = int(time.time() * 1000), export.new_id()
@@ -112,7 +114,9 @@ def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> Ru
     except Exception as error:
         if export.is_refusal(error):
             raise
-        handle = RunHandle(seam.PendingRun(run_id, None, name, begun, export.known), is_own=True, is_new=False)
+        handle = RunHandle(
+            seam.PendingRun(run_id, seam.experiment_here()[0], name, begun, export.known), is_own=True, is_new=False
+        )
         handle.tags(dict(tags or {}) | ({} if name is None else {"mlflow.runName": name}))
     return _owned(handle)
 

@@ -104,9 +104,10 @@ class PendingRun(ActiveRun):
         find: Callable[[str], Run | None],
     ) -> None:
         self._find = find
+        self._experiment_id = experiment_id
         self._stand_in = RunInfo(
             run_id=run_id,
-            experiment_id=experiment_id,
+            experiment_id=experiment_id or "0",  # MLflow's default; it refuses None, and puts the traces there
             user_id="",
             status=RunStatus.to_string(RunStatus.RUNNING),
             start_time=start_time_ms,
@@ -121,6 +122,11 @@ class PendingRun(ActiveRun):
         """What is known of the run."""
         found = self._find(self._stand_in.run_id)
         return self._stand_in if found is None else found.info
+
+    @property
+    def known_experiment_id(self) -> str | None:
+        """Its experiment, or None where only the store can tell."""
+        return self._experiment_id if not self.is_there else self.info.experiment_id
 
     @property
     def is_there(self) -> bool:
