@@ -17,6 +17,7 @@ from dspy_mlflow_async.evaluate import identity, journal, local, records
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
 from dspy_mlflow_async.evaluate.outcome import Outcome
 from dspy_mlflow_async.runs.evaluation import Evaluation
+from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.testing import tree
 from echo import EchoLM
@@ -269,7 +270,7 @@ async def test_journal_keeps_what_has_ended(experiment, turns, is_native):
     devset = examples(size=1)
     keys = [identity.fingerprint(example) for example in devset]
     run = MlflowClient().create_run(experiment)
-    kept = Journal(run.info.run_id, keys, Stored(), Door())
+    kept = Journal(RunHandle(run, is_own=False), keys, Stored(), Door())
     kept.add(Outcome(0, prediction=dspy.Prediction(answer="x"), score=True))
     if is_native:
         task = asyncio.ensure_future(kept.keep())
