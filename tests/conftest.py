@@ -150,9 +150,9 @@ def _patched_functions():
         ThreadPoolExecutor.submit,
         mlflow.dspy.autolog,
         autolog_seam.own_autolog_module().safe_patch,
-        mlflow.dspy.log_model,
-        mlflow.pyfunc.load_model,
-        mlflow.tracing.provider.trace_disabled,
+        mlflow.dspy.log_model.__code__,
+        mlflow.pyfunc.load_model.__code__,
+        mlflow.tracing.provider.trace_disabled.__code__,
         type(mlflow.tracing.provider.provider).get_or_init_tracer,
         sys.modules["mlflow.models.evaluation.utils.trace"].configure_autologging_for_evaluation,
     )

@@ -98,6 +98,22 @@ class TracingCallback(autolog_seam.StatelessCallback):
             redact=redact,
         )
 
+    @classmethod
+    def _of(cls, settings: Settings, dependencies_schema: dict[str, Any] | None) -> TracingCallback:
+        """Make one with settings that have been checked."""
+        self = cls.__new__(cls)
+        self._own_settings, self.dependencies_schema = settings, dependencies_schema
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings in force; where this package is absent it is loaded as MLflow's own callback."""
+        ours = type(self)._of, (self.settings or self._own_settings, self.dependencies_schema)
+        return autolog_seam.portable(ours, self.dependencies_schema)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracingCallback:
+        """Another one like it."""
+        return self._of(self._own_settings, self.dependencies_schema)
+
     @property
     def settings(self) -> Settings | None:
         """The settings in force now, or None while this tracer is off."""

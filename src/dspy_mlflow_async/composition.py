@@ -73,10 +73,6 @@ class AutologCallback(TracingCallback):
         """Whether it records anything: not after ``autolog(disable=True)``."""
         return _installation.settings is not None or not _installation.was_disabled
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings in force, for a process where ``autolog`` is not called."""
-        return AutologCallback, (self.settings or self._own_settings, self.dependencies_schema)
-
 
 def autolog(
     log_traces: bool = True,
@@ -285,6 +281,7 @@ def _redirect_mlflow_autolog() -> Undo:
                 logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")
             autolog(**arguments, **_installation.beyond_mlflow)
 
+        redirected.__module__ = mlflow.dspy.__name__  # where it is found, so that it pickles by its name
         undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
 
     undos += [autolog_seam.patch_evaluation_config(_settings_of_this_context), patch_trace_disabled()]

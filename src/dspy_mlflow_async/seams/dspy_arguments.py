@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import weakref
 from collections.abc import Callable
@@ -35,6 +36,10 @@ class _Inspect:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(inspect, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module itself: what DSPy has wrapped takes it along, and loads where this package is absent."""
+        return importlib.import_module, (inspect.__name__,)
 
     @staticmethod
     def getcallargs(func: Any, /, *positional: Any, **named: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,11 +45,14 @@ def patch_handlers() -> Callable[[], None]:
         return lambda: None
     choose_start, choose_end = _remembering(start), _remembering(end)
 
+    # Known by DSPy's names, so that what DSPy has wrapped pickles by them, and loads where this package is absent.
+    @functools.wraps(start)
     def _get_on_start_handler(callback: Any, instance: Any, fn: Any) -> Any:
         if isinstance(callback, MlflowCallback):
             return choose_start(callback, instance, fn)
         return _ending_if_interrupted(start(callback, instance, fn), instance, fn)
 
+    @functools.wraps(end)
     def _get_on_end_handler(callback: Any, instance: Any, fn: Any) -> Any:
         return (choose_end if isinstance(callback, MlflowCallback) else end)(callback, instance, fn)
 

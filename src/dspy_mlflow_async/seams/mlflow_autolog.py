@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
+import operator
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
+import cloudpickle
 from mlflow.dspy.callback import MlflowCallback
 
 __all__ = ["MlflowCallback", "StatelessCallback"]
@@ -41,6 +45,34 @@ class StatelessCallback(MlflowCallback):
     @dependencies_schema.setter
     def dependencies_schema(self, schema: dict[str, Any] | None) -> None:
         self._dependencies_schema = schema
+
+
+class _Call:
+    """A call that is made when this is unpickled; of the class itself nothing is in the pickle."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._reduced = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reduced
+
+
+def portable(ours: tuple[Callable[..., Any], tuple[Any, ...]], schema: dict[str, Any] | None) -> tuple[Any, ...]:
+    """Reduce a tracer to a pickle that loads where this package is absent, too: as MLflow's own callback there.
+
+    A model that ``mlflow.dspy.log_model`` has saved takes DSPy's callbacks along. The pickle names the standard library
+    and, inside of one of two byte strings, this package or MLflow.
+
+    Args:
+        ours: What makes the tracer, and its arguments.
+        schema: The dependencies schema, for MLflow's callback.
+
+    Returns:
+        What ``__reduce__`` returns.
+    """
+    is_absent = _Call(operator.is_, _Call(importlib.util.find_spec, __name__.partition(".")[0]), None)
+    choices = cloudpickle.dumps(_Call(*ours[:1], *ours[1])), cloudpickle.dumps(_Call(MlflowCallback, schema))
+    return pickle.loads, (_Call(operator.getitem, choices, is_absent),)
 
 
 def is_own_autolog_on() -> bool:

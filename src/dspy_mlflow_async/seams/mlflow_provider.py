@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -34,9 +33,9 @@ def patch_trace_disabled() -> Callable[[], None]:
     Returns:
         The undo.
     """
-    decorator = getattr(trace_provider, "trace_disabled", None)
+    decorator: Any = getattr(trace_provider, "trace_disabled", None)
     code = _wrapper_code(decorator)
-    if code is None:
+    if code is None or _CODE is None:
         return lambda: None
     wrapper_type = type(trace_provider.provider)
     get_tracer = wrapper_type.get_or_init_tracer
@@ -45,56 +44,66 @@ def patch_trace_disabled() -> Callable[[], None]:
         return no_op_tracer() if DISABLED.get() else get_tracer(self, module_name)
 
     undo_tracer = patch(wrapper_type, get_or_init_tracer=get_or_init_tracer)
-    known: dict[Any, Any] = {decorator: _trace_disabled}
-
-    def replacement(value: Any) -> Any | None:
-        if value is not decorator and getattr(value, "__code__", None) is not code:
-            return None
-        if value not in known:
-            known[value] = _disabled_here(value.__wrapped__, value)
-        return known[value]
-
-    _exchange(replacement)
+    changed = [each for each in _functions_with(code) if each is not decorator]
+    for function in changed:
+        function.__code__ = _CODE
+    decorator_code = decorator.__code__
+    constants = tuple(_CODE if each is code else each for each in decorator_code.co_consts)
+    decorator.__code__ = decorator_code.replace(co_consts=constants)
 
     def undo() -> None:
-        originals = {new: old for old, new in known.items()}
-        _exchange(originals.get)
+        decorator.__code__ = decorator_code
+        for function in [*changed, *_functions_with(_CODE)]:  # also those that were decorated meanwhile
+            if function.__code__ is _CODE:
+                function.__code__ = code
         undo_tracer()
 
     return undo
 
 
-def _trace_disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Take the place of ``trace_disabled``."""
-    return _disabled_here(function, function)
+def run_disabled(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function with tracing disabled in this context."""
+    before = DISABLED.get()
+    DISABLED.set(True)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        DISABLED.set(before)
 
 
-def _disabled_here(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``function`` run with tracing disabled in its own context; it passes for ``original``."""
+def _trace_disabled(f: Any) -> Any:
+    """Hold the code that takes the place of that in ``trace_disabled``, over the same free variable."""
 
-    @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        before = DISABLED.get()
-        DISABLED.set(True)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            DISABLED.set(before)
+        # A function of MLflow's runs this, with MLflow's globals.
+        from dspy_mlflow_async.seams.mlflow_provider import run_disabled
+
+        return run_disabled(f, args, kwargs)
 
     return wrapper
 
 
 def _wrapper_code(decorator: Any) -> CodeType | None:
-    """Tell the code by which a function that was decorated is known; None where this MLflow decorates otherwise."""
+    """Tell the code of what a decorator returns; None where it has none over the one variable ``f``."""
     constants = getattr(getattr(decorator, "__code__", None), "co_consts", ())
-    return next((each for each in constants if isinstance(each, CodeType) and each.co_name == "wrapper"), None)
+    found = next((each for each in constants if isinstance(each, CodeType) and each.co_name == "wrapper"), None)
+    return found if found is not None and found.co_freevars == ("f",) else None
 
 
-def _exchange(replacement: Callable[[Any], Any | None]) -> None:
-    """Put what ``replacement`` gives for a function, if anything, in its place in all of MLflow's modules."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "mlflow":
-            for name, value in list(vars(module).items()):
-                new = replacement(value) if isinstance(value, FunctionType) else None
-                if new is not None:
-                    setattr(module, name, new)
+_CODE = _wrapper_code(_trace_disabled)
+
+
+def _functions_with(code: CodeType) -> list[Any]:
+    """The functions in MLflow's modules that run this code.
+
+    They stay the objects that they are, so that who has imported one before has the change, too, and pickles it by its
+    name.
+    """
+    found = {
+        id(value): value
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == "mlflow"
+        for value in list(vars(module).values())
+        if isinstance(value, FunctionType) and value.__code__ is code
+    }
+    return list(found.values())
