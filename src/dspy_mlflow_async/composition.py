@@ -281,7 +281,7 @@ def _redirect_mlflow_autolog() -> Undo:
                 logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")
             autolog(**arguments, **_installation.beyond_mlflow)
 
-        redirected.__module__ = mlflow.dspy.__name__  # where it is found, so that it pickles by its name
+        redirected.__module__ = "mlflow.dspy"  # where it is found, so that it pickles by its name
         undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
 
     undos += [autolog_seam.patch_evaluation_config(_settings_of_this_context), patch_trace_disabled()]
