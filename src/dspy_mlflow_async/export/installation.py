@@ -61,7 +61,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
             _installed = [
                 mlflow_processor.patch_processor_factory(_make_processor),
                 mlflow_http.bound_http(),
-                by_id_seam.patch_by_id(_note, _ensure_stored),
+                by_id_seam.patch_by_id(_OnTheirWay()),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
                 collected.watch(),
             ]
@@ -214,14 +214,23 @@ def release(
     pipeline().current().collector.release(trace_id, assessments, metadata or {}, tags or {})
 
 
-@guarded
-def _note(uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
-    return pipeline().current().collector.note(uri, trace_id, assessment)
+class _OnTheirWay:
+    """What the pipeline has of the traces that users name to MLflow, see ``seams.mlflow_by_id``."""
 
+    @guarded
+    def note(self, uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
+        """Take an assessment along with a trace that is not handed on yet."""
+        return pipeline().current().collector.note(uri, trace_id, assessment)
 
-@guarded
-def _ensure_stored(trace_id: str) -> None:
-    pipeline().current().store(trace_id)
+    @guarded
+    def ensure_stored(self, trace_id: str) -> None:
+        """Bring a trace to the store."""
+        pipeline().current().store(trace_id)
+
+    @guarded
+    def ensure_all_stored(self, uri: str) -> None:
+        """Bring what waits for a store there; what is held or open stays so."""
+        pipeline().current().store_waiting(uri)
 
 
 @guarded

@@ -103,6 +103,17 @@ class Pipeline:
             if queue.has_queued(trace_id):
                 queue.write_waiting(trace_id, timeout)
 
+    def store_waiting(self, uri: str, timeout: float = 10.0) -> None:
+        """Bring what waits for a store there now, for somebody who is about to search it.
+
+        Args:
+            uri: The tracking URI.
+            timeout: Seconds to wait for it; no longer than the store proves to be away.
+        """
+        queue = self.queues.get(uri)
+        if queue is not None and queue.waits and not queue.is_empty():
+            queue.flush(time.monotonic() + timeout)
+
     # --- what is overdue ---
 
     def start(self) -> None:

@@ -26,6 +26,7 @@ _RUNS = "gives each evaluation and compile its own run"
 _EVALUATE = "lets AsyncEvaluate give the tables and files that dspy.Evaluate gives"
 _CAPTURE = "keeps traces in memory for tests"
 _SCOPE = "gives the traces of one request their own destination and sampling"
+_BY_ID = "lets what links a trace to a run or a prompt find one that waits"
 _FORK = "keeps a forked process from inheriting held locks and open connections"
 
 SEAMS: tuple[Seam, ...] = (
@@ -92,6 +93,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.utils.autologging_utils.safety:revert_patches", "switches MLflow's own autolog off"),
     # MLflow, export
     Seam(f"{_PROVIDER}:_get_mlflow_span_processor", _EXPORT),
+    Seam("mlflow.tracking._tracking_service.client:TrackingServiceClient", _BY_ID, is_optional=True),
+    Seam("mlflow.tracking._model_registry.client:ModelRegistryClient", _BY_ID, is_optional=True),
     Seam(
         f"{_PROVIDER}:trace_disabled",
         "keeps MLflow's log_model, load_model and evaluations from switching tracing off for all threads",

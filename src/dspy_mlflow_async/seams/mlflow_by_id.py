@@ -1,42 +1,94 @@
-"""What users say by id about a trace that has ended and is not stored yet: with MLflow's exporter it would be there."""
+"""What users do by id with a trace that has ended and is not stored yet: with MLflow's exporter it might be there."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import mlflow
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
+from dspy_mlflow_async.seams.mlflow_http import is_limited
 from dspy_mlflow_async.seams.patching import patch
 
-# All take the trace's id first.
-_OF_ASSESSMENTS = ("get_assessment", "update_assessment", "delete_assessment")
-_OF_TAGS = ("set_trace_tag", "delete_trace_tag")
+# All that MLflow's public functions for traces go by. A trace that is held or open is brought to the store for them.
+_OF_ONE = (
+    "batch_get_traces",
+    "delete_assessment",
+    "delete_traces",
+    "get_assessment",
+    "get_trace",
+    "link_prompt_versions_to_trace",
+    "update_assessment",
+)
+# MLflow does these in memory for a trace that is still there: it goes on its way with what they change.
+_IN_MEMORY = ("delete_trace_tag", "get_trace_info", "set_trace_tag", "set_trace_tags")
+_OF_ALL = ("search_traces",)
+_OF_RUNS = ("link_traces_to_run", "unlink_traces_from_run")
 
 
-def patch_by_id(
-    note: Callable[[str, str, Any], Any | None], ensure_stored: Callable[[str], None]
-) -> Callable[[], None]:
-    """Let ``TracingClient`` find the traces that are on their way; all of MLflow's functions for one trace go by it.
+class OnTheirWay(Protocol):
+    """The traces that have ended, and that the store has not got yet."""
 
-    Args:
-        note: Called with tracking URI, trace id and assessment. Takes the assessment along with a trace that is not
-            handed on yet, as MLflow does with the active one, and returns it with an id; or returns None.
-        ensure_stored: Called with a trace id, before the store is asked. As MLflow's own request, it may take a while.
+    def note(self, uri: str, trace_id: str, assessment: Any) -> Any | None:
+        """Take an assessment along with a trace that is not handed on yet, as MLflow does with the active one.
+
+        Returns:
+            The assessment, with an id; None where there is no such trace.
+        """
+
+    def ensure_stored(self, trace_id: str) -> None:
+        """Bring a trace to the store. As MLflow's own request, that may take a while."""
+
+    def ensure_all_stored(self, uri: str) -> None:
+        """Bring what waits for a store there."""
+
+
+def patch_by_id(traces: OnTheirWay) -> Callable[[], None]:
+    """Let MLflow's clients find the traces that are on their way.
 
     Returns:
         The undo.
     """
-    originals = {name: getattr(TracingClient, name) for name in ("log_assessment", *_OF_ASSESSMENTS, *_OF_TAGS)}
-    replacements = {"log_assessment": _noting(originals["log_assessment"], note, ensure_stored)}
-    for name in _OF_ASSESSMENTS:
-        replacements[name] = _storing(originals[name], ensure_stored, lambda _: True)
-    for name in _OF_TAGS:  # of a trace in memory MLflow changes them there, and they go with it
-        replacements[name] = _storing(originals[name], ensure_stored, lambda trace_id: not _is_in_memory(trace_id))
-    return patch(TracingClient, **replacements)
+    undos = [
+        patch(
+            TracingClient,
+            log_assessment=_noting(TracingClient.log_assessment, traces),
+            **_replacements(TracingClient, _OF_ONE, lambda original: _by_id(original, traces)),
+            **_replacements(
+                TracingClient, _IN_MEMORY, lambda original: _by_id(original, traces, unless_in_memory=True)
+            ),
+            **_replacements(TracingClient, _OF_ALL, lambda original: _over_all(original, traces)),
+        )
+    ]
+    for owner, names in _other_clients():
+        undos.append(patch(owner, **_replacements(owner, names, lambda original: _by_id(original, traces))))
+
+    def undo() -> None:
+        for each in reversed(undos):
+            each()
+
+    return undo
+
+
+def _other_clients() -> list[tuple[Any, tuple[str, ...]]]:
+    """What links traces to runs and to prompts; installs without MLflow's stores lack the second."""
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+
+    found: list[tuple[Any, tuple[str, ...]]] = [(TrackingServiceClient, _OF_RUNS)]
+    try:
+        from mlflow.tracking._model_registry.client import ModelRegistryClient
+    except ImportError:
+        return found
+    return [*found, (ModelRegistryClient, ("link_prompt_versions_to_trace",))]
+
+
+def _replacements(owner: Any, names: tuple[str, ...], wrap: Callable[[Any], Any]) -> Mapping[str, Any]:
+    """The methods of these names, as far as this MLflow has them, wrapped."""
+    return {name: wrap(getattr(owner, name)) for name in names if hasattr(owner, name)}
 
 
 def _is_in_memory(trace_id: str) -> bool:
@@ -44,24 +96,53 @@ def _is_in_memory(trace_id: str) -> bool:
         return trace is not None
 
 
-def _noting(original: Any, note: Callable[[str, str, Any], Any | None], ensure_stored: Callable[[str], None]) -> Any:
+def _noting(original: Any, traces: OnTheirWay) -> Any:
     @functools.wraps(original)
     def log_assessment(self: Any, trace_id: str, assessment: Any) -> Any:
         if trace_id and trace_id != mlflow.get_active_trace_id():
-            noted = note(self.tracking_uri, trace_id, assessment)
+            noted = traces.note(self.tracking_uri, trace_id, assessment)
             if noted is not None:
                 return noted
-            ensure_stored(trace_id)
+            traces.ensure_stored(trace_id)
         return original(self, trace_id, assessment)
 
     return log_assessment
 
 
-def _storing(original: Any, ensure_stored: Callable[[str], None], asks_store: Callable[[str], bool]) -> Any:
+def _by_id(original: Any, traces: OnTheirWay, *, unless_in_memory: bool = False) -> Any:
+    """A method that finds the traces which its arguments name."""
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def by_id(self: Any, trace_id: str, *args: Any, **kwargs: Any) -> Any:
-        if asks_store(trace_id):
-            ensure_stored(trace_id)
-        return original(self, trace_id, *args, **kwargs)
+    def by_id(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_limited():  # the exporter's own requests do not wait for themselves
+            for trace_id in _ids_of(signature, (self, *args), kwargs):
+                if not (unless_in_memory and _is_in_memory(trace_id)):
+                    traces.ensure_stored(trace_id)
+            if original.__name__ == "delete_traces" and not _ids_of(signature, (self, *args), kwargs):
+                traces.ensure_all_stored(self.tracking_uri)  # those of a time
+        return original(self, *args, **kwargs)
 
     return by_id
+
+
+def _ids_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # which the original says in its own words
+        return []
+    named = arguments.get("trace_id") or arguments.get("trace_ids") or ()
+    ids = [named] if isinstance(named, str) else list(named) if isinstance(named, (list, tuple, set)) else []
+    return [each for each in ids if isinstance(each, str)]
+
+
+def _over_all(original: Any, traces: OnTheirWay) -> Any:
+    """A method that looks through all traces of the store."""
+
+    @functools.wraps(original)
+    def over_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_limited():
+            traces.ensure_all_stored(self.tracking_uri)
+        return original(self, *args, **kwargs)
+
+    return over_all

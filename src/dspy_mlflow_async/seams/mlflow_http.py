@@ -25,6 +25,7 @@ __all__ = [
     "NoAnswerError",
     "Status",
     "bound_http",
+    "is_limited",
     "limited_http",
     "suppressed_instrumentation",
 ]
@@ -203,6 +204,11 @@ def limited_http(seconds: float) -> Iterator[list[Status]]:
         yield block.statuses
     finally:
         _block.reset(token)
+
+
+def is_limited() -> bool:
+    """Tell whether a ``limited_http`` block is open here: the exporter is at work."""
+    return _block.get() is not None
 
 
 @contextlib.contextmanager
