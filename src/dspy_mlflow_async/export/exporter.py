@@ -24,14 +24,22 @@ processors: weakref.WeakSet[WholeTraceProcessor] = weakref.WeakSet()
 
 
 class Queue:
-    """What MLflow's flush functions and exit handlers look for as ``exporter._async_queue``."""
+    """What MLflow's flush functions and exit handlers look for as ``exporter._async_queue``.
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    Args:
+        pipeline: Ours.
+        theirs: MLflow's processor that takes what ours does not, or None.
+    """
+
+    def __init__(self, pipeline: Pipeline, theirs: Any | None = None) -> None:
         self._pipeline = pipeline
+        self._theirs = theirs
 
-    def flush(self, terminate: bool = False) -> None:  # noqa: ARG002 - our threads end with the process
+    def flush(self, terminate: bool = False) -> None:
         """Wait until every trace that has ended is stored, or is safe on disk because the store is away."""
         self._pipeline.current().flush(None)
+        if self._theirs is not None:
+            mlflow_processor.flush(self._theirs, terminate=terminate)
 
     def activate(self) -> None:
         """MLflow's queue starts threads here; ours start when there is something to do."""
@@ -44,8 +52,8 @@ class Queue:
 class WholeTraceExporter(mlflow_processor.SpanExporter):
     """Hands ended spans to the collector; without a pipeline it is MLflow's exporter, writing in the caller."""
 
-    def __init__(self, tracking_uri: str | None, pipeline: Pipeline) -> None:
-        super().__init__(tracking_uri, Queue(pipeline))
+    def __init__(self, tracking_uri: str | None, pipeline: Pipeline, theirs: Any | None = None) -> None:
+        super().__init__(tracking_uri, Queue(pipeline, theirs))
         self.pipeline = pipeline
 
     # MLflow's says None, against OpenTelemetry
@@ -162,3 +170,45 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
     def _take(self, span: ReadableSpan) -> None:
         if span.context.trace_flags.sampled:
             self.span_exporter.take(span, self)
+
+
+class RetiringProcessor(WholeTraceProcessor):
+    """Ends the traces that began under ours, and leaves all else to MLflow's own processor.
+
+    It stands in the provider from ``autolog(disable=True)`` in the middle of calls until the last of them has ended, or
+    until ours is back.
+
+    Args:
+        exporter: Of the pipeline that has the open traces.
+        theirs: MLflow's own processor.
+        export_metrics: As for ``WholeTraceProcessor``.
+    """
+
+    def __init__(self, exporter: WholeTraceExporter, theirs: Any, *, export_metrics: bool) -> None:
+        super().__init__(exporter, export_metrics=export_metrics)
+        self.theirs = theirs
+
+    def _is_ours(self, span: ReadableSpan) -> bool:
+        return not self._pipeline.is_closed and span.context.trace_id in self._pipeline.collector.entries
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """A span began, of one of our open traces or not."""
+        if span.parent is not None and self._is_ours(span):
+            super().on_start(span, parent_context)
+        else:
+            self.theirs.on_start(span, parent_context)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """A span ended."""
+        if self._is_ours(span):
+            super().on_end(span)
+        else:
+            self.theirs.on_end(span)
+
+    def shutdown(self) -> None:
+        """The provider is put away."""
+        self.theirs.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """As MLflow's own; ours is flushed by its queue."""
+        return bool(self.theirs.force_flush(timeout_millis))

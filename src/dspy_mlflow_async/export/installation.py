@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dspy_mlflow_async.export import collected, gate
 from dspy_mlflow_async.export import exit as process_exit
 from dspy_mlflow_async.export.books import Books, ExportStats
-from dspy_mlflow_async.export.exporter import WholeTraceExporter, WholeTraceProcessor, processors
+from dspy_mlflow_async.export.exporter import RetiringProcessor, WholeTraceExporter, WholeTraceProcessor, processors
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.guard import guarded
@@ -25,6 +25,10 @@ _lock = threading.RLock()
 _pipeline: Pipeline | None = None
 _installed: list[Callable[[], None]] | None = None  # the undos, first to last
 _closing: list[tuple[Pipeline, threading.Thread]] = []  # what was replaced or undone, until it has come to its end
+_retiring: Pipeline | None = None  # what was undone while traces were open in it
+_unbind_http: Callable[[], None] | None = None  # the undo of what bounds MLflow's requests, while anybody writes
+_pause = threading.Event()  # never set: a wait on it is a pause
+_LOOK = 0.05  # seconds between two looks whether a trace is still open
 _books = Books()  # one for the process, whatever is installed
 
 
@@ -32,6 +36,8 @@ def pipeline() -> Pipeline:
     """The pipeline of this process; made with the default options if nobody has installed one."""
     global _pipeline  # noqa: PLW0603 - one per process, like MLflow's provider
     with _lock:
+        if _pipeline is None and _retiring is not None:
+            return _retiring
         if _pipeline is None:
             _pipeline = Pipeline(ExportOptions(), _books)
         return _pipeline
@@ -50,17 +56,17 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         The undo: MLflow's own exporter takes the next spans, and what is on its way goes on in the background.
         Undoing twice does nothing, nor does undoing what has been replaced.
     """
-    global _pipeline, _installed  # noqa: PLW0603
+    global _pipeline, _installed, _unbind_http  # noqa: PLW0603
     with _lock:
-        old = _pipeline
+        old = _pipeline or _take_retiring()
         mine = Pipeline(options, _books, housekeeping)
         if old is not None:
             _close(old, successor=mine)
         _pipeline = mine
+        _unbind_http = _unbind_http or mlflow_http.bound_http()
         if _installed is None:
             _installed = [
                 mlflow_processor.patch_processor_factory(_make_processor),
-                mlflow_http.bound_http(),
                 by_id_seam.patch_by_id(_OnTheirWay()),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
                 collected.watch(),
@@ -70,28 +76,59 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         mine.start()
 
     def undo() -> None:
-        global _pipeline, _installed  # noqa: PLW0603
+        global _pipeline, _installed
         with _lock:
             if _pipeline is not mine or _installed is None:
                 return
-            unpatch_factory, unbound_http, unpatch_by_id, unhandle_sigterm, unwatch = _installed
-            _installed = _pipeline = None
-            unpatch_factory()
-            unpatch_by_id()
-            unhandle_sigterm()
-            unwatch()
-            mlflow_processor.replace_processors(_theirs_for)
-            thread = _close(mine)
-
-            def finish() -> None:
-                thread.join()
-                with _lock:
-                    if _installed is None:
-                        unbound_http()
-
-            threading.Thread(target=finish, name="dspy-mlflow-async-undo", daemon=True).start()
+            undos, _installed, _pipeline = _installed, None, None
+            for each in undos:
+                each()
+            _retire(mine)
 
     return undo
+
+
+def _retire(mine: Pipeline) -> None:
+    """Give MLflow its own exporter back. What began under ours stays ours until it is stored."""
+    global _retiring  # noqa: PLW0603
+    if mine.has_open():
+        _retiring = mine
+        mlflow_processor.replace_processors(lambda processor: _retiring_for(processor, mine))
+        threading.Thread(target=_retire_later, args=(mine,), name="dspy-mlflow-async-undo", daemon=True).start()
+        return
+    mlflow_processor.replace_processors(_theirs_for)
+    thread = _close(mine)
+    threading.Thread(target=_unbind_after, args=(thread,), name="dspy-mlflow-async-undo", daemon=True).start()
+
+
+def _retire_later(mine: Pipeline) -> None:
+    global _retiring  # noqa: PLW0603
+    while mine.has_open() and _retiring is mine:
+        _pause.wait(_LOOK)
+    with _lock:
+        if _retiring is not mine:  # ours is back, and has taken over what was open
+            return
+        _retiring = None
+        mlflow_processor.replace_processors(_theirs_for)
+        thread = _close(mine)
+    _unbind_after(thread)
+
+
+def _unbind_after(thread: threading.Thread) -> None:
+    """Let MLflow's requests be as they were, once nobody writes any more."""
+    global _unbind_http
+    thread.join()
+    with _lock:
+        if _installed is None and _retiring is None and _unbind_http is not None:
+            unbind, _unbind_http = _unbind_http, None
+            unbind()
+
+
+def _take_retiring() -> Pipeline | None:
+    """The pipeline that has been undone and has open traces, to go on in another."""
+    global _retiring
+    retiring, _retiring = _retiring, None
+    return retiring
 
 
 def _close(old: Pipeline, successor: Pipeline | None = None) -> threading.Thread:
@@ -121,7 +158,17 @@ def _ours_for(processor: Any) -> Any | None:
     return None
 
 
+def _retiring_for(processor: Any, mine: Pipeline) -> Any | None:
+    theirs = _theirs_for(processor)
+    if theirs is None:
+        return None
+    exporter = WholeTraceExporter(processor.span_exporter.uri, mine, theirs)
+    return RetiringProcessor(exporter, theirs, export_metrics=mlflow_processor.exports_metrics())
+
+
 def _theirs_for(processor: Any) -> Any | None:
+    if isinstance(processor, RetiringProcessor):
+        return processor.theirs
     if isinstance(processor, WholeTraceProcessor):
         return mlflow_processor.original_processor(processor.span_exporter.uri)
     return None
@@ -130,6 +177,8 @@ def _theirs_for(processor: Any) -> Any | None:
 @guarded
 def _take_over(processor: Any) -> None:
     """Stop a processor of MLflow's, and care for the roots it has put off."""
+    if isinstance(processor, RetiringProcessor):
+        processor = processor.theirs
     if isinstance(processor, WholeTraceProcessor):
         return
     current = pipeline()
@@ -149,7 +198,10 @@ def flush(timeout: float | None = None) -> bool:
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     with _lock:
-        current, closing = _pipeline, [(replaced, thread) for replaced, thread in _closing if thread.is_alive()]
+        current, closing = (
+            _pipeline or _retiring,
+            [(replaced, thread) for replaced, thread in _closing if thread.is_alive()],
+        )
     is_stored = True
     for replaced, thread in closing:
         thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -172,7 +224,7 @@ def secure(timeout: float) -> bool:
     if flush(timeout):
         return True
     with _lock:
-        current = _pipeline
+        current = _pipeline or _retiring
     if current is not None:
         process_exit.save(current)
     return False
@@ -250,7 +302,7 @@ def count_sampled() -> None:
 
 def _leave() -> None:
     # Without the lock: a signal may have come to the thread that holds it.
-    current, closing = _pipeline, list(_closing)
+    current, closing = _pipeline or _retiring, list(_closing)
     options = current.options if current is not None else ExportOptions()
     process_exit.leave(current, closing, options.exit_timeout)
 
@@ -277,12 +329,13 @@ def _after_fork_in_child() -> None:
     _closing.clear()
     for processor in list(processors):
         mlflow_processor.reset_processor_locks(processor)
-    current = _pipeline
+    current, retiring = _pipeline or _retiring, _take_retiring()
     if current is not None:
         for uri in current.queues:
             mlflow_store.abandon_connections(uri)
         collected.waiting.clear()  # the parent's
         current.after_fork()
+        current.is_closed = current is retiring  # the parent ends what is open there
         if _installed is not None:
             current.start()
 

@@ -159,6 +159,10 @@ class Pipeline:
         results = [queue.flush(deadline) for queue in list(self.queues.values())]
         return all(results)
 
+    def has_open(self) -> bool:
+        """Whether a trace is open here that began here."""
+        return any(entry.inherited is None for entry in list(self.collector.entries.values()))
+
     def is_empty(self) -> bool:
         """Whether nothing waits here, in memory or on disk."""
         return all(queue.is_empty() for queue in list(self.queues.values()))

@@ -30,6 +30,7 @@ __all__ = [
     "SpanProcessor",
     "exports_metrics",
     "finish_root",
+    "flush",
     "is_replaceable",
     "original_processor",
     "patch_processor_factory",
@@ -177,6 +178,13 @@ def retire(processor: Any) -> list[ReadableSpan]:
     if getattr(processor, "_batch_delegate", None) is not None or exporter._is_async_enabled:
         threading.Thread(target=flush, name="dspy-mlflow-async-retire", daemon=True).start()
     return roots
+
+
+def flush(processor: Any, *, terminate: bool) -> None:
+    """Flush the queue of a processor of MLflow's, if it has one."""
+    queue = getattr(processor.span_exporter, "_async_queue", None)
+    if queue is not None:
+        queue.flush(terminate=terminate)
 
 
 def reset_processor_locks(processor: Any) -> None:
