@@ -27,6 +27,7 @@ NAMES = {
     "typing": "check types",
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
     "bench": "measure what tracing costs",
+    "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }
 NO_PIP = """\
 This Python has no pip: {python}
