@@ -42,7 +42,7 @@ def test_only_what_differs_is_told(tmp_path):
     rows = [line for line in done.stdout.splitlines() if line.startswith("| dspy: ")]
     name = "dspy: tests/test_small.py::tests.test_small::test_without_callbacks"
     assert rows == [f"| {name} | passed | failure | DIFFERS |"]
-    assert "3 compared, 1 different, 1 of them not listed." in done.stdout
+    assert "3 compared, 2 of them pass without us; 1 different, 1 of them not listed." in done.stdout
     assert done.returncode == 1
 
 
@@ -52,8 +52,18 @@ def test_a_selection_without_a_difference_is_a_success(tmp_path):
 
     done = compare(tmp_path, "-k", "alike")
 
-    assert "1 compared, 0 different, 0 of them not listed." in done.stdout
+    assert "1 compared, 1 of them pass without us; 0 different, 0 of them not listed." in done.stdout
     assert done.returncode == 0
+
+
+def test_tests_that_never_pass_compare_nothing(tmp_path):
+    """Where all fail without us, that nothing differs says nothing."""
+    checkout(tmp_path)
+
+    done = compare(tmp_path, "-k", "fails_both_ways")
+
+    assert done.returncode == 2
+    assert "do not fit what is installed" in done.stderr
 
 
 def test_a_folder_without_checkouts_is_said(tmp_path):
