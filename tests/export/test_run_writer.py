@@ -181,9 +181,9 @@ def test_an_interrupted_caller_gives_back_what_he_has_taken(client, run_id, sqli
 def test_a_store_that_cannot_be_opened(run_id, sqlite, monkeypatch):
     """It is opened with the first operation, and may be away by then: each item has its outcome."""
 
-    def away(**_):
+    def away(_uri):
         raise ConnectionError("away")
 
-    monkeypatch.setattr(run_items, "MlflowClient", away)
+    monkeypatch.setattr(run_items.mlflow_store, "client_of", away)
     items = [RunItem(key=key, size=0, metrics=[Metric("m", 1.0, 1, 0)]) for key in (run_id, "another run")]
     assert [Verdict.AWAY] * 2 == [outcome.verdict for outcome in sqlite.queue._writer.write(items)]

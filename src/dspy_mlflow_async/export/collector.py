@@ -14,7 +14,7 @@ from dspy_mlflow_async.export.entry import Entry, Said
 from dspy_mlflow_async.export.entry import named as name_it
 from dspy_mlflow_async.export.items import FollowUp, Item, SpansItem, TraceItem
 from dspy_mlflow_async.export.sampling import is_kept
-from dspy_mlflow_async.seams import mlflow_store, mlflow_traces
+from dspy_mlflow_async.seams import mlflow_experiment, mlflow_store, mlflow_traces
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -202,7 +202,7 @@ class Collector:
             size=mlflow_traces.weigh(spans),
             spans=spans,
             workspace=workspace,
-            experiment_id=mlflow_traces.experiment_of(trace) or mlflow_traces.get_experiment_id_for_trace(span),
+            experiment_id=mlflow_traces.experiment_of(trace) or mlflow_experiment.experiment_of_trace(span, uri),
         )
         self._emit(uri, item, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
 

@@ -106,6 +106,11 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         self._pipeline = exporter.pipeline
         processors.add(self)
 
+    @property
+    def asks_store(self) -> bool:
+        """Whether MLflow's exporter writes the traces; for ours, the writer asks."""
+        return self._pipeline.is_closed
+
     def trace_started(self, root: Span, info: Any) -> None:
         """Follow a trace that MLflow has begun."""
         if not self._pipeline.is_closed:

@@ -17,6 +17,7 @@ from dspy_mlflow_async.export.pipeline import Pipeline
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_by_id as by_id_seam
 from dspy_mlflow_async.seams import mlflow_http, mlflow_processor, mlflow_store, mlflow_traces
+from dspy_mlflow_async.seams.mlflow_prices import patch_prices
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -68,6 +69,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
             _installed = [
                 mlflow_processor.patch_processor_factory(_make_processor),
                 by_id_seam.patch_by_id(_OnTheirWay()),
+                patch_prices(),
                 process_exit.on_sigterm(_leave, options.exit_timeout + 5),
                 collected.watch(),
             ]

@@ -11,6 +11,7 @@ from mlflow.entities import LifecycleStage, Run, ViewType
 from mlflow.tracing.constant import TraceMetadataKey
 
 from dspy_mlflow_async.export.items import Creation, FollowUp, TraceItem
+from dspy_mlflow_async.seams import mlflow_experiment
 
 PREFIX = "pending-"
 # With the stand-in id. On a run: finds one whose creation was not answered; MLflow's UI hides tags of this prefix.
@@ -151,8 +152,7 @@ def _search(client: MlflowClient, condition: str) -> list[Run]:
 def _experiment_of(client: MlflowClient, creation: Creation) -> str:
     if creation.experiment_name is None:
         return creation.experiment_id or "0"
-    found = client.get_experiment_by_name(creation.experiment_name)
-    return str(client.create_experiment(creation.experiment_name) if found is None else found.experiment_id)
+    return mlflow_experiment.look_up(client, creation.experiment_name)
 
 
 def _adopt(client: MlflowClient, stand_in: str, run: Run) -> list[str]:

@@ -63,7 +63,7 @@ def _write_run(
         try:
             for item in some:
                 prepare.prepare(item)
-            client = MlflowClient(tracking_uri=uri)  # which opens a store that is not open yet
+            client = mlflow_store.client_of(uri)  # which opens a store that is not open yet
             how(client, items[0].key if how is create else late_runs.real_id(client, items[0].key), some)
         except Exception as error:  # noqa: BLE001 - judged
             verdict = judge(error, statuses)

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlflow import MlflowClient
-
 from dspy_mlflow_async.export import late_runs
 from dspy_mlflow_async.export.installation import pipeline
 from dspy_mlflow_async.export.items import Creation, Fate, RunItem
@@ -35,7 +33,7 @@ class RunWriter:
 
     def keep(self, stand_in: str, run_id: str) -> None:
         """Note that a run is there under a stand-in id; one that was created a second time is deleted."""
-        client = MlflowClient(tracking_uri=self._uri)
+        client = mlflow_store.client_of(self._uri)
         late_runs.keep(client, stand_in, client.get_run(run_id))
 
     def may_ask(self) -> bool:
@@ -103,7 +101,7 @@ class RunWriter:
         is_stored = self._queue().write_waiting(run_id, timeout)
         if is_stored and late_runs.is_stand_in(run_id) and late_runs.known(run_id) is None:
             with contextlib.suppress(late_runs.RunNotThereError):  # another process has created it, or it was refused
-                late_runs.real_id(MlflowClient(tracking_uri=self._uri), run_id)
+                late_runs.real_id(mlflow_store.client_of(self._uri), run_id)
         return is_stored
 
 
@@ -127,4 +125,4 @@ def real_id(run_id: str) -> str:
     Raises:
         LookupError: Where the run has not been created yet.
     """
-    return late_runs.real_id(MlflowClient(), run_id)
+    return late_runs.real_id(mlflow_store.client_of(mlflow_store.resolve_tracking_uri()), run_id)

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import Trace, TraceData
 from mlflow.tracing.constant import TraceMetadataKey
 
@@ -17,7 +16,7 @@ from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, TraceItem
 from dspy_mlflow_async.export.lanes import in_lanes
 from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, is_away, judge
 from dspy_mlflow_async.export.run_items import write_runs
-from dspy_mlflow_async.seams import mlflow_http, mlflow_store, mlflow_traces
+from dspy_mlflow_async.seams import mlflow_experiment, mlflow_http, mlflow_store, mlflow_traces
 
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
 _REQUEST_SECONDS = 30.0
@@ -88,8 +87,13 @@ class Writer:
                 bad.append(Outcome(item, Verdict.SUSPECT, error))
                 continue
             try:
+                if mlflow_experiment.is_stand_in(item.experiment_id):
+                    client = mlflow_store.client_of(self.uri)
+                    mlflow_traces.move_to_experiment(
+                        item, mlflow_experiment.real_experiment_id(client, item.experiment_id)
+                    )
                 if late_runs.has_stand_in(item):
-                    late_runs.name_run(MlflowClient(tracking_uri=self.uri), item.info.trace_metadata)
+                    late_runs.name_run(mlflow_store.client_of(self.uri), item.info.trace_metadata)
                 good.append(item)
             except Exception as error:  # noqa: BLE001 - the store decides what it raises; `judge` says what it means
                 bad.append(Outcome(item, judge(error, statuses), error))
@@ -104,7 +108,7 @@ class Writer:
             return outcome
         statuses.clear()
         try:
-            late_runs.link_since(MlflowClient(tracking_uri=self.uri), item, self._link)
+            late_runs.link_since(mlflow_store.client_of(self.uri), item, self._link)
         except Exception as error:  # noqa: BLE001 - judged
             return Outcome(item, judge(error, statuses), error)
         return outcome
@@ -323,7 +327,7 @@ class Writer:
     def _write_follow_up(self, item: FollowUp) -> None:
         prepare.prepare(item)
         if late_runs.has_stand_in(item):
-            late_runs.name_run(MlflowClient(tracking_uri=self.uri), item.metadata)
+            late_runs.name_run(mlflow_store.client_of(self.uri), item.metadata)
         if item.metadata:  # only `start_trace` can set it; it leaves alone what it is not given
             info = self._stored_info(item.key)
             info.trace_metadata.update(item.metadata)

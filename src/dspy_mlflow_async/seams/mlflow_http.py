@@ -6,8 +6,11 @@ For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +22,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from requests import sessions
 
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import over, patch
 
 __all__ = [
     "NoAnswerError",
@@ -167,12 +170,33 @@ def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_request_headers(given: Any = None) -> Any:
         block = _block.get()
         if block is None or given is not None:
-            return resolve(given)
+            is_ours = threading.current_thread().name.startswith("dspy-mlflow-async")
+            return (_asking_those_present(resolve) if is_ours else resolve)(given)
         if block.known.headers is None:
-            block.known.headers = dict(resolve())
+            block.known.headers = dict(_asking_those_present(resolve)())
         return dict(block.known.headers)
 
     return resolve_request_headers
+
+
+def _asking_those_present(resolve: Callable[..., Any]) -> Callable[..., Any]:
+    """MLflow's function without the provider of Databricks' headers, where this is no Databricks.
+
+    Each time that is asked, it tries some imports, and would wait for whatever other threads import.
+    """
+    if not isinstance(resolve, FunctionType) or _is_in_databricks():
+        return resolve
+    providers = [
+        provider
+        for provider in request_headers._request_header_provider_registry
+        if not isinstance(provider, request_headers.DatabricksRequestHeaderProvider)
+    ]
+    return over(resolve, resolve.__globals__ | {"_request_header_provider_registry": providers})
+
+
+@functools.cache
+def _is_in_databricks() -> bool:
+    return bool(request_headers.DatabricksRequestHeaderProvider().in_context())
 
 
 def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:

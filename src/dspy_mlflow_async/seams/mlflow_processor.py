@@ -6,11 +6,13 @@ For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from mlflow.tracing import provider as tracing_provider
+from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey, TraceTagKey
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.fluent import _EVAL_REQUEST_ID_TO_TRACE_ID, _set_last_active_trace_id
@@ -23,7 +25,9 @@ from mlflow.tracing.utils.otlp import should_export_otlp_metrics
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.mlflow_experiment import experiment_of_trace
+from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
+from dspy_mlflow_async.seams.patching import over, patch
 
 __all__ = [
     "SpanExporter",
@@ -41,6 +45,27 @@ __all__ = [
 ]
 
 
+class _LaterClient:
+    """MLflow's client of a store, which is opened by the first who asks the client something.
+
+    Args:
+        tracking_uri: The store; None for MLflow's current one.
+    """
+
+    def __init__(self, tracking_uri: str | None) -> None:
+        self.tracking_uri = resolve_tracking_uri(tracking_uri)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever MLflow's own exporter asks for, where it writes."""
+        return getattr(TracingClient(self.tracking_uri), name)
+
+
+# MLflow's opens the store with its client, and so would in the thread that makes the first span.
+_init_exporter = over(
+    MlflowV3SpanExporter.__init__, vars(inspect.getmodule(MlflowV3SpanExporter)) | {"TracingClient": _LaterClient}
+)
+
+
 class SpanExporter(MlflowV3SpanExporter):
     """MLflow's exporter, with a queue of ours where it looks for its own.
 
@@ -50,7 +75,7 @@ class SpanExporter(MlflowV3SpanExporter):
     """
 
     def __init__(self, tracking_uri: str | None, queue: Any) -> None:
-        super().__init__(tracking_uri)
+        _init_exporter(self, tracking_uri)
         self.uri: str = self._client.tracking_uri
         self._async_queue: Any = queue
 
@@ -60,6 +85,21 @@ class SpanExporter(MlflowV3SpanExporter):
 
 class SpanProcessor(MlflowV3SpanProcessor):
     """MLflow's processor, open where ours needs it."""
+
+    def __init__(self, span_exporter: Any, *, export_metrics: bool) -> None:
+        super().__init__(span_exporter=span_exporter, export_metrics=export_metrics)
+        uri = span_exporter.uri
+
+        def experiment_of(root: Any) -> str | None:
+            return experiment_of_trace(root, uri)
+
+        begin = MlflowV3SpanProcessor._start_trace
+        self._start_unasked = over(begin, begin.__globals__ | {"get_experiment_id_for_trace": experiment_of})
+
+    @property
+    def asks_store(self) -> bool:
+        """Whether the store is asked for the experiment when a trace begins, as by MLflow's own."""
+        return True
 
     def trace_started(self, root: Any, info: Any) -> None:
         """Take note of a trace that MLflow has begun with this root span."""
@@ -74,7 +114,7 @@ class SpanProcessor(MlflowV3SpanProcessor):
         return bool(self._export_metrics)
 
     def _start_trace(self, root_span: Any) -> Any:
-        info = super()._start_trace(root_span)
+        info = super()._start_trace(root_span) if self.asks_store else self._start_unasked(self, root_span)
         if info is not None:
             self.trace_started(root_span, info)
         return info

@@ -10,23 +10,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlflow
-from mlflow import ActiveRun, MlflowClient
+from mlflow import ActiveRun
 from mlflow.dspy.util import _flatten_dspy_module_state, sanitize_params
 from mlflow.entities import LifecycleStage, LoggedModelOutput, Run, RunData, RunInfo, RunStatus, RunTag
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING,
-    MLFLOW_EXPERIMENT_ID,
-    MLFLOW_EXPERIMENT_NAME,
     MLFLOW_RUN_ID,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.tracing.constant import TokenUsageKey
-from mlflow.tracing.utils import calculate_cost_by_model_and_token_usage
 from mlflow.tracking import fluent
 from mlflow.tracking.context import registry as context_registry
-from mlflow.utils import providers
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
+from dspy_mlflow_async.seams.mlflow_experiment import experiment_here, store_experiment_id
+from dspy_mlflow_async.seams.mlflow_prices import cost_in_usd
+from dspy_mlflow_async.seams.mlflow_store import client_of, resolve_tracking_uri
 from dspy_mlflow_async.seams.patching import patch
 
 __all__ = [
@@ -34,6 +32,8 @@ __all__ = [
     "MLFLOW_LOGGED_ARTIFACTS",
     "MLFLOW_PARENT_RUN_ID",
     "ActiveRun",
+    "cost_in_usd",
+    "experiment_here",
     "fluent",
     "mlflow",
     "sanitize_params",
@@ -54,6 +54,10 @@ def run_stack() -> Any:
     return getattr(fluent, STACK_NAME)
 
 
+def _client() -> Any:
+    return client_of(resolve_tracking_uri())
+
+
 def create_run(
     name: str | None, experiment_id: str | None, tags: Mapping[str, str], start_time_ms: int | None = None
 ) -> ActiveRun:
@@ -62,24 +66,34 @@ def create_run(
     Raises:
         MlflowException: Where the store refuses or is not there.
     """
+    client = _client()
     if experiment_id is None:
-        experiment_id = fluent._get_experiment_id()
-    run = MlflowClient().create_run(experiment_id, start_time_ms, resolve_tags(tags), name)
-    return ActiveRun(run)
+        experiment_id = store_experiment_id(client)
+    return ActiveRun(client.create_run(experiment_id, start_time_ms, resolve_tags(tags), name))
 
 
 def resolve_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """These tags, and those that MLflow gives every run: user, source, commit."""
-    return dict(context_registry.resolve_tags(dict(tags)))
+    absent = _absent_contexts()
+    if "IPython" not in sys.modules:  # no notebook, and each look would try to import it
+        absent = [*absent, context_registry.JupyterNotebookRunContext]
+    return dict(context_registry.resolve_tags(dict(tags), ignore=absent))
 
 
-def experiment_here() -> tuple[str | None, str | None]:
-    """The id and the name of the experiment that a run gets here, as far as that is known without the store."""
-    if fluent._active_experiment_id:
-        return str(fluent._active_experiment_id), None
-    if name := MLFLOW_EXPERIMENT_NAME.get():
-        return None, name
-    return MLFLOW_EXPERIMENT_ID.get(), None
+@functools.cache
+def _absent_contexts() -> list[Any]:
+    """Databricks' sources of tags where this is no Databricks, which a process does not move to.
+
+    Each look there tries some imports, and waits for whatever other threads import.
+    """
+    of_databricks = (
+        context_registry.DatabricksNotebookRunContext,
+        context_registry.DatabricksJobRunContext,
+        context_registry.DatabricksClusterRunContext,
+        context_registry.DatabricksCommandRunContext,
+        context_registry.DatabricksRepoRunContext,
+    )
+    return [context for context in of_databricks if not context().in_context()]
 
 
 class PendingRun(ActiveRun):
@@ -162,7 +176,7 @@ def resume_run(run_id: str, name: str | None, tags: Mapping[str, str]) -> Active
     Raises:
         MlflowException: Where it was deleted, or is in another experiment than the active one, or the store refuses.
     """
-    client = MlflowClient()
+    client = _client()
     run = client.get_run(run_id)
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
         raise MlflowException(f"run {run_id} of {MLFLOW_RUN_ID.name} is deleted")
@@ -211,34 +225,10 @@ def log_dummy_model(run_id: str, flavor: str) -> None:
     Source: ``mlflow.dspy.util.log_dummy_model_outputs``, by run id.
     """
     model = fluent._create_logged_model(name="dspy", source_run_id=run_id, flavor=flavor)
-    MlflowClient().log_outputs(run_id, models=[LoggedModelOutput(model_id=model.model_id, step=0)])
+    _client().log_outputs(run_id, models=[LoggedModelOutput(model_id=model.model_id, step=0)])
 
 
 def program_params(program: Any) -> dict[str, Any]:
     """The state of a program as flat params. Source: ``mlflow.dspy.util.log_dspy_module_params``."""
     flat = _flatten_dspy_module_state(program.dump_state(), exclude_keys=("metadata", "lm", "traces", "train"))
     return {f"{type(program).__name__}.{key}": value for key, value in flat.items()}
-
-
-def _is_imported(name: str) -> bool:
-    """Whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
-    module = sys.modules.get(name)
-    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
-
-
-def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
-    """What MLflow reckons that these tokens cost, or None for a model without a known price."""
-    provider, _, name = model.rpartition("/")
-    if _is_imported("litellm"):
-        cost = calculate_cost_by_model_and_token_usage(model, dict(tokens), provider.partition("/")[0] or None)
-        return None if cost is None else float(cost["total_cost"])
-    # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.
-    costs = providers.cost_per_token(
-        model=name,
-        prompt_tokens=tokens.get(TokenUsageKey.INPUT_TOKENS, 0),
-        completion_tokens=tokens.get(TokenUsageKey.OUTPUT_TOKENS, 0),
-        custom_llm_provider=provider.partition("/")[0] or None,
-        cache_read_input_tokens=tokens.get(TokenUsageKey.CACHE_READ_INPUT_TOKENS),
-        cache_creation_input_tokens=tokens.get(TokenUsageKey.CACHE_CREATION_INPUT_TOKENS),
-    )
-    return None if costs is None else float(sum(costs))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -22,16 +22,21 @@ from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import TraceMetadataKey
 from mlflow.tracking._tracking_service.utils import _get_store, _resolve_tracking_uri
+from mlflow.utils.databricks_utils import get_workspace_url
 from mlflow.utils.proto_json_utils import message_to_json
 from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX
 from mlflow.utils.uri import is_databricks_uri
 from mlflow.utils.workspace_context import get_request_workspace
 from packaging.version import Version
 
+from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
+from dspy_mlflow_async.seams.patching import over
+
 __all__ = [
     "TracingClient",
     "abandon_connections",
     "absolute_uri",
+    "client_of",
     "is_databricks_uri",
     "is_unsupported",
     "link_prompts",
@@ -60,6 +65,27 @@ def absolute_uri(uri: str) -> str:
     if "://" in uri or is_databricks_uri(uri):
         return uri
     return (Path.cwd() / uri.removeprefix("file:")).as_uri()
+
+
+@functools.cache
+def client_of(uri: str) -> Any:
+    """MLflow's client for the runs of a resolved URI: one for the process, which opens a store that is not open yet.
+
+    A new one asks Spark where the models are registered, unless it is told, by an import that fails every time. Nothing
+    here asks for models.
+    """
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    tracking = client._tracking_client
+    # When a run ends, MLflow prints where it is, and for that asks Spark and Databricks by imports that fail.
+    names = {"is_in_databricks_notebook": is_in_notebook_of_databricks, "get_workspace_url": _workspace_url}
+    if isinstance(log_url := getattr(type(tracking), "_log_url", None), FunctionType):
+        tracking._log_url = functools.partial(over(log_url, log_url.__globals__ | names), tracking)
+    return client
+
+
+_workspace_url = functools.cache(get_workspace_url)
 
 
 @contextlib.contextmanager
@@ -158,7 +184,6 @@ def one_transaction(client: TracingClient) -> Iterator[Any | None]:
     if not _FINALIZES or not hasattr(store, "ManagedSessionMaker") or not hasattr(store, "_start_trace_once"):
         yield None
         return
-    _load_prices()
     view = copy.copy(store)
     experiments: dict[str, Any] = {}
 
@@ -179,13 +204,6 @@ def one_transaction(client: TracingClient) -> Iterator[Any | None]:
         # No retry inside the transaction: the whole of it is what must be retried.
         view._run_with_deadlock_retry = lambda fn, *args, **kwargs: fn(*args, **kwargs)
         yield view
-
-
-@functools.cache
-def _load_prices() -> None:
-    """Import what the store imports to price the first span: seconds, for which everybody else's writes would wait."""
-    with contextlib.suppress(Exception):  # not installed, or broken: then MLflow has prices of its own
-        importlib.import_module("litellm")
 
 
 def abandon_connections(tracking_uri: str) -> None:

@@ -5,13 +5,13 @@ For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 from mlflow.entities import Span
+from mlflow.entities.trace_location import TraceLocation
 from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
 from mlflow.tracing.attachments import Attachment
 from mlflow.tracing.display import get_display_handler
@@ -22,13 +22,13 @@ from mlflow.tracing.utils import (
     aggregate_usage_from_spans,
     encode_span_id,
     generate_assessment_id,
-    get_experiment_id_for_trace,
     maybe_get_request_id,
 )
 from mlflow.tracing.utils.truncation import set_request_response_preview
-from mlflow.utils.databricks_utils import is_in_databricks_notebook
 from mlflow.utils.workspace_context import get_request_workspace
 from opentelemetry.sdk.trace import ReadableSpan
+
+from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 
 __all__ = [
     "InMemoryTrace",
@@ -43,9 +43,9 @@ __all__ = [
     "experiment_of",
     "finished_span",
     "generate_assessment_id",
-    "get_experiment_id_for_trace",
     "is_evaluating",
     "manager_lock",
+    "move_to_experiment",
     "peek_trace",
     "pop_trace",
     "restore_attachment",
@@ -104,6 +104,13 @@ def experiment_of(trace: _Trace) -> str | None:
         return None
 
 
+def move_to_experiment(item: Any, experiment_id: str) -> None:
+    """Give spans on their way, and the trace where it goes with them, their experiment."""
+    item.experiment_id = experiment_id
+    if (info := getattr(item, "info", None)) is not None:
+        info.trace_location = TraceLocation.from_experiment_id(experiment_id)
+
+
 def ended_root(trace: _Trace) -> ReadableSpan | None:
     """OpenTelemetry's span at the root of a trace, which MLflow's span keeps to itself; None while it is open."""
     root = next((span for span in list(trace.span_dict.values()) if span.parent_id is None), None)
@@ -137,11 +144,7 @@ def wants_async() -> bool:
     """``MlflowV3SpanExporter._should_enable_async_logging`` of 3.17; 3.11 is synchronous unless told otherwise."""
     if MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set():
         return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get())
-    return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get()) and not _is_in_databricks_notebook()
-
-
-# A process does not move there, and every look fails an import, which takes a millisecond.
-_is_in_databricks_notebook = functools.cache(is_in_databricks_notebook)
+    return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get()) and not is_in_notebook_of_databricks()
 
 
 def is_evaluating() -> bool:

@@ -1,0 +1,95 @@
+"""The experiment of what begins here, told without asking the store: where only that can tell, by a stand-in.
+
+MLflow looks up ``MLFLOW_EXPERIMENT_NAME`` at the start of each trace, which opens the store in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from mlflow.environment_variables import MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME
+from mlflow.tracing.constant import SpanAttributeKey
+from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION
+from mlflow.tracing.utils import get_otel_attribute
+from mlflow.tracking import fluent
+from mlflow.tracking.default_experiment import DEFAULT_EXPERIMENT_ID
+from mlflow.tracking.default_experiment import registry as default_registry
+from mlflow.utils.databricks_utils import is_in_databricks_notebook
+
+__all__ = [
+    "experiment_here",
+    "experiment_of_trace",
+    "is_in_notebook_of_databricks",
+    "is_stand_in",
+    "look_up",
+    "real_experiment_id",
+    "store_experiment_id",
+]
+
+_STAND_IN = "pending-experiment:"
+_known: dict[tuple[str, str], str] = {}  # ids, by store and name; single operations on a dict are atomic
+
+# A process does not move there, and every look fails some imports: 0.8 ms, and a lock that a forked child inherits.
+is_in_notebook_of_databricks = functools.cache(is_in_databricks_notebook)
+
+
+def experiment_here() -> tuple[str | None, str | None]:
+    """The id and the name of the experiment that a run gets here, as far as that is known without the store."""
+    if fluent._active_experiment_id:
+        return str(fluent._active_experiment_id), None
+    if name := MLFLOW_EXPERIMENT_NAME.get():
+        return None, name
+    return MLFLOW_EXPERIMENT_ID.get(), None
+
+
+def default_experiment_id() -> str | None:
+    """The experiment where nobody has set one. Plugins are asked every time, as MLflow does."""
+    providers = list(default_registry._default_experiment_provider_registry)
+    if len(providers) == 1 and not is_in_notebook_of_databricks():  # the one is for notebooks of Databricks
+        return str(DEFAULT_EXPERIMENT_ID)
+    found = default_registry.get_experiment_id()
+    return None if found is None else str(found)
+
+
+def store_experiment_id(client: Any) -> str | None:
+    """The experiment that a run gets here, by asking the store where only that can tell."""
+    experiment_id, name = experiment_here()
+    return look_up(client, name) if name is not None else experiment_id or default_experiment_id()
+
+
+def experiment_of_trace(root: Any, uri: str) -> str | None:
+    """The experiment of a trace that begins with this root, or a stand-in: ``get_experiment_id_for_trace``."""
+    if experiment_id := get_otel_attribute(root, SpanAttributeKey.EXPERIMENT_ID):
+        return str(experiment_id)
+    if experiment_id := getattr(_MLFLOW_TRACE_USER_DESTINATION.get(), "experiment_id", None):
+        return str(experiment_id)
+    if (run := fluent._get_latest_active_run()) is not None:
+        known = getattr(run, "known_experiment_id", run.info.experiment_id)  # None for a run on its way
+        if known is not None:
+            return str(known)
+    here, name = experiment_here()
+    if name is not None:
+        return _known.get((uri, name)) or _STAND_IN + name
+    return here or default_experiment_id()
+
+
+def is_stand_in(experiment_id: Any) -> bool:
+    """Whether only the store can tell which experiment this is."""
+    return isinstance(experiment_id, str) and experiment_id.startswith(_STAND_IN)
+
+
+def real_experiment_id(client: Any, experiment_id: str) -> str:
+    """The store's id of an experiment, which is made if there is none of its name."""
+    if not is_stand_in(experiment_id):
+        return experiment_id
+    name = experiment_id.removeprefix(_STAND_IN)
+    found = look_up(client, name)
+    _known[client.tracking_uri, name] = found
+    return found
+
+
+def look_up(client: Any, name: str) -> str:
+    """The id of the experiment of this name, which is made if there is none."""
+    found = client.get_experiment_by_name(name)
+    return str(client.create_experiment(name) if found is None else found.experiment_id)

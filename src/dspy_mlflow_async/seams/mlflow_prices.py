@@ -1,0 +1,103 @@
+"""What MLflow reckons that tokens cost, without importing LiteLLM in a thread that the user does not know of.
+
+The import takes seconds of CPU, and a thread that imports may wait for ever for one that holds MLflow's import hooks.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+from mlflow.tracing import utils as tracing_utils
+from mlflow.tracing.constant import TokenUsageKey
+from mlflow.utils import providers
+
+from dspy_mlflow_async.seams.mlflow_http import is_limited
+from dspy_mlflow_async.seams.patching import over, patch
+
+_PROVIDERS = "mlflow.utils.providers"
+
+__all__ = ["cost_in_usd", "patch_prices"]
+
+
+def is_imported(name: str) -> bool:
+    """Whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
+    module = sys.modules.get(name)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
+    """What MLflow reckons that these tokens cost, or None for a model without a known price."""
+    provider, _, name = model.rpartition("/")
+    if is_imported("litellm"):
+        cost = tracing_utils.calculate_cost_by_model_and_token_usage(
+            model, dict(tokens), provider.partition("/")[0] or None
+        )
+        return None if cost is None else float(cost["total_cost"])
+    # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.
+    costs = providers.cost_per_token(
+        model=name,
+        prompt_tokens=tokens.get(TokenUsageKey.INPUT_TOKENS, 0),
+        completion_tokens=tokens.get(TokenUsageKey.OUTPUT_TOKENS, 0),
+        custom_llm_provider=provider.partition("/")[0] or None,
+        cache_read_input_tokens=tokens.get(TokenUsageKey.CACHE_READ_INPUT_TOKENS),
+        cache_creation_input_tokens=tokens.get(TokenUsageKey.CACHE_CREATION_INPUT_TOKENS),
+    )
+    return None if costs is None else float(sum(costs))
+
+
+def patch_prices() -> Callable[[], None]:
+    """Let our own writes price spans by LiteLLM where the program has imported it, else by MLflow.
+
+    Everybody else's calls are as they were.
+
+    Returns:
+        The undo.
+    """
+    from mlflow.tracing.otel import translation
+
+    name = "calculate_cost_by_model_and_token_usage"
+    undos = [
+        patch(owner, **{name: _without_import(getattr(owner, name))})
+        for owner in (translation, tracing_utils)
+        if hasattr(owner, name)
+    ]
+
+    def undo() -> None:
+        for each in undos:
+            each()
+
+    return undo
+
+
+def _without_import(original: Any) -> Any:
+    offline = _offline(original)
+
+    @functools.wraps(original)
+    def calculate_cost_by_model_and_token_usage(*args: Any, **kwargs: Any) -> Any:
+        calculate = offline if is_limited() and not is_imported("litellm") else original
+        return calculate(*args, **kwargs)
+
+    return calculate_cost_by_model_and_token_usage
+
+
+def _offline(original: FunctionType) -> Any:
+    """MLflow's function as it is where LiteLLM is not installed and no catalog of prices is in the network."""
+    prices = ModuleType(_PROVIDERS)
+    # A write holds the database; MLflow would look for the catalog of a provider on the internet meanwhile.
+    vars(prices).update(vars(providers), _fetch_remote_provider=lambda _provider: None)
+    for name in ("_load_provider", "_lookup_model_info", "cost_per_token"):
+        if isinstance(function := getattr(providers, name, None), FunctionType):
+            setattr(prices, name, over(function, vars(prices)))
+
+    def import_(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "litellm":
+            raise ImportError(name)
+        return prices if name == _PROVIDERS else builtins.__import__(name, *args, **kwargs)
+
+    names = vars(builtins) | {"__import__": import_}
+    return over(original, original.__globals__ | {"__builtins__": names})
