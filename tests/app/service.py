@@ -34,7 +34,12 @@ async def lifespan(app):
 
 
 app = FastAPI(lifespan=lifespan)
-app.add_middleware(TracingMiddleware, session_id="x-session-id", websocket=os.environ.get("WEBSOCKET", "connection"))
+app.add_middleware(
+    TracingMiddleware,
+    session_id="x-session-id",
+    websocket=os.environ.get("WEBSOCKET", "connection"),
+    traceparent=["127.0.0.0/8"],
+)
 
 
 @app.get("/health")
