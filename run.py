@@ -26,6 +26,8 @@ NAMES = {
     "lint": "check style and format",
     "typing": "check types",
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
+    "clean": "try a clean install: doctor, an evaluation, its report, the demo",
+    "newest": "run the tests on the newest DSPy and MLflow, pre-releases too",
     "bench": "measure what tracing costs",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }

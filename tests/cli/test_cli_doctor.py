@@ -49,6 +49,16 @@ hooks.patch_worker_pool = lambda *args, **kwargs: lambda: None
     assert "1 to be mended." in done.stdout
 
 
+def test_a_package_that_is_not_installed_is_no_problem(command):
+    """Without psutil, as on a clean install, what needs it is a note that says what to install, and all is well."""
+    done = command("doctor", before='import sys; sys.modules["psutil"] = None')
+
+    assert done.returncode == 0, done.stdout
+    assert "needs psutil, which is not installed" in done.stdout
+    assert "pip install psutil" in done.stdout
+    assert "PROBLEM" not in done.stdout
+
+
 def test_doctor_speaks_where_a_seam_has_gone(command):
     """Where a name that the tracer imports has gone, the doctor names it and what fails for it, and ends with 1."""
     done = command("doctor", before=LOSE_A_SEAM)

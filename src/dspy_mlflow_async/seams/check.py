@@ -33,10 +33,27 @@ class Seam:
         """Whether the installed version has it."""
         return _exists(self.path)
 
+    @property
+    def needs(self) -> str | None:
+        """Return the package whose absence keeps the module from being imported, so that nobody can say what is in it.
+
+        MLflow imports some packages only for what they are for, such as psutil. None where the module can be imported,
+        or is itself what is missing.
+        """
+        module = self.path.partition(":")[0]
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing_root = (error.name or "").partition(".")[0]
+            return missing_root if missing_root != module.partition(".")[0] else None
+        except ImportError:
+            return None
+        return None
+
 
 def missing(seams: Iterable[Seam]) -> list[Seam]:
     """Those of the seams that the installed DSPy and MLflow do not have."""
-    return [seam for seam in seams if not seam.is_present]
+    return [seam for seam in seams if not seam.is_present and seam.needs is None]
 
 
 def _exists(path: str) -> bool:

@@ -57,15 +57,24 @@ def seams() -> Iterator[Finding]:
     present = {seam.path: seam.is_present for seam in SEAMS}
     details = tuple(f"{'present' if present[seam.path] else 'absent ':<7} {seam.path}: {seam.reason}" for seam in SEAMS)
     absent = [seam for seam in SEAMS if not present[seam.path]]
+    needs = {seam.path: seam.needs for seam in absent}
+    for package, module in sorted({(needs[seam.path] or "", seam.path.partition(":")[0]) for seam in absent}):
+        if package:
+            yield Finding(
+                Level.NOTE,
+                "seam",
+                f"{module} needs {package}, which is not installed; where you want what it is for: "
+                f"pip install {package}",
+            )
     for seam in absent:
-        if not seam.is_optional:
+        if not (seam.is_optional or needs[seam.path]):
             yield Finding(
                 Level.PROBLEM,
                 "seam",
                 f"{seam.path} has gone, so what it is for no longer works: it {seam.reason}. "
                 "Look for a newer dspy-mlflow-async, or go back to the DSPy and MLflow that worked.",
             )
-    optional = [seam.path for seam in absent if seam.is_optional]
+    optional = [seam.path for seam in absent if seam.is_optional or needs[seam.path]]
     without = f"; these versions lack {len(optional)} that we can do without" if optional else ""
     yield Finding(Level.OK, "seams", f"{sum(present.values())} of {len(SEAMS)} names are present{without}", details)
 
