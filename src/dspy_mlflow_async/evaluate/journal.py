@@ -18,7 +18,6 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import dspy
-from mlflow import MlflowClient
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.evaluate import local
@@ -28,6 +27,7 @@ from dspy_mlflow_async.evaluate.local import LocalCopy
 from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
 from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
+from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.spans.door import MAX_FAILURE_BYTES, Door
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -123,7 +123,8 @@ class Journal:
 
 
 def _log_text(run_id: str, path: str, text: str) -> None:
-    MlflowClient().log_text(run_id, text, path)
+    # In a thread of ours: a client of its own would import things each time.
+    mlflow_store.client_of(mlflow_store.resolve_tracking_uri()).log_text(run_id, text, path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,8 +168,12 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
             super().on_end(span)
             return
         if self.records_metrics:
-            self.record_metrics_for_span(span)
+            self._count_for_metrics(span)
         self._take(span)
+
+    @guarded
+    def _count_for_metrics(self, span: ReadableSpan) -> None:
+        self.record_metrics(span)
 
     @guarded
     def _take(self, span: ReadableSpan) -> None:

@@ -87,11 +87,12 @@ class Writer:
                 bad.append(Outcome(item, Verdict.SUSPECT, error))
                 continue
             try:
+                statuses.clear()
                 if mlflow_experiment.is_stand_in(item.experiment_id):
                     client = mlflow_store.client_of(self.uri)
-                    mlflow_traces.move_to_experiment(
-                        item, mlflow_experiment.real_experiment_id(client, item.experiment_id)
-                    )
+                    with mlflow_store.workspace_scope(item.workspace):
+                        found = mlflow_experiment.real_experiment_id(client, item.experiment_id, item.workspace)
+                    mlflow_traces.move_to_experiment(item, found)
                 if late_runs.has_stand_in(item):
                     late_runs.name_run(mlflow_store.client_of(self.uri), item.info.trace_metadata)
                 good.append(item)

@@ -9,6 +9,8 @@ import functools
 from typing import Any
 
 from mlflow.environment_variables import MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION
 from mlflow.tracing.utils import get_otel_attribute
@@ -16,6 +18,7 @@ from mlflow.tracking import fluent
 from mlflow.tracking.default_experiment import DEFAULT_EXPERIMENT_ID
 from mlflow.tracking.default_experiment import registry as default_registry
 from mlflow.utils.databricks_utils import is_in_databricks_notebook
+from mlflow.utils.workspace_context import get_request_workspace
 
 __all__ = [
     "experiment_here",
@@ -28,7 +31,10 @@ __all__ = [
 ]
 
 _STAND_IN = "pending-experiment:"
-_known: dict[tuple[str, str], str] = {}  # ids, by store and name; single operations on a dict are atomic
+_EXISTS = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
+_known: dict[
+    tuple[str, str | None, str], str
+] = {}  # ids, by store, workspace and name; single operations on a dict are atomic
 
 # A process does not move there, and every look fails some imports: 0.8 ms, and a lock that a forked child inherits.
 is_in_notebook_of_databricks = functools.cache(is_in_databricks_notebook)
@@ -70,7 +76,7 @@ def experiment_of_trace(root: Any, uri: str) -> str | None:
             return str(known)
     here, name = experiment_here()
     if name is not None:
-        return _known.get((uri, name)) or _STAND_IN + name
+        return _known.get((uri, get_request_workspace(), name)) or _STAND_IN + name
     return here or default_experiment_id()
 
 
@@ -79,17 +85,32 @@ def is_stand_in(experiment_id: Any) -> bool:
     return isinstance(experiment_id, str) and experiment_id.startswith(_STAND_IN)
 
 
-def real_experiment_id(client: Any, experiment_id: str) -> str:
-    """The store's id of an experiment, which is made if there is none of its name."""
+def real_experiment_id(client: Any, experiment_id: str, workspace: str | None) -> str:
+    """The store's id of an experiment, which is made if there is none of its name.
+
+    Args:
+        client: MLflow's client of the store, called in the scope of the workspace.
+        experiment_id: The id, or what stands for it.
+        workspace: The workspace of the trace, or None.
+    """
     if not is_stand_in(experiment_id):
         return experiment_id
     name = experiment_id.removeprefix(_STAND_IN)
     found = look_up(client, name)
-    _known[client.tracking_uri, name] = found
+    _known[client.tracking_uri, workspace, name] = found
     return found
 
 
 def look_up(client: Any, name: str) -> str:
     """The id of the experiment of this name, which is made if there is none."""
     found = client.get_experiment_by_name(name)
-    return str(client.create_experiment(name) if found is None else found.experiment_id)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != _EXISTS:
+                raise
+            found = client.get_experiment_by_name(name)  # another process was faster
+            if found is None:
+                raise
+    return str(found.experiment_id)

@@ -95,6 +95,8 @@ class SpanProcessor(MlflowV3SpanProcessor):
 
         begin = MlflowV3SpanProcessor._start_trace
         self._start_unasked = over(begin, begin.__globals__ | {"get_experiment_id_for_trace": experiment_of})
+        record = MlflowV3SpanProcessor.record_metrics_for_span
+        self._record_unasked = over(record, record.__globals__ | {"get_experiment_id_for_trace": experiment_of})
 
     @property
     def asks_store(self) -> bool:
@@ -112,6 +114,13 @@ class SpanProcessor(MlflowV3SpanProcessor):
     def records_metrics(self) -> bool:
         """Whether each span is counted for OpenTelemetry's metrics."""
         return bool(self._export_metrics)
+
+    def record_metrics(self, span: Any) -> None:
+        """Count an ended span for OpenTelemetry's metrics, as MLflow does, but for asking the store."""
+        if self.asks_store:
+            self.record_metrics_for_span(span)
+        else:
+            self._record_unasked(self, span)
 
     def _start_trace(self, root_span: Any) -> Any:
         info = super()._start_trace(root_span) if self.asks_store else self._start_unasked(self, root_span)
