@@ -38,6 +38,9 @@ class Outlet(Protocol):
     def emit(self, uri: str, item: Item, is_sync: bool) -> None:
         """Take what is to be written, at once if ``is_sync``."""
 
+    def writes_ahead(self, uri: str) -> bool:
+        """Whether what has ended goes to the disk before anything else."""
+
     def safeguard(self, uri: str, item: Item) -> Reference | None:
         """Keep a copy of what is not ready to be written."""
 
@@ -137,7 +140,7 @@ class Collector:
             is_complete = not entry.open_ids
         if is_complete:
             self.complete(entry)
-        if self.options.durable and not entry.is_handed_on:
+        if not entry.is_handed_on and self._outlet.writes_ahead(entry.uri):
             self._make_safe_copy(entry)
 
     def _make_safe_copy(self, entry: Entry) -> None:

@@ -22,8 +22,13 @@ class Disk:
         self.is_full = False  # whether the disk did not take what it was given last
         self._is_warned = False
 
-    def save(self, item: Item, *, durable: bool = False) -> bool:
+    def save(self, item: Item, *, durable: bool = False, is_needed: bool = True) -> bool:
         """Write an item, unless it is there already.
+
+        Args:
+            item: What to write.
+            durable: Return only when it would survive a power cut.
+            is_needed: Whether anything is lost where the disk does not take it; else nobody is warned.
 
         Returns:
             Whether it is in the spool now.
@@ -41,7 +46,7 @@ class Disk:
                 self.is_full = False
             except OSError as error:
                 self.is_full = True
-                if not self._is_warned:
+                if is_needed and not self._is_warned:
                     self._is_warned = True
                     logger.warning(
                         "dspy-mlflow-async: cannot write to the spool %s (%s: %s); what the memory cannot hold "

@@ -6,8 +6,6 @@ import _thread
 import atexit
 import contextlib
 import logging
-import multiprocessing
-import multiprocessing.util
 import os
 import signal
 import threading
@@ -15,6 +13,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from dspy_mlflow_async.export import workers
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.pipeline import Pipeline
@@ -29,7 +29,6 @@ _MOST_MOMENTS = 40
 _MOMENT = 0.005
 
 _first: list[Callable[[], None]] = []
-_kept: list[Callable[..., None]] = []
 
 
 def before_leaving(function: Callable[[], None]) -> None:
@@ -72,19 +71,9 @@ def save(pipeline: Pipeline) -> None:
 
 
 def at_exit(function: Callable[[], None]) -> None:
-    """Call ``function`` at the normal end of the process, an exception's included, and of its ``multiprocessing`` ones.
-
-    Those leave by ``os._exit``, without ``atexit``; what they do call, they forget when they are forked.
-    """
+    """Call ``function`` at the normal end of the process, an exception's included, and of workers of pools."""
     atexit.register(function)
-
-    def at_exit_of_child(_: object) -> None:
-        multiprocessing.util.Finalize(None, function, exitpriority=0)
-
-    multiprocessing.util.register_after_fork(at_exit_of_child, at_exit_of_child)
-    _kept.append(at_exit_of_child)  # it is registered weakly
-    if multiprocessing.parent_process() is not None:
-        at_exit_of_child(None)
+    workers.at_exit_of_workers(function)
 
 
 def _may_hold_a_lock(frame: FrameType | None) -> bool:
@@ -131,12 +120,12 @@ class _Handler:
         os.kill(os.getpid(), signum)
 
 
-def on_sigterm(function: Callable[[], None], timeout: float) -> Callable[[], None]:
-    """Call ``function`` before SIGTERM ends the process, where nobody else cares for that signal.
+def on_signals(function: Callable[[], None], timeout: float) -> Callable[[], None]:
+    """Call ``function`` before SIGTERM or SIGHUP ends the process, where nobody else cares for that signal.
 
-    A handler of the user's stays alone: it decides how the process ends, and a normal end is cared for.
-    The function runs in a thread of its own, and the main one waits for it. Where that may just hold a lock that the
-    function needs, it first goes on for a moment.
+    A handler of the user's stays alone, and a signal that is ignored stays ignored: they decide how the process ends,
+    and a normal end is cared for. The function runs in a thread of its own, and the main one waits for it. Where that
+    may just hold a lock that the function needs, it first goes on for a moment.
 
     Args:
         function: What to do.
@@ -145,20 +134,19 @@ def on_sigterm(function: Callable[[], None], timeout: float) -> Callable[[], Non
     Returns:
         The undo.
     """
-
-    def nothing() -> None: ...
-
-    if threading.current_thread() is not threading.main_thread() or os.name != "posix":
-        return nothing
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return nothing
-
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGHUP) if is_main and os.name == "posix" else ()
     handler = _Handler(function, timeout)
-    signal.signal(signal.SIGTERM, handler)
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, handler)
 
     def undo() -> None:
-        on_main: Any = threading.current_thread() is threading.main_thread()
-        if on_main and signal.getsignal(signal.SIGTERM) is handler:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in handled:
+            current: Any = signal.getsignal(number)
+            if current is handler:
+                signal.signal(number, signal.SIG_DFL)
 
     return undo

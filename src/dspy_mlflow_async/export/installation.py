@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspy_mlflow_async.export import collected, gate
+from dspy_mlflow_async.export import collected, gate, workers
 from dspy_mlflow_async.export import exit as process_exit
 from dspy_mlflow_async.export.books import Books, ExportStats
 from dspy_mlflow_async.export.exporter import RetiringProcessor, WholeTraceExporter, WholeTraceProcessor, processors
@@ -61,6 +61,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
     with _lock:
         old = _pipeline or _take_retiring()
         mine = Pipeline(options, _books, housekeeping)
+        workers.hear_of_celery()
         if old is not None:
             _close(old, successor=mine)
         _pipeline = mine
@@ -70,7 +71,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
                 mlflow_processor.patch_processor_factory(_make_processor),
                 by_id_seam.patch_by_id(_OnTheirWay()),
                 patch_prices(),
-                process_exit.on_sigterm(_leave, options.exit_timeout + 5),
+                process_exit.on_signals(_leave, options.exit_timeout + 5),
                 collected.watch(),
             ]
         for processor, _ in mlflow_processor.replace_processors(_ours_for):
@@ -319,6 +320,8 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
+    if _pipeline is not None:
+        _pipeline.has_forked = True
     mlflow_traces.manager_lock().release()
     _lock.release()
     gate.writes.open()

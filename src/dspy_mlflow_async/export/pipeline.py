@@ -35,6 +35,7 @@ class Pipeline:
         self.collector = Collector(options, self.books, self)
         self.queues: dict[str, StoreQueue] = {}
         self.is_closed = False
+        self.has_forked = False  # whether there are, or were, children that may leave something behind
         self._waits_for_stores = True
         self._successor: Pipeline | None = None
         self._housekeeping = guarded(housekeeping) if housekeeping else None
@@ -82,6 +83,10 @@ class Pipeline:
             queue.write_now(item)
         else:
             queue.put(item)
+
+    def writes_ahead(self, uri: str) -> bool:
+        """Whether what has ended goes to the disk before anything else."""
+        return self.queue(uri).writes_ahead
 
     def safeguard(self, uri: str, item: Item) -> Reference | None:
         """Keep a copy of an item on disk until the item itself comes."""
@@ -132,6 +137,7 @@ class Pipeline:
             if time.monotonic() >= next_housekeeping:
                 next_housekeeping = time.monotonic() + 1.0
                 self.keep_house()
+                self.take_over()
             self.look_after()
 
     @guarded
@@ -145,16 +151,26 @@ class Pipeline:
         if self._housekeeping is not None:
             self._housekeeping()
 
+    @guarded
+    def take_over(self) -> None:
+        """Bring to the store what forked children of this process have left on the disk when they ended."""
+        if not self.has_forked or self.is_closed:
+            return
+        for uri in {mlflow_store.resolve_tracking_uri(), *self.queues}:
+            if not mlflow_store.is_databricks_uri(uri):
+                self.queue(uri).take_over()
+
     # --- the end ---
 
     def flush(self, timeout: float | None) -> bool:
-        """Write everything that has ended, held or not, and wait for it.
+        """Write everything that has ended, held or not, and what ended children have left, and wait for it.
 
         Returns:
             Whether all of it is stored.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         self.keep_house()
+        self.take_over()
         self.collector.hand_on_everything()
         results = [queue.flush(deadline) for queue in list(self.queues.values())]
         return all(results)
@@ -203,6 +219,7 @@ class Pipeline:
         """
         if successor is not None:
             successor.collector.adopt(self.collector)
+            successor.has_forked = self.has_forked
             with self._lock:
                 self._successor = successor
                 self._bequeath(successor)
@@ -239,6 +256,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ticker = None
+        self.has_forked = False
         self.books.reset()
         self.collector.after_fork()
         for queue in self.queues.values():

@@ -194,6 +194,11 @@ class ProcessQueue(StoreQueue):
             if not self._write_waiting(is_first):
                 break
 
+    def take_over(self) -> None:
+        """Have the child send what ended processes have left behind."""
+        if spools.segments(self.spool.folder):
+            self.child.nudge(hurry=False)
+
     def next_wait(self) -> float | None:
         """Seconds until there may be something to do; None to wait until woken."""
         return _LOOK if len(self.backlog) or len(self.memory) else None

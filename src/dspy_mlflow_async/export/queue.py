@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dspy_mlflow_async.export import codec
+from dspy_mlflow_async.export import codec, workers
 from dspy_mlflow_async.export.backlog import Backlog
 from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.items import Item, RunItem, TraceItem
@@ -55,6 +55,7 @@ class StoreQueue:
         self.waits = True  # whether callers of `write_now` and `write_waiting` may wait for the store
         self._waits_again_at = 0.0  # monotonic
         self._disk = self._copies = Disk(spool)
+        self._may_end_unheard = workers.may_end_unheard()
         self._books = books
         self._writer = Writer(uri)
         self._urgent_writer = Writer(uri, request_seconds=_URGENT_SECONDS)  # for callers who wait
@@ -82,6 +83,11 @@ class StoreQueue:
         self._thread: threading.Thread | None = None
 
     # --- the caller's side ---
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether what has ended goes to the disk before anything else."""
+        return self.options.durable or self._may_end_unheard
 
     def put(self, item: Item) -> None:
         """Take an item. The caller waits for the disk only when the memory is full, or with ``durable``."""
@@ -189,9 +195,9 @@ class StoreQueue:
                 self._progress.wait(min(left, 0.05))
 
     def _secure(self, item: Item) -> None:
-        if self.options.durable:
-            self._disk.save(item, durable=True)
-        if item.reference is not None or not self.options.durable:
+        if self.writes_ahead:
+            self._disk.save(item, durable=self.options.durable, is_needed=self.options.durable)
+        if item.reference is not None or not self.writes_ahead:
             self._discard_superseded(item)
 
     def _discard_superseded(self, item: Item) -> None:
@@ -205,7 +211,7 @@ class StoreQueue:
         Returns:
             Where it lies, for the item that will supersede it; None if it could not be written.
         """
-        return item.reference if self._copies.save(item, durable=True) else None
+        return item.reference if self._copies.save(item, durable=self.options.durable) else None
 
     def discard_copy(self, reference: Reference) -> None:
         """Forget a copy that nothing supersedes any more, and take it off the disk: it may have been sampled out."""
@@ -467,6 +473,16 @@ class StoreQueue:
         if time.monotonic() >= self._adopt_at and not self._stop.is_set():
             self._adopt_at = time.monotonic() + _ADOPT_EVERY
             self.feed(self.spool.adopt())
+
+    def take_over(self) -> None:
+        """Send what ended processes have left behind, now."""
+        if not self._stop.is_set():
+            self._adopt_at = 0.0
+            before = self.backlog.count
+            self._adopt()
+            if self.backlog.count != before:
+                self._wake.set()
+                self._start()
 
     def _drop(self, item: Item) -> None:
         self._books.move("waiting", "dropped", item.counted)
