@@ -13,7 +13,8 @@ from dspy_mlflow_async.spans.tracer import end_abandoned
 class Stats(export.ExportStats):
     """Where the traces of this process are.
 
-    ``started`` is always ``stored + waiting + spooled + dead + dropped + sampled + open``.
+    ``started`` is always ``stored + waiting + spooled + dead + dropped + sampled + open``; ``in_progress`` are those of
+    the open ones that can be seen in the store, with what has ended of them.
 
     Attributes:
         internal_errors: Errors of the tracer's own that it has swallowed.
@@ -34,11 +35,15 @@ def stats() -> Stats:
 def flush(timeout: float | None = None) -> bool:
     """Write every trace that has ended, and wait until it is stored.
 
+    Traces that are still open are written with the spans that have ended, in state ``IN_PROGRESS``, unless they may
+    yet be left out by ``sample``; the whole of each follows when it ends. How many there are, ``stats().open`` says.
+
     Args:
         timeout: Seconds to wait; None waits until the store has taken everything or proves to be away.
 
     Returns:
-        True when all of it is stored; what comes during the call is not waited for.
+        True when all that had ended is stored: whole traces, and the ended spans of open ones. It does not say that
+        nothing is open, and what comes during the call is not waited for.
     """
     end_abandoned()
     return export.flush(timeout)

@@ -13,7 +13,7 @@ _Event = Literal["started", "ended", "left out"]
 
 @dataclass(frozen=True, slots=True)
 class ExportStats:
-    """Where the traces of this process are; ``started`` is always the sum of all but ``ended``.
+    """Where the traces of this process are; ``started`` is always the sum of all but ``ended`` and ``in_progress``.
 
     Attributes:
         started: Traces that began.
@@ -25,6 +25,7 @@ class ExportStats:
         dropped: Lost, with a warning: neither the store nor the disk took them.
         sampled: Left out on purpose, by ``sample``.
         open: Begun and not ended.
+        in_progress: Those of the open ones that are shown with what has ended of them, in state ``IN_PROGRESS``.
     """
 
     started: int = 0
@@ -36,6 +37,7 @@ class ExportStats:
     dropped: int = 0
     sampled: int = 0
     open: int = 0
+    in_progress: int = 0
 
 
 class Books:

@@ -133,7 +133,7 @@ class Collector:
         """The root ended: hand the trace on, or wait for the children that are still open."""
         self._books.end()
         entry.is_sync = is_sync
-        with entry.lock:
+        with entry.showing, entry.lock:
             # From here on a child that ends looks at `open_ids`; one that ended before is seen as ended below.
             entry.ended_at = time.monotonic()
             entry.open_ids = {span.span_id for span in list(entry.trace.span_dict.values()) if span.end_time_ns is None}
@@ -287,20 +287,56 @@ class Collector:
             elif entry.inherited is None and now - entry.shown_at >= self.options.visible_after:
                 self._show(entry, now)
 
-    def _show(self, entry: Entry, now: float) -> None:
-        """Store what has ended of a trace that is still open."""
+    def show_open(self, *, is_end: bool = False) -> int:
+        """Store what has ended of all open traces, as far as it is not shown yet.
+
+        Args:
+            is_end: Whether the process ends: then also traces that would be sampled by how they end.
+
+        Returns:
+            How many open traces are shown.
+        """
+        count = 0
+        for entry in list(self.entries.values()):
+            if entry.ended_at is None and entry.inherited is None:
+                count += self._show(entry, time.monotonic(), is_end=is_end)
+        return count
+
+    def count_shown(self) -> int:
+        """Count the open traces that are shown with what has ended of them."""
+        return sum(entry.ended_at is None and bool(entry.shown) for entry in list(self.entries.values()))
+
+    def is_any_unshown(self) -> bool:
+        """Whether an open trace was to be shown, and the store did not take it."""
+        return any(
+            entry.ended_at is None and entry.shown is not None and not entry.shown
+            for entry in list(self.entries.values())
+        )
+
+    def _show(self, entry: Entry, now: float, *, is_end: bool = False) -> bool:
+        """Store what has ended of a trace that is still open; False where it is not shown."""
         entry.shown_at = now
-        if entry.keeps is not None and now - entry.began <= _ABANDONED_AFTER:
-            return  # it may yet be left out
+        is_undecided = entry.keeps is not None and now - entry.began <= _ABANDONED_AFTER and not is_end
+        if is_undecided or entry.is_discarded:
+            return False  # it may yet be left out
         if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.trace_id) is None:
             self._books.end()
             self.complete(entry, force=True)
-            return
+            return False
+        with entry.showing:
+            if entry.ended_at is not None:  # all of it is on its way, and nothing may come behind that
+                return False
+            self._emit_fresh(entry)
+            return True
+
+    def _emit_fresh(self, entry: Entry) -> None:
         spans = [span for span in list(entry.trace.span_dict.values()) if span.end_time_ns is not None]
         fresh = [span for span in spans if span.span_id not in (entry.shown or ())]
-        if entry.shown is not None and not fresh:
+        if entry.shown and not fresh:
             return
-        entry.shown = {span.span_id for span in spans}
+        if entry.shown is None:
+            entry.shown = set()
+        entry.shown.update([entry.trace_id, *(span.span_id for span in fresh)])
         info = entry.trace.info
         info = replace(info, trace_metadata=dict(info.trace_metadata), tags=dict(info.tags), assessments=[])
         item = TraceItem(
@@ -311,6 +347,7 @@ class Collector:
             stage="partial",
             experiment_id=mlflow_traces.experiment_of(entry.trace),
             workspace=entry.workspace,
+            shown=entry.shown,
         )
         self._emit(entry.uri, item, False)
 
@@ -426,5 +463,5 @@ class Collector:
         self._recent.clear()
         self._recent_by_trace_id.clear()
         for entry in list(self.entries.values()):
-            entry.lock = threading.Lock()
+            entry.lock, entry.showing = threading.Lock(), threading.Lock()
             entry.inherited = frozenset(entry.trace.span_dict)

@@ -43,6 +43,7 @@ class Entry:
         "open_ids",
         "otel_id",
         "safe_copy",
+        "showing",
         "shown",
         "shown_at",
         "trace",
@@ -59,7 +60,8 @@ class Entry:
         self.workspace = workspace
         self.lock = threading.Lock()
         self.began = self.shown_at = time.monotonic()
-        self.shown: set[str] | None = None  # ids of the spans that partial writes have stored
+        self.shown: set[str] | None = None  # what partial writes bring to the store: the trace's id, and of spans
+        self.showing = threading.Lock()  # held while a partial write is queued: the whole comes after it
         self.ended_at: float | None = None  # monotonic; set when the root ends
         self.open_ids: set[str] = set()  # children still open after the root's end
         self.is_handed_on = False

@@ -46,14 +46,21 @@ def leave(pipeline: Pipeline | None, closing: list[tuple[Pipeline, threading.Thr
     """
     deadline = time.monotonic() + timeout
     if pipeline is not None:
-        pipeline.stop_waiting()
+        pipeline.prepare_for_end()
     for function in _first:
         function()
     for _, thread in closing:
         thread.join(max(0.0, deadline - time.monotonic()))
     if pipeline is not None:
         pipeline.flush(max(0.0, deadline - time.monotonic()))
+        count = pipeline.collector.show_open(is_end=True)
         save(pipeline)
+        if count:
+            logger.warning(
+                "dspy-mlflow-async: %d traces were still open when the process ended; they are shown with the spans "
+                "that had ended, in state IN_PROGRESS.",
+                count,
+            )
     for replaced, thread in closing:
         if thread.is_alive():
             save(replaced)

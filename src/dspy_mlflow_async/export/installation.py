@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export import collected, gate, workers
@@ -191,7 +192,7 @@ def _take_over(processor: Any) -> None:
 
 
 def flush(timeout: float | None = None) -> bool:
-    """Write every trace that has ended and wait until it is stored.
+    """Write every trace that has ended, and what has ended of those that are open, and wait until it is stored.
 
     Args:
         timeout: Seconds to wait; None waits until the store has taken everything or proves to be away.
@@ -235,7 +236,8 @@ def secure(timeout: float) -> bool:
 
 def stats() -> ExportStats:
     """Where the traces of this process are."""
-    return _books.stats()
+    current, counted = _pipeline, _books.stats()
+    return counted if current is None else replace(counted, in_progress=current.collector.count_shown())
 
 
 @guarded

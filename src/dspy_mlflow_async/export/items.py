@@ -49,6 +49,7 @@ class TraceItem(Item):
         stage: "whole", "partial" (still open, so that it can be watched) or "late" (spans after the fact).
         experiment_id: Where the spans go.
         prepared: Whether spans are immutable and clean, and the metadata complete.
+        shown: Of a partial item, the ids of all that is shown so far; emptied where it is not written after all.
     """
 
     info: TraceInfo
@@ -58,6 +59,7 @@ class TraceItem(Item):
     prompts: Sequence[Any] = ()
     workspace: str | None = None
     prepared: bool = False
+    shown: set[str] | None = None
 
     @property
     def is_vital(self) -> bool:

@@ -36,7 +36,7 @@ class Pipeline:
         self.queues: dict[str, StoreQueue] = {}
         self.is_closed = False
         self.has_forked = False  # whether there are, or were, children that may leave something behind
-        self._waits_for_stores = True
+        self._is_ending = False
         self._successor: Pipeline | None = None
         self._housekeeping = guarded(housekeeping) if housekeeping else None
         self._lock = threading.Lock()
@@ -73,7 +73,8 @@ class Pipeline:
         else:
             tail = Tail(folder, counts=False, follows_living=False)
             queue = StoreQueue(self.options, self.books, uri, Spool(folder, stable_uri, tail=tail, quota=quota))
-        queue.waits = self._waits_for_stores
+        if self._is_ending:
+            queue.prepare_for_end()
         return queue
 
     def emit(self, uri: str, item: Item, is_sync: bool) -> None:
@@ -165,6 +166,8 @@ class Pipeline:
     def flush(self, timeout: float | None) -> bool:
         """Write everything that has ended, held or not, and what ended children have left, and wait for it.
 
+        Traces that are still open are shown with what has ended of them.
+
         Returns:
             Whether all of it is stored.
         """
@@ -172,8 +175,9 @@ class Pipeline:
         self.keep_house()
         self.take_over()
         self.collector.hand_on_everything()
+        self.collector.show_open(is_end=self._is_ending)
         results = [queue.flush(deadline) for queue in list(self.queues.values())]
-        return all(results)
+        return all(results) and not self.collector.is_any_unshown()
 
     def has_open(self) -> bool:
         """Whether a trace is open here that began here."""
@@ -198,11 +202,11 @@ class Pipeline:
                 left[str(queue.spool.folder)] = count
         return left
 
-    def stop_waiting(self) -> None:
-        """Let nobody wait for the store any more: what should be written at once goes to the queue, too."""
-        self._waits_for_stores = False
+    def prepare_for_end(self) -> None:
+        """Let nobody wait for the store any more, and let what is shown of open traces count as the last of them."""
+        self._is_ending = True
         for queue in list(self.queues.values()):
-            queue.waits = False
+            queue.prepare_for_end()
 
     def stop_ticking(self) -> None:
         """End the thread of this object; the queues' threads end by themselves."""

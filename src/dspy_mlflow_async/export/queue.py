@@ -46,7 +46,7 @@ _WAITS_AGAIN = 30.0
 class StoreQueue:
     """Takes items from any thread and brings them to the store, or to the disk, in the order of their keys."""
 
-    keeps_partial = False  # whether a view of an open trace is worth a place in the spool
+    keeps_partial = False  # whether what is shown of an open trace is worth a place in the spool
 
     def __init__(self, options: ExportOptions, books: Books, uri: str, spool: Spool) -> None:
         self.options = options
@@ -97,7 +97,9 @@ class StoreQueue:
         if self.memory.add(item, unless=lambda: self._must_spool(item)):
             if 2 * self.memory.size > self.options.max_waiting_bytes:
                 self._hurry.set()
-        elif not is_partial and not self._to_spool(item):
+        elif is_partial:
+            _not_shown(item)
+        elif not self._to_spool(item):
             self._drop(item)
         if not self._wake.is_set():
             self._wake.set()
@@ -302,7 +304,9 @@ class StoreQueue:
     def _put_behind(self, suspects: set[str]) -> None:
         """What waits behind a suspect goes after it to the spool: sent before it, it would be refused."""
         for item in self.memory.remove(suspects) if suspects else ():
-            if not self._is_partial(item) and not self._move_to_spool(item):
+            if self._is_partial(item):
+                _not_shown(item)
+            elif not self._move_to_spool(item):
                 self._drop(item)
 
     def _settle_saved(self, outcomes: list[Outcome]) -> None:
@@ -376,7 +380,10 @@ class StoreQueue:
                 batch = self.memory.take(1, 1, are_meant)
                 if not batch:
                     return
-                is_safe = self._is_partial(batch[0]) or self._move_to_spool(batch[0])
+                is_partial = self._is_partial(batch[0])
+                if is_partial:
+                    _not_shown(batch[0])
+                is_safe = is_partial or self._move_to_spool(batch[0])
                 self.memory.give_back(batch, [] if is_safe or not self._disk.is_full else batch)
                 if not is_safe and not self._disk.is_full:  # nobody can ever write it down
                     self._drop(batch[0])
@@ -453,6 +460,7 @@ class StoreQueue:
         """Put aside a record that failed for no clear reason, so that it holds up nobody."""
         item = outcome.item
         if self._is_partial(item):
+            _not_shown(item)
             return
         self.backlog.suspect(item.key)
         if not self._move_to_spool(item):
@@ -562,6 +570,11 @@ class StoreQueue:
         self.backlog.hurry()
         self._wake.set()
 
+    def prepare_for_end(self) -> None:
+        """Let no caller wait for the store any more, and keep what is shown of open traces: no more may come."""
+        self.waits = False
+        self.keeps_partial = True
+
     def stop(self) -> None:
         """End the thread after what it is doing, and leave what waits on disk."""
         self._stop.set()
@@ -577,7 +590,9 @@ class StoreQueue:
         self.stop()
         with self._fate:
             for item in self.memory.remove_all():
-                if not self._is_partial(item) and not self._to_spool(item):
+                if self._is_partial(item):
+                    _not_shown(item)
+                elif not self._to_spool(item):
                     self._drop(item)
         with contextlib.suppress(OSError):
             self.spool.close()
@@ -586,3 +601,9 @@ class StoreQueue:
     def after_fork(self) -> None:
         """In a forked child: what is on disk and what is locked is the parent's."""
         self.spool.after_fork()
+
+
+def _not_shown(item: Item) -> None:
+    """Let the spans of a partial item that is not written be shown again."""
+    if isinstance(item, TraceItem) and item.shown is not None:
+        item.shown.clear()
