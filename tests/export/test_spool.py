@@ -447,6 +447,26 @@ def test_sigterm(place, handler):
     assert set(ids) == set(read(*place))
 
 
+def test_no_thread_of_ours_is_at_work_when_python_is_taken_down(make, proxy):
+    """What writes to a slow store comes to its end first: a daemon that is ended where it stands can crash Python."""
+    installed = make(uri=proxy.uri)
+    proxy.fault = 0.2  # seconds a request takes
+    program = PROGRAM.replace("exit_timeout=60.0", "exit_timeout=0.1").replace(
+        "from dspy_mlflow_async import export",
+        """
+import atexit
+def last():
+    print(*[t.name for t in threading.enumerate() if t.name.startswith("dspy-mlflow-async")], flush=True)
+atexit.register(last)
+from dspy_mlflow_async import export
+""",
+    )
+    out, err = finish(start("for _ in range(60): call()", proxy.uri, installed.experiment_id, "", program=program), 100)
+
+    assert 1 == len(out), (out, err)  # the first trace's id, and no thread's name
+    assert "could not be stored in time" in err
+
+
 def test_sigterm_under_load(place):
     """Whatever the threads hold when the signal comes: what had ended is stored, or on disk, and the process ends."""
     body = """

@@ -28,6 +28,9 @@ _NEAREST_FRAMES = 5
 _MOST_MOMENTS = 40
 _MOMENT = 0.005
 
+_OUR_THREADS = "dspy-mlflow-async"
+_LONGEST_PARTING = 1.0  # seconds; who is not back by then waits for a store, and not in the middle of anything
+
 _first: list[Callable[[], None]] = []
 
 
@@ -79,8 +82,18 @@ def save(pipeline: Pipeline) -> None:
 
 def at_exit(function: Callable[[], None]) -> None:
     """Call ``function`` at the normal end of the process, an exception's included, and of workers of pools."""
-    atexit.register(function)
+    atexit.register(_at_exit_of_interpreter, function)
     workers.at_exit_of_workers(function)
+
+
+def _at_exit_of_interpreter(function: Callable[[], None]) -> None:
+    function()
+    # A daemon that comes back while Python is being taken down is ended where it stands (pthread_exit, before 3.14),
+    # and with it the whole process where a library's C++ or Rust is around it. Its work is on the disk by now.
+    deadline = time.monotonic() + _LONGEST_PARTING
+    for thread in threading.enumerate():
+        if thread.name.startswith(_OUR_THREADS) and thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _may_hold_a_lock(frame: FrameType | None) -> bool:
