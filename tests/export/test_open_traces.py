@@ -128,7 +128,8 @@ def test_what_had_ended_is_shown_at_the_end(place, name):  # noqa: F811
         process.send_signal(signal.SIGINT if code == 1 else -code)
     _, err = process.communicate(timeout=90)
 
-    assert code == process.returncode, err
+    # Python ends itself by the signal where nobody has caught it, unless its parent ignores that.
+    assert process.returncode in ({1, -signal.SIGINT} if code == 1 else {code}), err
     (trace,) = read(*place).values()
     if state is None:
         assert 8 <= len(trace.data.spans)
