@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 from stores import read
 from test_spool import place  # noqa: F401 - a fixture
@@ -93,3 +94,16 @@ def test_a_process_of_the_pool_that_is_killed(worker, place, tmp_path):  # noqa:
 
     assert TASKS == len(read(*place)), log_of(tmp_path)
     assert process.poll() is None
+
+
+def test_nothing_travels_with_a_message(worker, place):  # noqa: F811
+    """A task is a trace of its own, with a root of its own, whatever is open where it is sent."""
+    process, task = worker("--pool", "solo")
+    with mlflow.start_span("the producer's") as span:
+        task.delay("@q").get(timeout=60)
+    process.terminate()
+    process.wait(60)
+    (trace,) = [trace for trace in read(*place).values() if trace.data.spans[0].name == "Predict.forward"]
+
+    assert trace.info.trace_id != span.trace_id
+    assert [None] == [span.parent_id for span in trace.data.spans if span.name == "Predict.forward"]

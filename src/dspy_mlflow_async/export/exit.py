@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from dspy_mlflow_async.export import workers
+from dspy_mlflow_async.export import gate, workers
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.pipeline import Pipeline
@@ -88,6 +88,7 @@ def at_exit(function: Callable[[], None]) -> None:
 
 def _at_exit_of_interpreter(function: Callable[[], None]) -> None:
     function()
+    gate.is_over.set()
     # A daemon that comes back while Python is being taken down is ended where it stands (pthread_exit, before 3.14),
     # and with it the whole process where a library's C++ or Rust is around it. Its work is on the disk by now.
     deadline = time.monotonic() + _LONGEST_PARTING

@@ -46,4 +46,7 @@ class Gate:
             self._condition.notify_all()
 
 
+# Set when Python is about to be taken down and all is on the disk: no further request is begun, in a batch under way
+# either, and what is left of it counts as not tried.
+is_over = threading.Event()
 writes = Gate()  # one per process, as SQLite's locks are

@@ -578,7 +578,6 @@ class StoreQueue:
     def stop(self) -> None:
         """End the thread after what it is doing, and leave what waits on disk."""
         self._stop.set()
-        self._writer.stop()
         self._wake.set()
         self._hurry.set()
 

@@ -34,7 +34,6 @@ class Writer:
         self._client: mlflow_store.TracingClient | None = None
         self._takes_batches: bool | None = None
         self._takes_spans = True
-        self._is_stopped = False
         # Only connections to a database must not be copied in the middle of something.
         is_server = uri.startswith(("http:", "https:"))
         self._gate = contextlib.nullcontext() if is_server else gate.writes
@@ -46,10 +45,6 @@ class Writer:
         if self._client is None:
             self._client = mlflow_store.TracingClient(self.uri)  # creates the tables of a new SQL store
         return self._client
-
-    def stop(self) -> None:
-        """Begin no further request, in a batch under way either: what is left of it counts as not tried."""
-        self._is_stopped = True
 
     def write(self, items: Sequence[Item]) -> list[Outcome]:
         """Write items in order.
@@ -66,7 +61,7 @@ class Writer:
             mlflow_http.limited_http(self._request_seconds) as statuses,
         ):
             for group in grouped(items):
-                if self._is_stopped:
+                if gate.is_over.is_set():
                     outcomes += [Outcome(item, Verdict.AWAY) for item in group]
                     continue
                 waiting = [held_up(item, outcomes) for item in group]
@@ -194,7 +189,7 @@ class Writer:
         infos: dict[int, Any] = {}
 
         def start(index: int) -> bool:
-            if self._is_stopped:
+            if gate.is_over.is_set():
                 return False
             item = items[index]
             with mlflow_http.limited_http(self._request_seconds) as statuses:
