@@ -28,7 +28,8 @@ def test_a_block_is_a_run(runs):
     assert [("mine", "FINISHED", [])] == runs.tree()
     run = runs.run("mine")
     assert ({"x": 1.0}, "1", "why") == (run.data.metrics, run.data.tags["team"], run.data.tags["mlflow.note.content"])
-    assert {"mine": ["@inside"]} == runs.traces_by_run()
+    # A thread that another test has left behind may have its calls there, too: it has no run of its own.
+    assert ["mine"] == [name for name, markers in runs.traces_by_run().items() if "@inside" in markers]
 
 
 def test_without_a_name_mlflow_makes_one_up(runs):
