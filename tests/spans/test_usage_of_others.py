@@ -52,10 +52,17 @@ def litellms():
     mlflow.litellm.autolog(disable=True, silent=True)
 
 
-def ask_openai(endpoint, client=openai.OpenAI):
-    return client(base_url=endpoint.api_base, api_key="none").chat.completions.create(
-        model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}]
-    )
+HELLO = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def ask_openai(endpoint):
+    with openai.OpenAI(base_url=endpoint.api_base, api_key="none") as client:
+        return client.chat.completions.create(**HELLO)
+
+
+async def aask_openai(endpoint):
+    async with openai.AsyncOpenAI(base_url=endpoint.api_base, api_key="none") as client:
+        return await client.chat.completions.create(**HELLO)
 
 
 class Program(dspy.Module):
@@ -106,7 +113,7 @@ async def test_async_calls_of_openais(traces, openais, endpoint):
 
         async def aforward(self, question):
             with mlflow.start_span("mine"):
-                await ask_openai(endpoint, openai.AsyncOpenAI)
+                await aask_openai(endpoint)
             return await self.answer.acall(question=question)
 
     await Async().acall(question="@a")
@@ -179,7 +186,8 @@ class OverOpenAI(dspy.BaseLM):
 @pytest.mark.parametrize("reports", [True, False])
 def test_an_lm_over_openais_client(traces, openais, endpoint, reports):
     """The call counts once, whether DSPy is told of its usage or only the span below the LM's has it."""
-    with dspy.context(lm=OverOpenAI(endpoint, reports=reports)):
+    lm = OverOpenAI(endpoint, reports=reports)
+    with lm.client, dspy.context(lm=lm):
         dspy.Predict("question -> answer")(question="@a")
 
     assert (150, 150) == totals(traces[0])
