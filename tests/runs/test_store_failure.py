@@ -251,17 +251,20 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     monkeypatch.setattr(asking, "TIMEOUT", 0.05)
     monkeypatch.setattr(opening, "TIMEOUT", 0.05)
-    may_create = threading.Event()
+    may_create, is_created = threading.Event(), threading.Event()
     create = opening.seam.create_run
 
     def slow(*arguments):
         may_create.wait(TIMEOUT)
-        return create(*arguments)
+        run = create(*arguments)
+        is_created.set()
+        return run
 
     monkeypatch.setattr(opening.seam, "create_run", slow)
     result = evaluate("a")
     may_create.set()
     flush_all()
+    assert is_created.wait(TIMEOUT)  # the second of two, maybe, which is there for a moment
     deadline = time.monotonic() + TIMEOUT
     while [("eval", "FINISHED", [])] != store.tree() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -269,6 +272,40 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
     assert 50.0 == result.score
     assert [("eval", "FINISHED", [])] == store.tree()
     assert 50.0 == store.run("eval").data.metrics["eval"]
+
+
+def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
+    """The late answer comes when the queue has created the run, and the store is too busy to delete one of the two."""
+    dspy_mlflow_async.autolog(log_evals=True, silent=True)
+    monkeypatch.setattr(asking, "TIMEOUT", 0.05)
+    monkeypatch.setattr(opening, "TIMEOUT", 0.05)
+    may_create = threading.Event()
+    create, delete = opening.seam.create_run, mlflow.MlflowClient.delete_run
+    refusals = []
+
+    def slow(*arguments):
+        may_create.wait(TIMEOUT)
+        return create(*arguments)
+
+    def busy(client, run_id):
+        if not refusals:
+            refusals.append(run_id)
+            raise mlflow.MlflowException("(sqlite3.OperationalError) database is locked")
+        return delete(client, run_id)
+
+    monkeypatch.setattr(opening.seam, "create_run", slow)
+    monkeypatch.setattr(mlflow.MlflowClient, "delete_run", busy)
+    evaluate("a")
+    flush_all()
+    assert [("eval", "FINISHED", [])] == store.tree()
+    may_create.set()
+    deadline = time.monotonic() + TIMEOUT
+    while not refusals and time.monotonic() < deadline:
+        time.sleep(0.02)
+    flush_all()
+
+    assert 1 == len(refusals)
+    assert [("eval", "FINISHED", [])] == store.tree()
 
 
 def test_a_store_that_fails_is_asked_again(store, monkeypatch):

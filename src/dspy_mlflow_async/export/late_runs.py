@@ -42,20 +42,17 @@ def known(stand_in: str) -> Run | None:
     return _runs.get(stand_in)
 
 
-def keep(client: MlflowClient, stand_in: str, run: Run) -> Run:
-    """Note what a stand-in id has become, or delete ``run`` where it was made a second time.
+def keep(stand_in: str, run: Run) -> Run:
+    """Note what a stand-in id has become, unless it is known.
 
     Returns:
-        The run that counts.
+        The run that counts; any other was made a second time.
     """
-    kept = _runs.setdefault(stand_in, run)
-    if kept.info.run_id != run.info.run_id:
-        client.delete_run(run.info.run_id)
-    return kept
+    return _runs.setdefault(stand_in, run)
 
 
 def create(client: MlflowClient, stand_in: str, creation: Creation) -> tuple[str, list[str]]:
-    """Create a run, unless an earlier attempt has, and give it the children that came before it.
+    """Create a run, unless an earlier attempt has, delete what was made besides, and give it the children before it.
 
     Returns:
         Its id, and the traces that were stored before it and belong to it.
@@ -76,7 +73,8 @@ def create(client: MlflowClient, stand_in: str, creation: Creation) -> tuple[str
             tags=tags | {CREATION_TAG: stand_in},
             run_name=creation.name,
         )
-    run = keep(client, stand_in, run)
+        found.append(run)
+    run = keep(stand_in, run)
     for other in found:
         if other.info.run_id != run.info.run_id and other.info.lifecycle_stage == LifecycleStage.ACTIVE:
             client.delete_run(other.info.run_id)

@@ -15,7 +15,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param, Run, RunTag
 
     from dspy_mlflow_async.export.queue import StoreQueue
 
@@ -31,10 +31,13 @@ class RunWriter:
         """Create a run as soon as the store does that; the other methods take ``stand_in`` for its id at once."""
         self._put(RunItem(key=stand_in, size=1000, creation=creation))
 
-    def keep(self, stand_in: str, run_id: str) -> None:
-        """Note that a run is there under a stand-in id; one that was created a second time is deleted."""
-        client = mlflow_store.client_of(self._uri)
-        late_runs.keep(client, stand_in, client.get_run(run_id))
+    def keep(self, stand_in: str, run: Run, creation: Creation) -> None:
+        """Note that a run is there under a stand-in id; one that was created a second time is deleted.
+
+        By the queue, which tries again: a busy database may refuse a deletion.
+        """
+        if late_runs.keep(stand_in, run) is not run:
+            self.create(stand_in, creation)
 
     def may_ask(self) -> bool:
         """Whether the store is worth a wait now: it was not away a moment ago."""

@@ -53,12 +53,19 @@ def create_or_queue(
         tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
         is_below_pending = export.is_stand_in(parent.info.run_id)
     writer, attempt = export.run_writer(None), _Attempt()
+    creation = export.Creation(
+        name=name,
+        experiment_id=experiment_id,
+        experiment_name=experiment_name,
+        tags=tags,
+        start_time_ms=start_time_ms,
+    )
     marked = tags | {export.CREATION_TAG: stand_in}
     try:
         if not is_below_pending:
             return ask(
                 lambda: RunHandle(seam.create_run(name, experiment_id, marked, start_time_ms), is_own=True),
-                discard=lambda late: attempt.came_late(late, lambda: writer.keep(stand_in, late.run_id)),
+                discard=lambda late: attempt.came_late(late, lambda: writer.keep(stand_in, late.run, creation)),
                 timeout=TIMEOUT if timeout is None else timeout,
             )
     except Exception as error:
@@ -68,16 +75,7 @@ def create_or_queue(
     except BaseException:
         attempt.give_up()
         raise
-    writer.create(
-        stand_in,
-        export.Creation(
-            name=name,
-            experiment_id=experiment_id,
-            experiment_name=experiment_name,
-            tags=tags,
-            start_time_ms=start_time_ms,
-        ),
-    )
+    writer.create(stand_in, creation)
     return RunHandle(seam.PendingRun(stand_in, experiment_id, name, start_time_ms, export.known), is_own=True)
 
 
