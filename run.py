@@ -28,6 +28,7 @@ NAMES = {
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
     "clean": "try a clean install: doctor, an evaluation, its report, the demo",
     "newest": "run the tests on the newest DSPy and MLflow, pre-releases too",
+    "drill": "take the private names of DSPy and MLflow away, one by one, and see that a program runs on",
     "bench": "measure what tracing costs",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }

@@ -55,7 +55,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """The public names, each from its home, and ``__version__``, read from the installed metadata."""
     if name in _HOMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        listed = importlib.import_module(f"{__name__}.seams.listed")
+        home = "fallback" if listed.lost_ground() else _HOMES[name]
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     elif name == "__version__":
         from importlib.metadata import version
 

@@ -19,6 +19,7 @@ from dspy_mlflow_async.runs import active
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
+from dspy_mlflow_async.seams.listed import lost_features
 from dspy_mlflow_async.seams.mlflow_provider import patch_trace_disabled
 from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
@@ -36,6 +37,17 @@ class _Installation:
         self.export_options: export_room.ExportOptions | None = None
         self.beyond_mlflow: dict[str, Any] = {}  # arguments of the last call that MLflow's signature cannot name
         self.undos: dict[str, Undo] = {}
+        self.has_said_what_is_lost = False
+
+    def say_what_is_lost(self) -> None:
+        """Warn once of the names of DSPy and MLflow without which a feature is off."""
+        if not self.has_said_what_is_lost and (lost := lost_features()):
+            self.has_said_what_is_lost = True
+            logger.warning(
+                "These versions of DSPy and MLflow lack what features of dspy-mlflow-async stand on, which are off: "
+                "%s. dspy-mlflow-async doctor says more.",
+                "; ".join(map(str, lost)),
+            )
 
 
 _installation = _Installation()
@@ -163,6 +175,7 @@ def autolog(
         if disable:
             _uninstall()
         else:
+            _installation.say_what_is_lost()
             _installation.beyond_mlflow = {**for_spans, **for_export, **reach, "export": export}
             _install_export(options)
             _install(settings, context_runs=context_runs, propagate_threads=propagate_threads, silent=silent)

@@ -33,6 +33,12 @@ class _Patch:
             undo()
 
 
+def _patch_workers() -> Undo:
+    if seam.ParallelExecutor is None:
+        return lambda: None
+    return patch_worker_pool(seam.ParallelExecutor, _prepare_items, pool_ended)
+
+
 class _Hooks:
     """All of them, and who needs them. ``lock`` guards both; nothing hot takes it.
 
@@ -47,7 +53,7 @@ class _Hooks:
         self._tracers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._open_compiles = 0
         self._calls = (
-            _Patch(lambda: patch_worker_pool(seam.ParallelExecutor, _prepare_items, pool_ended)),
+            _Patch(_patch_workers),
             _Patch(patch_handlers),
             _Patch(patch_arguments),
         )

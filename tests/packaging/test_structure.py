@@ -16,6 +16,7 @@ ROOMS = ("cli", "app", "evaluate", "composition", "callback", "hooks", "runs", "
 BESIDE = {
     "export": {"guard", "printable", "seams", "settings"},
     "seams": {"seams"},
+    "fallback": {"guard", "seams"},
     "guard": {"printable"},
     "printable": set(),
     "programs": set(),

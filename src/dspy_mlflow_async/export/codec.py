@@ -20,6 +20,7 @@ from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 from dspy_mlflow_async.export.items import Creation, FollowUp, Item, RunItem, SpansItem, TraceItem
 from dspy_mlflow_async.export.late_runs import is_stand_in
 from dspy_mlflow_async.seams import mlflow_traces
+from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
 VERSION = 2
 # 2 has runs that are not there yet. Records without them are written as 1, which earlier versions of this package read.
@@ -187,7 +188,7 @@ def _encode_span(span: Any) -> dict[str, Any]:
         "start": otel.start_time,
         "end": otel.end_time,
         "status": [status.status_code.value, status.description],
-        "attributes": dict(getattr(otel._attributes, "_dict", otel._attributes) or {}),
+        "attributes": dict(attributes_of(otel)),
     }
     if otel.events:
         record["events"] = [[e.name, e.timestamp, dict(e.attributes or {})] for e in otel.events]

@@ -10,8 +10,11 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
+
+from dspy_mlflow_async.seams.instances import instance_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +25,40 @@ class Seam:
         path: ``module:name`` or ``module:Class.attribute``.
         reason: What it is used for.
         is_optional: Whether everything works without it, because some supported version lacks it.
+        shape: What we do with it, as ``(a, b, key=) .attribute``: how we call it, and which attributes it must have.
+            With ``?`` before it, it may also be None.
+        is_feature: Whether only what it is for is lost without it. Of the others, that are not optional either,
+            nothing can be traced without any.
     """
 
     path: str
     reason: str
     is_optional: bool = False
+    shape: str = ""
+    is_feature: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module that it is in."""
+        return self.path.partition(":")[0]
 
     @property
     def is_present(self) -> bool:
         """Whether the installed version has it."""
         return _exists(self.path)
+
+    def value_or(self, otherwise: Any) -> Any:
+        """What stands there, or ``otherwise`` where it is not as we know it."""
+        value = _find(self.path)
+        return value if value is not _ABSENT and fits(value, self.shape) else otherwise
+
+    @property
+    def fault(self) -> str | None:
+        """Say in two words what is wrong with it; None where it is as we know it, or where nobody can say."""
+        value = _find(self.path, on_instance=not self.shape.startswith("("))
+        if value is _ABSENT:
+            return "has gone" if not self.is_present and self.needs is None else None
+        return None if fits(value, self.shape) else "has changed"
 
     @property
     def needs(self) -> str | None:
@@ -40,15 +67,109 @@ class Seam:
         MLflow imports some packages only for what they are for, such as psutil. None where the module can be imported,
         or is itself what is missing.
         """
-        module = self.path.partition(":")[0]
+        module = self.module
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             missing_root = (error.name or "").partition(".")[0]
-            return missing_root if missing_root != module.partition(".")[0] else None
+            root = module.partition(".")[0]
+            return missing_root if missing_root != root else _whole_of(root)
         except ImportError:
             return None
         return None
+
+
+def _whole_of(root: str) -> str | None:
+    """Return the distribution that brings all of a package, where only a part of it is installed."""
+    if root != "mlflow":
+        return None
+    try:
+        version(root)
+    except PackageNotFoundError:
+        return root
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A name that is not as we know it.
+
+    Attributes:
+        seam: The name.
+        text: "has gone" or "has changed".
+    """
+
+    seam: Seam
+    text: str
+
+    @property
+    def matters(self) -> bool:
+        """Whether anything is lost. What may be absent is not missed; where it is another than we know, it is off."""
+        return not self.seam.is_optional or self.text != "has gone"
+
+    def __str__(self) -> str:
+        """Say what has happened to which name, and what it was for."""
+        return f"{self.seam.path} {self.text} (it {self.seam.reason})"
+
+
+def faults(seams: Iterable[Seam]) -> list[Fault]:
+    """Those of the seams that are not as we know them, and that are missed."""
+    found = (Fault(seam, text) for seam in seams if (text := seam.fault) is not None)
+    return [fault for fault in found if fault.matters]
+
+
+def fits(value: Any, shape: str) -> bool:
+    """Whether a value can be used as a shape says, see ``Seam``."""
+    if shape.startswith("?") and value is None:
+        return True
+    call, has_call, names = shape.removeprefix("?").rpartition(")")
+    if any(not hasattr(value, name) for name in names.replace(".", " ").split()):
+        return False
+    if not has_call:
+        return True
+    if not callable(value):
+        return False
+    arguments = call.removeprefix("(").replace(",", " ").split()
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # of C's making, and of no signature
+        return True
+    try:
+        signature.bind(
+            *(None for each in arguments if not each.endswith("=")),
+            **{each.removesuffix("="): None for each in arguments if each.endswith("=")},
+        )
+    except TypeError:
+        return False
+    return True
+
+
+_ABSENT = object()
+
+
+def _find(path: str, *, on_instance: bool = False) -> Any:
+    """What stands at a path, on a class or on an instance of it, as far as one can be had."""
+    module, _, names = path.partition(":")
+    owner_names, _, last = names.rpartition(".")
+    try:
+        value = importlib.import_module(module)
+        for name in owner_names.split(".") if owner_names else ():
+            value = getattr(value, name)
+        if on_instance and inspect.isclass(value):
+            instance = instance_of(f"{module}:{owner_names}")
+            value = value if instance is None else instance
+        return getattr(value, last)
+    except ImportError:
+        return _ABSENT
+    except AttributeError:
+        return _submodule(f"{module}.{names}")
+
+
+def _submodule(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return _ABSENT
 
 
 def missing(seams: Iterable[Seam]) -> list[Seam]:

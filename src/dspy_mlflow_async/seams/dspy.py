@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import dspy
-from dspy.adapters.types.base_type import CUSTOM_TYPE_END_IDENTIFIER, CUSTOM_TYPE_START_IDENTIFIER
 from dspy.dsp.utils.settings import main_thread_config, thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
-from dspy.utils.callback_context import ACTIVE_CALL_ID
-from dspy.utils.parallelizer import ParallelExecutor
 from dspy.utils.usage_tracker import UsageTracker
+
+from dspy_mlflow_async.seams.listed import taken
 
 __all__ = [
     "ACTIVE_CALL_ID",
@@ -21,6 +20,18 @@ __all__ = [
     "ParallelExecutor",
     "UsageTracker",
 ]
+
+CUSTOM_TYPE_START_IDENTIFIER: str = taken(
+    "dspy.adapters.types.base_type:CUSTOM_TYPE_START_IDENTIFIER", "<<CUSTOM-TYPE-START-IDENTIFIER>>"
+)
+CUSTOM_TYPE_END_IDENTIFIER: str = taken(
+    "dspy.adapters.types.base_type:CUSTOM_TYPE_END_IDENTIFIER", "<<CUSTOM-TYPE-END-IDENTIFIER>>"
+)
+ACTIVE_CALL_ID: Any = taken("dspy.utils.callback_context:ACTIVE_CALL_ID")
+# None where its items cannot be given a context: DSPy's worker threads then begin traces of their own.
+ParallelExecutor: Any = taken("dspy.utils.parallelizer:ParallelExecutor")
+if taken("dspy.utils.parallelizer:ParallelExecutor.execute") is None:
+    ParallelExecutor = None
 
 
 def global_callbacks() -> list[Any]:

@@ -11,6 +11,7 @@ import dspy
 import dspy.utils.callback as dspy_callback
 from mlflow.dspy.callback import MlflowCallback
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.patching import patch
 
 # Of these DSPy decides by the type and the function. What else has callbacks is rare, or decided by what it holds.
@@ -39,8 +40,8 @@ def patch_handlers() -> Callable[[], None]:
     Returns:
         The undo.
     """
-    start = getattr(dspy_callback, "_get_on_start_handler", None)
-    end = getattr(dspy_callback, "_get_on_end_handler", None)
+    start = taken("dspy.utils.callback:_get_on_start_handler")
+    end = taken("dspy.utils.callback:_get_on_end_handler")
     if start is None or end is None:
         return lambda: None
     choose_start, choose_end = _remembering(start), _remembering(end)

@@ -14,7 +14,7 @@ from mlflow.tracing.config import get_config
 from mlflow.tracing.constant import SpanAttributeKey, TokenUsageKey, TraceMetadataKey, TraceTagKey
 from mlflow.tracing.context import _USER_TRACE_CONTEXT, _UserTraceContext
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.utils import encode_span_id, set_span_cost_attribute
+from mlflow.tracing.utils import encode_span_id
 from mlflow.tracing.utils.processor import apply_span_processors
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
@@ -22,17 +22,21 @@ from opentelemetry.sdk.trace import Span as OtelSpan
 
 from dspy_mlflow_async.seams import mlflow_live as live_seam
 from dspy_mlflow_async.seams import mlflow_provider as provider_seam
+from dspy_mlflow_async.seams.listed import taken
 
-__all__ = ["SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
+__all__ = ["EXCLUDE_LM_PARAMS", "SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
 
 SOURCE_RUN = TraceMetadataKey.SOURCE_RUN
 # Marks traces that a scorer made, which MLflow's UI keeps apart from predictions.
 SOURCE_SCORER_TAG = getattr(TraceTagKey, "SOURCE_SCORER_NAME", "mlflow.trace.sourceScorer")
 
-try:  # mlflow >= 3.12
-    from mlflow.tracing.utils.default_log_level import default_log_level_for_span_type
-except ImportError:  # pragma: no cover - the lowest supported version has no log levels
-    default_log_level_for_span_type = None
+# None before mlflow 3.12, which has no log levels.
+default_log_level_for_span_type = taken("mlflow.tracing.utils.default_log_level:default_log_level_for_span_type")
+EXCLUDE_LM_PARAMS: Any = taken(
+    "mlflow.dspy.util:EXCLUDE_LM_PARAMS",
+    frozenset(("api_key", "api_base", "azure_ad_token", "client_secret", "azure_password")),
+)
+set_span_cost_attribute = taken("mlflow.tracing.utils:set_span_cost_attribute")
 _ERROR_LEVEL = "40"  # mlflow.entities.span_log_level.SpanLogLevel.ERROR
 
 
@@ -64,12 +68,8 @@ def _optional_variables() -> list[Any]:
         getattr(trace_sampling, "_SAMPLING_RATIO_OVERRIDE", None),
         getattr(trace_provider._MLFLOW_TRACE_USER_DESTINATION, "_context_local_value", None),
     ]
-    try:
-        from mlflow.pyfunc.context import _PREDICTION_REQUEST_CTX
-    except ImportError:  # mlflow-tracing or mlflow-skinny: no pyfunc, no serving
-        pass
-    else:
-        found.append(_PREDICTION_REQUEST_CTX)
+    # mlflow-tracing and mlflow-skinny have no pyfunc, no serving.
+    found.append(taken("mlflow.pyfunc.context:_PREDICTION_REQUEST_CTX"))
     return [variable for variable in found if variable is not None]
 
 
@@ -335,7 +335,7 @@ def end_span(
     if event is not None:
         recording.add_event("exception", event)
     recording.set_status(status)
-    if SpanAttributeKey.CHAT_USAGE in attributes and live_seam.computes_cost():
+    if SpanAttributeKey.CHAT_USAGE in attributes and set_span_cost_attribute and live_seam.computes_cost():
         set_span_cost_attribute(span.live)
     if get_config().span_processors:  # asked here, since it imports that anew for each span
         apply_span_processors(span.live)

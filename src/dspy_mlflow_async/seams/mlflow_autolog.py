@@ -17,6 +17,8 @@ from typing import Any
 import cloudpickle
 from mlflow.dspy.callback import MlflowCallback
 
+from dspy_mlflow_async.seams.listed import taken
+
 __all__ = ["MlflowCallback", "StatelessCallback"]
 
 FLAVOR = "dspy"
@@ -146,8 +148,6 @@ def add_dependencies_schema(schema: dict[str, Any] | None) -> None:
     """Put a served model's dependencies schema where MLflow tags the trace with it."""
     if not schema:
         return
-    from mlflow.pyfunc.context import get_prediction_context
-
-    context = get_prediction_context()
+    context = taken("mlflow.pyfunc.context:get_prediction_context", lambda: None)()
     if context is not None:
         context.update(**schema)

@@ -11,6 +11,7 @@ import mlflow
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_http import is_limited
 from dspy_mlflow_async.seams.patching import patch
 
@@ -76,14 +77,11 @@ def patch_by_id(traces: OnTheirWay) -> Callable[[], None]:
 
 def _other_clients() -> list[tuple[Any, tuple[str, ...]]]:
     """What links traces to runs and to prompts; installs without MLflow's stores lack the second."""
-    from mlflow.tracking._tracking_service.client import TrackingServiceClient
-
-    found: list[tuple[Any, tuple[str, ...]]] = [(TrackingServiceClient, _OF_RUNS)]
-    try:
-        from mlflow.tracking._model_registry.client import ModelRegistryClient
-    except ImportError:
-        return found
-    return [*found, (ModelRegistryClient, ("link_prompt_versions_to_trace",))]
+    clients = (
+        (taken("mlflow.tracking._tracking_service.client:TrackingServiceClient"), _OF_RUNS),
+        (taken("mlflow.tracking._model_registry.client:ModelRegistryClient"), ("link_prompt_versions_to_trace",)),
+    )
+    return [(client, names) for client, names in clients if client is not None]
 
 
 def _replacements(owner: Any, names: tuple[str, ...], wrap: Callable[[Any], Any]) -> Mapping[str, Any]:

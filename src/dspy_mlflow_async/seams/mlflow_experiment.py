@@ -15,10 +15,10 @@ from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION
 from mlflow.tracing.utils import get_otel_attribute
 from mlflow.tracking import fluent
-from mlflow.tracking.default_experiment import DEFAULT_EXPERIMENT_ID
 from mlflow.tracking.default_experiment import registry as default_registry
-from mlflow.utils.databricks_utils import is_in_databricks_notebook
 from mlflow.utils.workspace_context import get_request_workspace
+
+from dspy_mlflow_async.seams.listed import taken
 
 __all__ = [
     "experiment_here",
@@ -30,6 +30,7 @@ __all__ = [
     "store_experiment_id",
 ]
 
+DEFAULT_EXPERIMENT_ID: str = taken("mlflow.tracking.default_experiment:DEFAULT_EXPERIMENT_ID", "0")
 _STAND_IN = "pending-experiment:"
 _EXISTS = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
 _known: dict[
@@ -37,7 +38,9 @@ _known: dict[
 ] = {}  # ids, by store, workspace and name; single operations on a dict are atomic
 
 # A process does not move there, and every look fails some imports: 0.8 ms, and a lock that a forked child inherits.
-is_in_notebook_of_databricks = functools.cache(is_in_databricks_notebook)
+is_in_notebook_of_databricks = functools.cache(
+    taken("mlflow.utils.databricks_utils:is_in_databricks_notebook", lambda: False)
+)
 
 
 def experiment_here() -> tuple[str | None, str | None]:

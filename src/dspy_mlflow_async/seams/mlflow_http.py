@@ -22,6 +22,7 @@ from opentelemetry import context as otel_context
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from requests import sessions
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.patching import over, patch
 
 __all__ = [
@@ -76,6 +77,8 @@ class _Block:
         self.known = known
 
 
+_OF_DATABRICKS: Any = taken("mlflow.tracking.request_header.registry:DatabricksRequestHeaderProvider")
+_PROVIDERS: Any = taken("mlflow.tracking.request_header.registry:_request_header_provider_registry")
 _OK, _BAD_REQUEST = 200, 400
 _OTLP_PATH, _DATABRICKS_OTLP = "/v1/traces", "/otel/"
 _START_TRACE_PATH = "/api/3.0/mlflow/traces"
@@ -89,11 +92,13 @@ def bound_http() -> Callable[[], None]:
     Returns:
         The undo.
     """
-    undos = [
-        patch(rest_utils, _get_http_response_with_retries=_limiting(rest_utils._get_http_response_with_retries)),
-        patch(request_headers, resolve_request_headers=_asking_once(request_headers.resolve_request_headers)),
-        patch(sessions, get_environ_proxies=_looking_once(sessions.get_environ_proxies)),  # type: ignore[attr-defined]
-    ]
+    undos = []
+    if respond := taken("mlflow.utils.rest_utils:_get_http_response_with_retries"):
+        undos.append(patch(rest_utils, _get_http_response_with_retries=_limiting(respond)))
+    if resolve := taken("mlflow.tracking.request_header.registry:resolve_request_headers"):
+        undos.append(patch(request_headers, resolve_request_headers=_asking_once(resolve)))
+    if find := taken("requests.sessions:get_environ_proxies"):
+        undos.append(patch(sessions, get_environ_proxies=_looking_once(find)))
 
     def undo() -> None:
         for each in undos:
@@ -184,19 +189,15 @@ def _asking_those_present(resolve: Callable[..., Any]) -> Callable[..., Any]:
 
     Each time that is asked, it tries some imports, and would wait for whatever other threads import.
     """
-    if not isinstance(resolve, FunctionType) or _is_in_databricks():
+    if not isinstance(resolve, FunctionType) or None in (_OF_DATABRICKS, _PROVIDERS) or _is_in_databricks():
         return resolve
-    providers = [
-        provider
-        for provider in request_headers._request_header_provider_registry
-        if not isinstance(provider, request_headers.DatabricksRequestHeaderProvider)
-    ]
+    providers = [provider for provider in _PROVIDERS if not isinstance(provider, _OF_DATABRICKS)]
     return over(resolve, resolve.__globals__ | {"_request_header_provider_registry": providers})
 
 
 @functools.cache
 def _is_in_databricks() -> bool:
-    return bool(request_headers.DatabricksRequestHeaderProvider().in_context())
+    return bool(_OF_DATABRICKS().in_context())
 
 
 def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,7 +239,8 @@ def is_limited() -> bool:
 @contextlib.contextmanager
 def suppressed_instrumentation() -> Iterator[None]:
     """Keep OpenTelemetry's instrumentation of HTTP and SQL from tracing the writing of traces."""
-    token = otel_context.attach(otel_context.set_value(otel_context._SUPPRESS_INSTRUMENTATION_KEY, True))
+    key = taken("opentelemetry.context:_SUPPRESS_INSTRUMENTATION_KEY", "suppress_instrumentation")
+    token = otel_context.attach(otel_context.set_value(key, True))
     try:
         yield
     finally:

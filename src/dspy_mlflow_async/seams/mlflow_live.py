@@ -15,18 +15,20 @@ from mlflow.entities.span import LiveSpan, _SpanAttributesRegistry, create_mlflo
 from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
 from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.utils import should_compute_cost_client_side
 from mlflow.tracking._tracking_service.utils import get_tracking_uri, is_tracking_uri_set
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Span, TracerProvider
 from opentelemetry.trace import format_span_id
 
+from dspy_mlflow_async.seams.listed import is_known, taken
+
 try:  # mlflow >= 3.12
     from mlflow.environment_variables import MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT
 except ImportError:  # pragma: no cover - the lowest supported version keeps its spans to itself
     MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT = None
 
+should_compute_cost_client_side = taken("mlflow.tracing.utils:should_compute_cost_client_side", lambda: False)
 # Where a span that is being recorded keeps its MLflow counterpart; OpenTelemetry's spans have a ``__dict__``.
 _LIVE = "_dspy_mlflow_live"
 
@@ -62,6 +64,12 @@ def write(span: Span, attributes: dict[str, str]) -> None:
             held._dict.update(attributes)
             return
     span.set_attributes(attributes)
+
+
+def attributes_of(span: Any) -> Mapping[str, Any]:
+    """The attributes of an OpenTelemetry span; to iterate over its own mapping copies them, under a lock."""
+    held = span._attributes
+    return held._dict if _has_open_dict and isinstance(held, BoundedAttributes) else held or {}
 
 
 def register(span: Span, trace_id: str, trace: Any) -> None:
@@ -201,5 +209,5 @@ def _probe() -> bool:
         return False
 
 
-_has_open_dict = all(hasattr(BoundedAttributes(10, {}, immutable=False), name) for name in ("_dict", "_lock"))
+_has_open_dict = all(is_known(f"opentelemetry.attributes:BoundedAttributes.{name}") for name in ("_dict", "_lock"))
 _is_as_known = _probe()

@@ -14,12 +14,13 @@ from typing import Any
 
 from mlflow.tracing import utils as tracing_utils
 from mlflow.tracing.constant import TokenUsageKey
-from mlflow.utils import providers
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_http import is_limited
 from dspy_mlflow_async.seams.patching import over, patch
 
 _PROVIDERS = "mlflow.utils.providers"
+_CALCULATE = "mlflow.tracing.utils:calculate_cost_by_model_and_token_usage"
 
 __all__ = ["cost_in_usd", "patch_prices"]
 
@@ -33,13 +34,15 @@ def is_imported(name: str) -> bool:
 def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
     """What MLflow reckons that these tokens cost, or None for a model without a known price."""
     provider, _, name = model.rpartition("/")
-    if is_imported("litellm"):
-        cost = tracing_utils.calculate_cost_by_model_and_token_usage(
-            model, dict(tokens), provider.partition("/")[0] or None
-        )
+    calculate = taken(_CALCULATE)
+    if calculate is not None and is_imported("litellm"):
+        cost = calculate(model, dict(tokens), provider.partition("/")[0] or None)
         return None if cost is None else float(cost["total_cost"])
     # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.
-    costs = providers.cost_per_token(
+    cost_per_token = taken("mlflow.utils.providers:cost_per_token")
+    if cost_per_token is None:
+        return None
+    costs = cost_per_token(
         model=name,
         prompt_tokens=tokens.get(TokenUsageKey.INPUT_TOKENS, 0),
         completion_tokens=tokens.get(TokenUsageKey.OUTPUT_TOKENS, 0),
@@ -58,12 +61,13 @@ def patch_prices() -> Callable[[], None]:
     Returns:
         The undo.
     """
-    from mlflow.tracing.otel import translation
-
-    name = "calculate_cost_by_model_and_token_usage"
+    calculate, providers = taken(_CALCULATE), taken("mlflow.utils:providers")
+    if not isinstance(calculate, FunctionType) or providers is None:
+        return lambda: None
+    name = calculate.__name__
     undos = [
-        patch(owner, **{name: _without_import(getattr(owner, name))})
-        for owner in (translation, tracing_utils)
+        patch(owner, **{name: _without_import(getattr(owner, name), providers)})
+        for owner in (taken("mlflow.tracing.otel:translation"), tracing_utils)
         if hasattr(owner, name)
     ]
 
@@ -74,8 +78,8 @@ def patch_prices() -> Callable[[], None]:
     return undo
 
 
-def _without_import(original: Any) -> Any:
-    offline = _offline(original)
+def _without_import(original: Any, providers: ModuleType) -> Any:
+    offline = _offline(original, providers)
 
     @functools.wraps(original)
     def calculate_cost_by_model_and_token_usage(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +89,7 @@ def _without_import(original: Any) -> Any:
     return calculate_cost_by_model_and_token_usage
 
 
-def _offline(original: FunctionType) -> Any:
+def _offline(original: FunctionType, providers: ModuleType) -> Any:
     """MLflow's function as it is where LiteLLM is not installed and no catalog of prices is in the network."""
     prices = ModuleType(_PROVIDERS)
     # A write holds the database; MLflow would look for the catalog of a provider on the internet meanwhile.

@@ -15,16 +15,15 @@ from mlflow.tracing import provider as tracing_provider
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey, TraceTagKey
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
-from mlflow.tracing.fluent import _EVAL_REQUEST_ID_TO_TRACE_ID, _set_last_active_trace_id
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.trace_manager import _Trace
 from mlflow.tracing.utils import (
     update_trace_state_from_span_conditionally,
 )
-from mlflow.tracing.utils.otlp import should_export_otlp_metrics
 from mlflow.utils.uri import is_databricks_uri
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import experiment_of_trace
 from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
 from dspy_mlflow_async.seams.patching import over, patch
@@ -43,6 +42,12 @@ __all__ = [
     "retire",
     "tracking_uri_of",
 ]
+
+
+# By which the evaluation harness asks for a trace.
+_EVAL_REQUEST_ID_TO_TRACE_ID: Any = taken("mlflow.tracing.fluent:_EVAL_REQUEST_ID_TO_TRACE_ID", {})
+_set_last_active_trace_id: Any = taken("mlflow.tracing.fluent:_set_last_active_trace_id", lambda _trace_id: None)
+should_export_otlp_metrics: Any = taken("mlflow.tracing.utils.otlp:should_export_otlp_metrics", lambda: False)
 
 
 class _LaterClient:
@@ -76,10 +81,10 @@ class SpanExporter(MlflowV3SpanExporter):
 
     def __init__(self, tracking_uri: str | None, queue: Any) -> None:
         _init_exporter(self, tracking_uri)
-        self.uri: str = self._client.tracking_uri
+        self.uri = resolve_tracking_uri(tracking_uri)
         self._async_queue: Any = queue
 
-    def _should_enable_async_logging(self) -> bool:
+    def _should_enable_async_logging(self, *_: Any, **__: Any) -> bool:
         return False  # keeps MLflow's queue from being made; whether *we* write at once is asked per trace
 
 
@@ -131,7 +136,10 @@ class SpanProcessor(MlflowV3SpanProcessor):
 
 def tracking_uri_of(processor: Any) -> str:
     """The store that a processor of MLflow's writes to."""
-    return str(processor.span_exporter._client.tracking_uri)
+    exporter = processor.span_exporter
+    if isinstance(exporter, SpanExporter):
+        return exporter.uri
+    return str(getattr(getattr(exporter, "_client", None), "tracking_uri", None) or resolve_tracking_uri())
 
 
 def finish_root(processor: Any, trace: _Trace, root: Any) -> None:
@@ -186,7 +194,7 @@ def replace_processors(replacement: Callable[[Any], Any | None]) -> list[tuple[A
     """
     pairs: list[tuple[Any, Any]] = []
     wrapper = tracing_provider.provider
-    state = getattr(tracing_provider, "_trace_disabled_state", {})  # a provider put aside by `trace_disabled`
+    state = taken("mlflow.tracing.provider:_trace_disabled_state", {})  # a provider put aside by `trace_disabled`
     for provider in (wrapper.get(), state.get("saved_provider")):
         if not isinstance(provider, TracerProvider):
             continue
@@ -224,7 +232,7 @@ def retire(processor: Any) -> list[ReadableSpan]:
                 queue.flush(terminate=True)
                 queue._stop_event.clear()  # a terminated queue would write in the caller, should it be used again
 
-    if getattr(processor, "_batch_delegate", None) is not None or exporter._is_async_enabled:
+    if getattr(processor, "_batch_delegate", None) is not None or getattr(exporter, "_is_async_enabled", True):
         threading.Thread(target=flush, name="dspy-mlflow-async-retire", daemon=True).start()
     return roots
 

@@ -15,6 +15,7 @@ from typing import Any
 from mlflow.tracing import provider as trace_provider
 from opentelemetry import trace as otel
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.patching import patch
 
 # Whether a function that MLflow does not want traced is running here.
@@ -33,7 +34,7 @@ def patch_trace_disabled() -> Callable[[], None]:
     Returns:
         The undo.
     """
-    decorator: Any = getattr(trace_provider, "trace_disabled", None)
+    decorator: Any = taken("mlflow.tracing.provider:trace_disabled")
     code = _wrapper_code(decorator)
     if code is None or _CODE is None:
         return lambda: None

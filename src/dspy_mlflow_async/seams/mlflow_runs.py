@@ -22,6 +22,7 @@ from mlflow.tracking import fluent
 from mlflow.tracking.context import registry as context_registry
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import experiment_here, store_experiment_id
 from dspy_mlflow_async.seams.mlflow_prices import cost_in_usd
 from dspy_mlflow_async.seams.mlflow_store import client_of, resolve_tracking_uri
@@ -150,9 +151,9 @@ class PendingRun(ActiveRun):
 
 def wait_in_fluent_calls(wait: Callable[[], None]) -> Callable[[], None]:
     """Call ``wait`` before a fluent function takes the active run to log into; returns the undo."""
-    if not hasattr(fluent, "_get_or_start_run"):
+    get_or_start_run = taken("mlflow.tracking.fluent:_get_or_start_run")
+    if get_or_start_run is None:
         return lambda: None
-    get_or_start_run = fluent._get_or_start_run
 
     @functools.wraps(get_or_start_run)
     def waiting(*args: Any, **kwargs: Any) -> Any:
@@ -206,17 +207,19 @@ def start_system_metrics(run_id: str, *, is_resumed: bool) -> Any | None:
         return None
     if importlib.util.find_spec("psutil") is None:
         raise ImportError("system metrics need the package psutil")
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(run_id, resume_logging=is_resumed)
-    fluent.run_id_to_system_metrics_monitor[run_id] = monitor  # mlflow.end_run() finishes it, too
+    make_monitor = taken("mlflow.system_metrics.system_metrics_monitor:SystemMetricsMonitor")
+    if make_monitor is None:
+        raise ImportError("this MLflow has no SystemMetricsMonitor as we know it")
+    monitor = make_monitor(run_id, resume_logging=is_resumed)
+    # mlflow.end_run() finishes it, too
+    taken("mlflow.tracking.fluent:run_id_to_system_metrics_monitor", {})[run_id] = monitor
     monitor.start()
     return monitor
 
 
 def forget_system_metrics(run_id: str) -> None:
     """Take the monitor of a run out of MLflow's list."""
-    fluent.run_id_to_system_metrics_monitor.pop(run_id, None)
+    taken("mlflow.tracking.fluent:run_id_to_system_metrics_monitor", {}).pop(run_id, None)
 
 
 def log_dummy_model(run_id: str, flavor: str) -> None:

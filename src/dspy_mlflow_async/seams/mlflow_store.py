@@ -17,18 +17,14 @@ from google.protobuf.empty_pb2 import Empty
 from mlflow.entities import Trace, TraceData
 from mlflow.entities.model_registry import PromptVersion
 from mlflow.exceptions import MlflowException, RestException
-from mlflow.protos.service_pb2 import StartTraceV3
-from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import TraceMetadataKey
 from mlflow.tracking._tracking_service.utils import _get_store, _resolve_tracking_uri
-from mlflow.utils.databricks_utils import get_workspace_url
-from mlflow.utils.proto_json_utils import message_to_json
-from mlflow.utils.rest_utils import _V3_TRACE_REST_API_PATH_PREFIX
 from mlflow.utils.uri import is_databricks_uri
 from mlflow.utils.workspace_context import get_request_workspace
 from packaging.version import Version
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.patching import over
 
@@ -49,6 +45,19 @@ __all__ = [
     "upload_spans_as_artifact",
     "workspace_scope",
 ]
+
+# What a trace is sent to a server with, whose answer is then not read. Without any of them it is read.
+RestStore: Any = taken("mlflow.store.tracking.rest_store:RestStore")
+StartTraceV3: Any = taken("mlflow.protos.service_pb2:StartTraceV3")
+message_to_json: Any = taken("mlflow.utils.proto_json_utils:message_to_json")
+_V3_TRACE_REST_API_PATH_PREFIX: Any = taken("mlflow.utils.rest_utils:_V3_TRACE_REST_API_PATH_PREFIX")
+_can_skip_answer = None not in (
+    RestStore,
+    taken("mlflow.store.tracking.rest_store:RestStore._call_endpoint"),
+    StartTraceV3,
+    message_to_json,
+    _V3_TRACE_REST_API_PATH_PREFIX,
+)
 
 
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
@@ -77,15 +86,16 @@ def client_of(uri: str) -> Any:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    tracking = client._tracking_client
+    tracking = getattr(client, "_tracking_client", None)
     # When a run ends, MLflow prints where it is, and for that asks Spark and Databricks by imports that fail.
     names = {"is_in_databricks_notebook": is_in_notebook_of_databricks, "get_workspace_url": _workspace_url}
-    if isinstance(log_url := getattr(type(tracking), "_log_url", None), FunctionType):
+    log_url = taken("mlflow.tracking._tracking_service.client:TrackingServiceClient._log_url")
+    if tracking is not None and isinstance(log_url, FunctionType):
         tracking._log_url = functools.partial(over(log_url, log_url.__globals__ | names), tracking)
     return client
 
 
-_workspace_url = functools.cache(get_workspace_url)
+_workspace_url = functools.cache(taken("mlflow.utils.databricks_utils:get_workspace_url", lambda: None))
 
 
 @contextlib.contextmanager
@@ -94,9 +104,7 @@ def workspace_scope(workspace: str | None) -> Iterator[None]:
     if not workspace:
         yield
         return
-    from mlflow.utils import workspace_context
-
-    scope = getattr(workspace_context, "ServerWorkspaceContext", None)
+    scope = taken("mlflow.utils.workspace_context:ServerWorkspaceContext")
     with scope(workspace) if scope else contextlib.nullcontext():
         yield
 
@@ -149,7 +157,7 @@ def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
         The trace as it is stored; ``info`` itself where the answer is not read.
     """
     store = client.store
-    if reads_answer or type(store).start_trace is not RestStore.start_trace:
+    if reads_answer or not _can_skip_answer or type(store).start_trace is not RestStore.start_trace:
         return client.start_trace(info)
     trace = Trace(info=info, data=TraceData(spans=[]))
     body = message_to_json(StartTraceV3(trace=trace.to_proto()))
@@ -170,6 +178,12 @@ class _OneSession:
         raise MlflowException("a write of the batch was refused; written one by one instead")
 
 
+def _writes_by_one_call(store: Any) -> bool:
+    """Whether a SQL store writes a trace as we know it; a plugin's store may have a method of its own."""
+    of_mlflow = taken("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._start_trace_once")
+    return of_mlflow is not None and hasattr(store, "_start_trace_once")
+
+
 @contextlib.contextmanager
 def one_transaction(client: TracingClient) -> Iterator[Any | None]:
     """A view of a SQL store in which everything is one transaction and an experiment is read once.
@@ -181,7 +195,7 @@ def one_transaction(client: TracingClient) -> Iterator[Any | None]:
         An object with the store's methods, or None where the store is no SQL store.
     """
     store = client.store
-    if not _FINALIZES or not hasattr(store, "ManagedSessionMaker") or not hasattr(store, "_start_trace_once"):
+    if not _FINALIZES or not hasattr(store, "ManagedSessionMaker") or not _writes_by_one_call(store):
         yield None
         return
     view = copy.copy(store)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,21 +15,14 @@ from mlflow.entities import Span
 from mlflow.entities.trace_location import TraceLocation
 from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
 from mlflow.tracing.attachments import Attachment
-from mlflow.tracing.display import get_display_handler
 from mlflow.tracing.trace_manager import InMemoryTraceManager, _Trace
-from mlflow.tracing.utils import (
-    add_size_stats_to_trace_metadata,
-    aggregate_cost_from_spans,
-    aggregate_usage_from_spans,
-    encode_span_id,
-    generate_assessment_id,
-    maybe_get_request_id,
-)
-from mlflow.tracing.utils.truncation import set_request_response_preview
+from mlflow.tracing.utils import encode_span_id
 from mlflow.utils.workspace_context import get_request_workspace
 from opentelemetry.sdk.trace import ReadableSpan
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
+from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
 __all__ = [
     "InMemoryTrace",
@@ -56,6 +50,20 @@ __all__ = [
     "workspace_of",
 ]
 
+_UTILS = "mlflow.tracing.utils"
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stand for what MLflow does beside storing a trace, where it has gone."""
+
+
+add_size_stats_to_trace_metadata: Any = taken(f"{_UTILS}:add_size_stats_to_trace_metadata", _nothing)
+aggregate_cost_from_spans: Any = taken(f"{_UTILS}:aggregate_cost_from_spans", _nothing)
+aggregate_usage_from_spans: Any = taken(f"{_UTILS}:aggregate_usage_from_spans", _nothing)
+generate_assessment_id: Any = taken(f"{_UTILS}:generate_assessment_id", lambda: f"a-{uuid.uuid4().hex}")
+maybe_get_request_id: Any = taken(f"{_UTILS}:maybe_get_request_id", _nothing)
+set_request_response_preview: Any = taken(f"{_UTILS}.truncation:set_request_response_preview", _nothing)
+get_display_handler: Any = taken("mlflow.tracing.display:get_display_handler")
 
 # The in-memory record of a trace: we keep it past `pop_trace`, to serialise in the writer and not in the caller.
 InMemoryTrace = _Trace
@@ -129,12 +137,11 @@ _SPAN_BYTES = 4_000
 
 
 def weigh(spans: Iterable[Any]) -> int:
-    """About how many bytes these spans hold. The mapping's own iteration copies under a lock; ``_dict`` does not."""
+    """About how many bytes these spans hold."""
     size = 0
     for span in spans:
         size += _SPAN_BYTES
-        attributes = span._span._attributes
-        size += sum(map(sys.getsizeof, tuple(getattr(attributes, "_dict", attributes or {}).values())))
+        size += sum(map(sys.getsizeof, tuple(attributes_of(span._span).values())))
         for attachment in span._attachments.values():
             size += len(attachment.content_bytes)
     return size
@@ -154,20 +161,17 @@ def is_evaluating() -> bool:
 
 def displays() -> bool:
     """Whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
-    if "IPython" in sys.modules and not type(get_display_handler()).disabled:
+    if "IPython" in sys.modules and get_display_handler is not None and not type(get_display_handler()).disabled:
         return bool(sys.modules["IPython"].get_ipython())
     return "IS_IN_DB_MODEL_SERVING_ENV" in os.environ
 
 
 def display(trace: Any) -> None:
     """Show a finished trace in the notebook, and keep it for the response of Databricks serving."""
-    if not is_evaluating():
+    if get_display_handler is not None and not is_evaluating():
         get_display_handler().display_traces([trace])
-    try:
-        from mlflow.tracing.export.inference_table import maybe_add_trace_to_serving_buffer
-    except ImportError:  # mlflow < 3.12 has none
-        return
-    maybe_add_trace_to_serving_buffer(trace)
+    # mlflow < 3.12 has none.
+    taken("mlflow.tracing.export.inference_table:maybe_add_trace_to_serving_buffer", _nothing)(trace)
 
 
 def complete_metadata(trace: Any) -> None:

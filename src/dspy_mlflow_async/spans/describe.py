@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import dspy
 import pydantic
-from mlflow.dspy.util import EXCLUDE_LM_PARAMS
 
-from dspy_mlflow_async.seams.mlflow import SpanAttributeKey, SpanType
+from dspy_mlflow_async.seams.mlflow import EXCLUDE_LM_PARAMS, SpanAttributeKey, SpanType
 from dspy_mlflow_async.spans.opaque import behind, contain
 from dspy_mlflow_async.spans.serialize import without_addresses
 from dspy_mlflow_async.spans.signatures import texts_of

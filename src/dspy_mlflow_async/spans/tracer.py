@@ -206,6 +206,8 @@ def _is_left_behind(frame: frames.Frame) -> bool:
     another call, or none, is the innermost here. Of a frame that was carried here DSPy knows nothing; an id that
     none of our frames has belongs to a call that only another tracer is told of.
     """
+    if dspy_seam.ACTIVE_CALL_ID is None:
+        return False
     active = dspy_seam.ACTIVE_CALL_ID.get()
     if frame.call_id == active or frame.is_carried or not isinstance(frame.scope, SpanScope):
         return False

@@ -52,13 +52,15 @@ def diagnose(*, tracking_uri: str | None = None, self_test: bool = False) -> Dia
         The findings; ``print`` shows them, ``is_well`` sums them up.
     """
     from dspy_mlflow_async.cli.doctor import checks
+    from dspy_mlflow_async.seams.listed import lost_ground
 
+    can_test = self_test and not lost_ground()
     findings = [
         *_asked("versions", checks.versions),
         *_asked("seams", checks.seams),
         *_asked("store", lambda: checks.store(tracking_uri)),
         *_asked("spool", checks.spool),
-        *(_asked("self-test", _self_test) if self_test else _asked("tracer", checks.tracer)),
+        *(_asked("self-test", _self_test) if can_test else _asked("tracer", checks.tracer)),
         *checks.holes(),
     ]
     return Diagnosis(tuple(findings))

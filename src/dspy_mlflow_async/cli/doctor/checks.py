@@ -52,6 +52,7 @@ def versions() -> Iterator[Finding]:
 
 def seams() -> Iterator[Finding]:
     """Whether DSPy and MLflow still have all that we touch without their having promised it."""
+    from dspy_mlflow_async.seams.check import faults
     from dspy_mlflow_async.seams.listed import SEAMS
 
     present = {seam.path: seam.is_present for seam in SEAMS}
@@ -66,14 +67,13 @@ def seams() -> Iterator[Finding]:
                 f"{module} needs {package}, which is not installed; where you want what it is for: "
                 f"pip install {package}",
             )
-    for seam in absent:
-        if not (seam.is_optional or needs[seam.path]):
-            yield Finding(
-                Level.PROBLEM,
-                "seam",
-                f"{seam.path} has gone, so what it is for no longer works: it {seam.reason}. "
-                "Look for a newer dspy-mlflow-async, or go back to the DSPy and MLflow that worked.",
-            )
+    for fault in faults(SEAMS):
+        yield Finding(
+            Level.PROBLEM,
+            "seam",
+            f"{fault.seam.path} {fault.text}, so what it is for no longer works: it {fault.seam.reason}. "
+            "Look for a newer dspy-mlflow-async, or go back to the DSPy and MLflow that worked.",
+        )
     optional = [seam.path for seam in absent if seam.is_optional or needs[seam.path]]
     without = f"; these versions lack {len(optional)} that we can do without" if optional else ""
     yield Finding(Level.OK, "seams", f"{sum(present.values())} of {len(SEAMS)} names are present{without}", details)
@@ -136,6 +136,15 @@ def tracer() -> Iterator[Finding]:
     """Whether the tracer of this process is on, and DSPy still knows it."""
     import dspy
 
+    from dspy_mlflow_async.seams.listed import lost_ground
+
+    if lost_ground():
+        yield Finding(
+            Level.PROBLEM,
+            "tracer",
+            "without these names nothing of ours can be traced: mlflow.dspy.autolog() traces in its place.",
+        )
+        return
     from dspy_mlflow_async import composition, stats
 
     if composition._installation.settings is None:
