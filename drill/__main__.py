@@ -71,7 +71,7 @@ class Stage:
         in_time = json.loads(self._out().readline())["in_time"]
         answer = folder / "answer.json"
         told = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {"broken": "no answer"}
-        return {**told, "in_time": in_time, "stored": _stored(folder / "store.db")}
+        return {**told, "whose": whose, "in_time": in_time, "stored": _stored(folder / "store.db")}
 
     def close(self) -> None:
         """End it."""
@@ -119,7 +119,8 @@ def faults(told: dict[str, Any]) -> list[str]:
     found = [f"raised: {_last_line(error)}" for error in told["errors"]]
     if not told["in_time"]:
         found.append("did not end")
-    if told["results"] != program.RESULTS:
+    further = {"further": program.FURTHER} if told["whose"] == OURS else {}
+    if told["results"] != {**program.RESULTS, **further}:
         found.append(f"other results: {told['results']}")
     stored = told["stored"]
     lost = [each for each in (*program.QUESTIONS, *program.EXAMPLES) if each not in stored["questions"]]

@@ -66,12 +66,15 @@ def _exact(example: Any, prediction: Any, _: Any = None) -> bool:
     return bool(example.answer == prediction.answer)
 
 
-def run(begin: Callable[[], None], flush: Callable[[], Any]) -> dict[str, Any]:
+def run(
+    begin: Callable[[], None], flush: Callable[[], Any], further: Callable[[Callable[..., Any]], Any] | None = None
+) -> dict[str, Any]:
     """Run it, and tell what a user would see: results, exceptions, the log, and what ``flush`` returns.
 
     Args:
         begin: Switches the tracing on.
         flush: Waits for what was traced.
+        further: Does more with the program, by functions of ours.
     """
     heard = _Heard()
     logging.getLogger().addHandler(heard)
@@ -107,6 +110,9 @@ def run(begin: Callable[[], None], flush: Callable[[], Any]) -> dict[str, Any]:
     with part("run"), mlflow.start_run(run_name="of-the-user"):
         mlflow.log_metric(METRIC, 7.0)
         results["run"] = program(question="first").answer
+    if further is not None:
+        with part("further"):
+            results["further"] = further(program)
     flushed = None
     with part("flush"):
         flushed = flush()
@@ -120,3 +126,4 @@ RESULTS = {
     "evaluate": SCORE,
     "run": "first",
 }
+FURTHER = ["second", "third", "fourth", "first", True]

@@ -102,7 +102,7 @@ def _play(case: dict[str, Any]) -> dict[str, Any]:
         import mlflow.dspy
 
         return program.run(lambda: mlflow.dspy.autolog(log_evals=True), mlflow.flush_trace_async_logging)
-    answer = program.run(_autolog, _flush)
+    answer = program.run(_autolog, _flush, _further)
     from dspy_mlflow_async.cli.doctor import diagnose
 
     return {**answer, "doctor": [str(each) for each in diagnose().findings]}
@@ -112,6 +112,26 @@ def _autolog() -> None:
     import dspy_mlflow_async
 
     dspy_mlflow_async.autolog(log_evals=True)
+
+
+def _further(program: Any) -> list[Any]:
+    """What else of ours a user may have around a program."""
+    import mlflow
+
+    import dspy_mlflow_async as ours
+
+    found = []
+    with ours.request("request", user="u"):
+        found.append(program(question="second").answer)
+    found.append(ours.wrap(program, name="wrapped", session_id="s")(question="third").answer)
+    with ours.run("run"):
+        mlflow.log_metric("further", 1.0)
+        found.append(ours.propagate(program)(question="fourth").answer)
+    with ours.suppress():
+        found.append(program(question="first").answer)
+    with ours.ThreadPoolExecutor(1) as pool:
+        found.append(pool.submit(lambda: ours.stats().started >= 0).result())
+    return found
 
 
 def _flush() -> Any:
