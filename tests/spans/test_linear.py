@@ -229,7 +229,7 @@ ANCHORED = "is matched at one place only, and its repetitions are of one set of 
 SHORT = "sees short texts only: names of at most 64 characters, paths, or three characters"
 OWN = "reads what this package has written"
 LINEAR = {
-    "asgi._TOKEN": ANCHORED,
+    "app.middleware._TOKEN": ANCHORED,
     "cli.demo.script._FIELD": OWN,
     "cli.demo.script._MARKER": OWN,
     "cli.report.scores._CALL": ANCHORED,

@@ -159,7 +159,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROCESSOR}._batch_delegate", _EXPORT, is_optional=True),
     Seam(f"{_PROCESSOR}._pending_on_end_condition", _FORK, shape=".notify", is_optional=True),
     Seam(f"{_PROCESSOR}._pending_on_end_count", _FORK, shape=".__add__", is_optional=True),
-    Seam("mlflow.tracing.processor:base_mlflow", _EXPORT, shape=".BaseMlflowSpanProcessor"),
+    Seam("mlflow.tracing.processor:base_mlflow", _EXPORT, shape=".__spec__"),
     Seam("mlflow.tracing.processor.base_mlflow:retire_batch_processor", _EXPORT, shape="(processor)", is_optional=True),
     Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter", _EXPORT, shape="(uri) .export"),
     Seam(
@@ -188,7 +188,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_MANAGER}._otel_id_to_mlflow_trace_id", _EXPORT, shape=".get .pop .__setitem__"),
     Seam(f"{_MANAGER}._traces", _EXPORT, shape=".get .pop .__setitem__"),
     Seam("mlflow.tracing.trace_manager:_Trace", _EXPORT, shape="(info)"),
-    Seam("mlflow.tracing:provider", _EXPORT, shape=".trace_disabled"),
+    Seam("mlflow.tracing:provider", _EXPORT, shape=".__spec__"),
     Seam("mlflow.tracing.attachments:Attachment", _WRITE, shape="(content_type=, content_bytes=)"),
     Seam("mlflow.tracing.attachments:Attachment._id", _WRITE, shape=".encode"),
     Seam("mlflow.tracing.client:TracingClient", _WRITE, shape="(uri)"),
@@ -203,7 +203,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_UTILS}:generate_assessment_id", _WRITE, shape="()", is_feature=True),
     Seam(f"{_UTILS}:get_otel_attribute", _EXPERIMENT, shape="(span, key)"),
     Seam("mlflow.tracking.default_experiment:DEFAULT_EXPERIMENT_ID", _EXPERIMENT, shape=".encode", is_feature=True),
-    Seam("mlflow.tracking.default_experiment:registry", _EXPERIMENT, shape=".get_experiment_id"),
+    Seam("mlflow.tracking.default_experiment:registry", _EXPERIMENT, shape=".__spec__"),
     Seam(
         "mlflow.tracking.default_experiment.registry:_default_experiment_provider_registry",
         _EXPERIMENT,
@@ -248,7 +248,7 @@ SEAMS: tuple[Seam, ...] = (
         shape="(self, run_id)",
         is_optional=True,
     ),
-    Seam("mlflow.tracking.request_header:registry", _WRITE, shape=".resolve_request_headers"),
+    Seam("mlflow.tracking.request_header:registry", _WRITE, shape=".__spec__"),
     Seam("mlflow.tracking.request_header.registry:resolve_request_headers", _WRITE, shape="(headers)", is_feature=True),
     Seam(
         "mlflow.tracking.request_header.registry:DatabricksRequestHeaderProvider",
@@ -265,7 +265,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("requests.sessions:get_environ_proxies", _WRITE, shape="(url, no_proxy)", is_optional=True),
     Seam("mlflow.utils.proto_json_utils:message_to_json", _WRITE, shape="(message)", is_feature=True),
     Seam("mlflow.utils.rest_utils:_V3_TRACE_REST_API_PATH_PREFIX", _WRITE, shape=".encode", is_feature=True),
-    Seam("mlflow.utils:rest_utils", "bounds how long one write may take", shape=".http_request"),
+    Seam("mlflow.utils:rest_utils", "bounds how long one write may take", shape=".__spec__"),
     Seam(
         "mlflow.utils.rest_utils:_get_http_response_with_retries",
         "bounds how long one write may take",
@@ -273,7 +273,7 @@ SEAMS: tuple[Seam, ...] = (
         shape="(method, url, retries, factor, jitter, codes, raises, timeout=)",
     ),
     Seam("mlflow.utils.uri:is_databricks_uri", _WRITE, shape="(uri)"),
-    Seam("mlflow.utils:workspace_context", _WRITE, shape=".get_request_workspace"),
+    Seam("mlflow.utils:workspace_context", _WRITE, shape=".__spec__"),
     Seam("mlflow.utils.workspace_context:get_request_workspace", _WRITE, shape="()"),
     Seam(
         "mlflow.utils.workspace_context:ServerWorkspaceContext",
@@ -301,7 +301,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_FLUENT}:_last_active_run_id", _RUNS, shape=".set"),
     Seam("mlflow.dspy.util:_flatten_dspy_module_state", _RUNS, shape="(state, exclude_keys=)"),
     Seam("mlflow.dspy.util:sanitize_params", _RUNS, shape="(params)"),
-    Seam("mlflow.tracking.context:registry", _RUNS, shape=".resolve_tags"),
+    Seam("mlflow.tracking.context:registry", _RUNS, shape=".__spec__"),
     Seam("mlflow.tracking.context.registry:resolve_tags", _RUNS, shape="(tags, ignore=)"),
     Seam("mlflow.tracking.context.registry:DatabricksClusterRunContext", _RUNS, shape="() .in_context"),
     Seam("mlflow.tracking.context.registry:DatabricksCommandRunContext", _RUNS, shape="() .in_context"),
@@ -327,7 +327,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.utils.providers:_fetch_remote_provider", _PRICES, shape="(provider)", is_optional=True),
     Seam("mlflow.utils.providers:_load_provider", _PRICES, shape="(provider)", is_optional=True),
     Seam("mlflow.utils.providers:_lookup_model_info", _PRICES, shape="(model)", is_optional=True),
-    Seam("mlflow.utils:providers", "reckons what an evaluation has cost", shape=".cost_per_token", is_feature=True),
+    Seam("mlflow.utils:providers", "reckons what an evaluation has cost", shape=".__spec__", is_feature=True),
     Seam(
         "mlflow.utils.providers:cost_per_token",
         "reckons what an evaluation has cost",

@@ -34,7 +34,7 @@ SOURCE_SCORER_TAG = getattr(TraceTagKey, "SOURCE_SCORER_NAME", "mlflow.trace.sou
 default_log_level_for_span_type = taken("mlflow.tracing.utils.default_log_level:default_log_level_for_span_type")
 EXCLUDE_LM_PARAMS: Any = taken(
     "mlflow.dspy.util:EXCLUDE_LM_PARAMS",
-    frozenset(("api_key", "api_base", "azure_ad_token", "client_secret", "azure_password")),
+    frozenset(("api_key", "api_base", "azure_ad_token", "client_secret", "azure_password", "extra_headers", "headers")),
 )
 set_span_cost_attribute = taken("mlflow.tracing.utils:set_span_cost_attribute")
 _ERROR_LEVEL = "40"  # mlflow.entities.span_log_level.SpanLogLevel.ERROR
