@@ -26,7 +26,7 @@ def settle():
     wait_until(lambda: not any(thread.is_alive() for _, thread in installing._closing), 30)
     current = installing._pipeline
     writers = {thread for thread in threading.enumerate() if thread.name == "dspy-mlflow-async-writer"}
-    for thread in writers - {queue._thread for queue in (current.queues.values() if current else ())}:
+    for thread in writers - {queue.worker.thread for queue in (current.queues.values() if current else ())}:
         thread.join(30)
 
 

@@ -73,7 +73,11 @@ class Installed:
 
     def stop_writing(self):
         """Let nothing leave the queue until `queue.work()` is called by the test."""
-        self.queue._start = lambda: None
+        self.queue.worker.is_paused = True
+
+    def write_again(self):
+        """Take back `stop_writing`."""
+        self.queue.worker.is_paused = False
 
 
 @dataclasses.dataclass(frozen=True)

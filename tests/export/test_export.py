@@ -172,7 +172,7 @@ def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
     next(cycle.generator)
     collector = sqlite.pipeline.collector
     entry = collector._by_trace_id[root.trace_id]
-    with collector._lock, entry.lock, sqlite.queue.memory._lock:
+    with collector._lock, entry.lock, sqlite.queue.pending._lock:
         del cycle
         gc.collect()
     assert child.end_time_ns
@@ -343,7 +343,7 @@ def test_synchronous_writing_of_a_trace_that_was_shown_before(make, monkeypatch)
     with mlflow.start_span("root") as root:
         with mlflow.start_span("child"):
             pass
-        wait_until(lambda: installed.queue.has_queued(root.trace_id))
+        wait_until(lambda: installed.queue.pending.has(root.trace_id))
 
     assert ["root", "child"] == [span.name for span in installed.read()[root.trace_id].data.spans]
     assert export.ExportStats(started=1, ended=1, stored=1) == export.stats()

@@ -27,8 +27,7 @@ from sqlalchemy.pool import QueuePool
 from stores import call, read, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import backlog
-from dspy_mlflow_async.export import queue as queueing
+from dspy_mlflow_async.export import pending, retry, store_queue
 from dspy_mlflow_async.export import spool as spools
 from dspy_mlflow_async.export.lanes import in_lanes
 from dspy_mlflow_async.export.pipeline import Pipeline
@@ -42,8 +41,8 @@ from mlflow_server import free_port, mlflow_server
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
     """Come back soon: what is tested is that we do."""
-    pause = queueing.Backoff.pause
-    monkeypatch.setattr(queueing.Backoff, "pause", lambda self: min(0.2, pause(self)))
+    pause = retry.Backoff.pause
+    monkeypatch.setattr(retry.Backoff, "pause", lambda self: min(0.2, pause(self)))
 
 
 def arrived(installed, ids):
@@ -93,7 +92,7 @@ def test_pauses_leave_the_programs_random_numbers_alone():
     random.seed(1)
     expected = [random.random() for _ in range(3)]  # noqa: S311 - no secret
     random.seed(1)
-    backoff = queueing.Backoff()
+    backoff = retry.Backoff()
     seen = [(backoff.pause(), random.random())[1] for _ in range(3)]  # noqa: S311 - no secret
 
     assert expected == seen
@@ -227,7 +226,7 @@ def test_what_comes_in_turns_is_written_together(make, proxy):
         export.release(ids[-1], assessments=[Feedback(name="score", value=1.0)])
         for run_id in runs:
             export.run_writer(proxy.uri).log(run_id, metrics=[Metric("score", 1.0, step, step)])
-    del installed.queue._start
+    installed.write_again()
 
     assert export.flush(100)
     asked = Counter(request.split(b" ", 2)[1].rpartition(b"/")[2] for request, _ in proxy.answers)
@@ -270,7 +269,7 @@ def test_a_server_far_away_is_asked_several_things_at_once(make, proxy):
     installed.stop_writing()
     ids += [call() for _ in range(20)]
     answer = proxy.fault = threading.Event()
-    del installed.queue._start
+    installed.write_again()
     ids.append(call())  # wakes the writer
 
     wait_until(lambda: proxy.faults >= 4, 60)  # and none of them has been answered yet
@@ -293,7 +292,7 @@ def test_headers_and_proxies_are_found_out_once_for_a_batch(make, server, monkey
         DatabricksRequestHeaderProvider, "in_context", lambda self: asked.append("headers") or in_context(self)
     )
     monkeypatch.setattr("requests.utils.getproxies", lambda: asked.append("proxies") or scan())
-    del installed.queue._start
+    installed.write_again()
     assert export.flush(100)
     found_out = Counter(asked)
     lanes = 4  # which may begin at the same time
@@ -338,7 +337,7 @@ def test_a_lane_that_ends_without_a_word(make, server, monkeypatch):
     monkeypatch.setattr(Writer, "_start", end_some)
     monkeypatch.setattr(writer, "write", note)
     ids += [call() for _ in range(20)]
-    del installed.queue._start
+    installed.write_again()
     wait_until(lambda: export.flush(30), 60)
     assert broken
     assert {Verdict.AWAY} == {verdicts[key] for key in broken}
@@ -385,7 +384,7 @@ def test_a_refusal_goes_to_the_dead_letters(sqlite):
 
 def test_one_bad_record_does_not_hold_up_the_others(sqlite, monkeypatch):
     """A record that fails again and again while others are stored goes to the dead letters."""
-    monkeypatch.setattr(backlog, "_SUSPICIONS", 3)
+    monkeypatch.setattr(pending, "_SUSPICIONS", 3)
     writer = sqlite.queue._writer
     log_spans = type(writer)._log_spans
 
@@ -417,8 +416,8 @@ def test_memory_is_bounded(make):
 
     assert stats.waiting < 8
     assert 20 == stats.waiting + stats.spooled
-    assert installed.queue.memory.size <= 20_000
-    del installed.queue._start
+    assert installed.queue.pending.size <= 20_000
+    installed.write_again()
     assert export.flush(100)
     assert arrived(installed, ids)
 
@@ -431,9 +430,11 @@ def test_feedback_follows_its_trace_to_the_disk(make):
     installed.queue.options = export.ExportOptions()
     export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
 
-    assert 0 == len(installed.queue.memory)
-    assert [trace_id] * 2 == [reference.key for reference in installed.queue.backlog.waiting()]
-    del installed.queue._start
+    assert 0 == installed.queue.pending.resident
+    waiting = installed.queue.pending.take(10, 10**6)
+    installed.queue.pending.release(waiting)
+    assert [trace_id] * 2 == [entry.reference.key for entry in waiting]
+    installed.write_again()
     assert export.flush(100)
     assert 1 == len(installed.read()[trace_id].info.assessments)
 
@@ -461,7 +462,7 @@ def test_a_full_disk_is_counted(make, small_disk, monkeypatch, caplog):
     assert 100 == stats.dropped + stats.waiting + stats.spooled
     assert min(stats.dropped, stats.waiting, stats.spooled) > 5
     assert 1 == sum("cannot write to the spool" in record.message for record in caplog.records)
-    del installed.queue._start
+    installed.write_again()
     assert export.flush(100)
     stats = export.stats()
     assert (100, 0, 0) == (stats.dropped + stats.stored, stats.waiting, stats.spooled)
@@ -479,7 +480,7 @@ def test_durable_on_a_full_disk(make, small_disk, monkeypatch, caplog):
 
     assert (60, 0) == (export.stats().waiting, export.stats().dropped)
     assert 1 == sum("cannot write to the spool" in record.message for record in caplog.records)
-    del installed.queue._start
+    installed.write_again()
     assert export.flush(100)
     assert arrived(installed, ids)
 
@@ -502,7 +503,7 @@ def test_a_slow_store_does_not_slow_the_program(make, monkeypatch):
     last = min(cost() for _ in range(3))
 
     assert last < first * 1.5
-    del installed.queue._start
+    installed.write_again()
 
 
 def test_a_clock_that_goes_backwards(make, monkeypatch):
@@ -521,7 +522,7 @@ def test_run_operations_keep_their_order(sqlite):
     client = mlflow.tracking.MlflowClient(sqlite.uri)
     one, two = (client.create_run(sqlite.experiment_id).info.run_id for _ in range(2))
     writer = export.run_writer(None)
-    urgent = sqlite.queue._urgent_writer
+    urgent = sqlite.queue.synchronous._writer
     writer.log(one, metrics=[Metric("m", 1, 1, 0)], params=[Param(f"p{n}", "1") for n in range(150)])
     assert writer.settle(one)
     sqlite.stop_writing()
@@ -536,7 +537,7 @@ def test_run_operations_keep_their_order(sqlite):
     assert "RUNNING" == client.get_run(one).info.status
     assert "1" == client.get_run(two).data.tags["t"]
 
-    del sqlite.queue._start
+    sqlite.write_again()
     assert export.flush(100)
     assert 3 == len(client.get_metric_history(one, "m"))
     assert ("FAILED", 150) == (client.get_run(one).info.status, len(client.get_run(one).data.params))
@@ -565,12 +566,12 @@ def test_the_process_ends_while_the_store_takes_a_batch(sqlite, monkeypatch, fir
     queue.save_everything()
     saved = export.stats()
     go.set()
-    queue._thread.join(20)
+    queue.worker.thread.join(20)
 
     assert (10, 0) == (saved.spooled, saved.waiting)
     assert export.ExportStats(started=10, ended=10, stored=10) == export.stats()
     assert set(ids) == set(sqlite.read())
-    assert 0 == len(queue.backlog) == sum(info.records for info in export.spools())
+    assert 0 == queue.pending.spooled == sum(info.records for info in export.spools())
 
 
 def test_two_threads_flush_at_once(sqlite):
@@ -600,10 +601,10 @@ def test_what_follows_a_suspect_stays_behind_it(sqlite, monkeypatch):
 
     monkeypatch.setattr(writer, "_write_traces", fail_once)
     sqlite.stop_writing()
-    ids = [call() for _ in range(queueing._BATCH_ITEMS)]
+    ids = [call() for _ in range(store_queue._BATCH_ITEMS)]
     for trace_id in ids:
         export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
-    del sqlite.queue._start
+    sqlite.write_again()
 
     wait_until(lambda: export.flush(5), 60)
     assert export.ExportStats(started=len(ids), ended=len(ids), stored=len(ids)) == export.stats()
@@ -655,8 +656,8 @@ def test_feedback_that_no_disk_can_hold_as_it_is(make):
     feedback = Feedback(name="score", value="a\ud800", rationale="b\udfff", metadata={"k": "c\ud800"})
     error = Feedback(name="error", error=ValueError("d\ud800"))
     export.release(trace_id, assessments=[feedback, error])
-    assert 2 == len(installed.queue.backlog)
-    del installed.queue._start
+    assert 2 == installed.queue.pending.spooled
+    installed.write_again()
 
     assert export.flush(100)
     by_name = {assessment.name: assessment for assessment in installed.read()[trace_id].info.assessments}
@@ -703,8 +704,8 @@ def test_flush_returns_when_neither_the_store_nor_the_disk_takes_anything(make, 
 
 def test_flush_asks_for_itself(sqlite, monkeypatch):
     """An attempt that began before it, and fails while it waits, says nothing about now."""
-    monkeypatch.setattr(queueing, "_ATTEMPTS_IN_MEMORY", 1)
-    monkeypatch.setattr(queueing.Backoff, "pause", lambda self: 60.0)
+    monkeypatch.setattr(store_queue, "ATTEMPTS", 1)
+    monkeypatch.setattr(retry.Backoff, "pause", lambda self: 60.0)
     writer, under_way, go = sqlite.queue._writer, threading.Event(), threading.Event()
     write = writer.write
 
@@ -811,15 +812,15 @@ def test_what_waits_weighs_what_it_takes(make):
     call()
     gc.collect()
     tracemalloc.start(1)
-    before, weighed = tracemalloc.get_traced_memory()[0], installed.queue.memory.size
+    before, weighed = tracemalloc.get_traced_memory()[0], installed.queue.pending.size
     for _ in range(300):
         call()
     gc.collect()
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
 
-    assert 0.7 * taken < installed.queue.memory.size - weighed < 1.5 * taken
-    del installed.queue._start
+    assert 0.7 * taken < installed.queue.pending.size - weighed < 1.5 * taken
+    installed.write_again()
     assert export.flush(100)
 
 

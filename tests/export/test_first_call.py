@@ -85,10 +85,12 @@ def test_an_experiment_by_name_may_wait_on_disk(store_uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "known to the spool")
     dspy_mlflow_async.autolog(silent=True)
     queue = installation.pipeline().queue(store_uri)
-    queue._start = lambda: None
+    queue.worker.is_paused = True
     dspy.Predict("question -> answer")(question="@one")
-    (item,) = queue.memory.remove_all()
-    del queue._start
+    (entry,) = queue.pending.take_residents()
+    item = entry.operation
+    queue.pending.finish(entry, None)
+    queue.worker.is_paused = False
     queue.put(codec.decode(codec.encode(item)))
 
     assert export.flush(30)

@@ -28,7 +28,7 @@ def run_id(sqlite, client):
 def held_up(sqlite, monkeypatch):
     """What says that a caller is writing, and what lets it go on."""
     writing, go = threading.Event(), threading.Event()
-    urgent = sqlite.queue._urgent_writer
+    urgent = sqlite.queue.synchronous._writer
     write = urgent.write
 
     def slow_write(items):
@@ -106,7 +106,7 @@ def test_the_process_ends_while_it_is_written(sqlite, client, run_id, held_up):
 
     assert 1 == saved
     assert "FINISHED" == client.get_run(run_id).info.status
-    assert 0 == len(sqlite.queue.backlog) == sum(info.records for info in export.spools())
+    assert 0 == sqlite.queue.pending.spooled == sum(info.records for info in export.spools())
 
 
 def test_what_worked_is_not_written_again(client, run_id, sqlite, monkeypatch):
@@ -170,10 +170,10 @@ def test_an_interrupted_caller_gives_back_what_he_has_taken(client, run_id, sqli
     sqlite.stop_writing()
     writer = export.run_writer(None)
     writer.log(run_id, metrics=[Metric("m", 1.0, 1, 0)])
-    monkeypatch.setattr(sqlite.queue._urgent_writer, "write", interrupted)
+    monkeypatch.setattr(sqlite.queue.synchronous._writer, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sqlite.queue.write_waiting(run_id, 5.0)
-    del sqlite.queue._start
+        sqlite.queue.synchronous.write_waiting(run_id, 5.0)
+    sqlite.write_again()
     assert export.flush(30)
     assert {"m": 1.0} == client.get_run(run_id).data.metrics
 

@@ -20,7 +20,7 @@ from mlflow.entities import Expectation, Feedback, Metric, Param, RunTag, SpanEv
 from stores import call, read, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import codec, replaying, spool
+from dspy_mlflow_async.export import codec, retry, spool, store_queue
 from dspy_mlflow_async.export.items import FollowUp, RunItem
 from dspy_mlflow_async.export.lock import Lock
 
@@ -152,7 +152,9 @@ def test_a_trace_survives_the_codec(sqlite):
         mlflow.update_current_trace(tags={"t": "1"}, metadata={"m": "2"}, client_request_id="c")
         export.hold(root.trace_id)
     export.release(root.trace_id, assessments=[Feedback(name="f", value={"a": 1.0}, rationale="r")])
-    (item,) = sqlite.queue.memory._waiting
+    (entry,) = sqlite.queue.pending.take_residents()
+    item = entry.operation
+    sqlite.queue.pending.release([entry])
     again = codec.decode(codec.encode(item))
 
     def plain(spans):  # OpenTelemetry makes tuples of lists, JSON lists of tuples
@@ -167,7 +169,7 @@ def test_a_trace_survives_the_codec(sqlite):
         again.stage,
         again.experiment_id,
     )
-    del sqlite.queue._start
+    sqlite.write_again()
     assert export.flush(100)
 
 
@@ -284,7 +286,7 @@ def test_replay_of_what_is_stored_already_doubles_nothing(spooled):
 
 def test_replay_goes_on_where_it_was_interrupted(spooled, monkeypatch):
     """Interrupted after a batch, the next one sends the rest."""
-    monkeypatch.setattr(replaying, "_BATCH", 4)
+    monkeypatch.setattr(store_queue, "_BATCH_ITEMS", 4)
 
     def interrupt(progress):
         raise KeyboardInterrupt
@@ -329,7 +331,7 @@ def test_a_damaged_spool_is_sent_as_far_as_it_goes(spooled):
 
 def test_a_store_that_is_away_keeps_the_spool(spooled, monkeypatch):
     """Nothing is lost, and the reason is told."""
-    monkeypatch.setattr(replaying.Backoff, "pause", lambda self: 0.01)
+    monkeypatch.setattr(retry.Backoff, "pause", lambda self: 0.01)
     summary = export.replay(
         tracking_uri="http://127.0.0.1:9", folder=export.spools()[0].folder, dry_run=False, progress=lambda _: None
     )
@@ -348,7 +350,7 @@ def test_a_spool_in_use_is_left_alone(make):
     summary = export.replay(tracking_uri=None, folder=None, dry_run=False, progress=lambda _: None)
 
     assert (1, 0) == (summary.skipped, summary.stored)
-    del installed.queue._start
+    installed.write_again()
     assert export.flush(100)
     assert 1 == export.stats().stored
 
@@ -575,7 +577,7 @@ def test_durable_survives_in_the_spool_until_stored(make):
     assert (1, 0) == (export.stats().waiting, export.stats().spooled)
     (info,) = export.spools()
     assert (1, 1) == (info.records, info.traces)
-    del installed.queue._start
+    installed.write_again()
     assert export.flush(100)
 
 

@@ -11,13 +11,14 @@ from dspy_mlflow_async import export
 # The writer of a worker never gets to write: what is stored has come by the disk.
 WORKER = """
 import dataclasses
-import dspy_mlflow_async.export.queue as queueing
+import dspy_mlflow_async.export.store_queue as queueing
+import dspy_mlflow_async.export.worker as worker
 
 def work(path, count=3):
     current = export.installation.pipeline()
     if not writes:
         current.options = dataclasses.replace(current.options, exit_timeout=0.5)
-        queueing.StoreQueue._start = lambda self: None
+        worker.Worker.start = lambda self: None
         queueing.StoreQueue.work = lambda self: None
     with open(f"{path}/{os.getpid()}-{os.urandom(3).hex()}", "w") as file:
         file.write("\\n".join(call() for _ in range(count)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ class Disk:
         self.spool = spool
         self.is_full = False  # whether the disk did not take what it was given last
         self._is_warned = False
+        self._is_warned_of_others = False
 
     def save(self, item: Item, *, durable: bool = False, is_needed: bool = True) -> bool:
         """Write an item, unless it is there already.
@@ -62,7 +64,7 @@ class Disk:
         """The item at ``reference``; None, with a warning, if the disk has lost it.
 
         Raises:
-            UnreadableError: If it is whole, but not for this version to read.
+            UnreadableError: If it is whole, but not for this version to read; there is a warning of the first.
         """
         payload = self.spool.read(reference)
         if payload is None:
@@ -70,9 +72,10 @@ class Disk:
             return None
         try:
             item = codec.decode(payload)
-        except codec.UnreadableError:
-            raise
         except Exception as error:  # its checksum is right: another version wrote it so
+            if not self._is_warned_of_others:
+                self._is_warned_of_others = True
+                logger.warning("dspy-mlflow-async: left alone in %s: %s", self.spool.folder, error)
             raise codec.UnreadableError(f"{type(error).__name__}: {error}") from error
         item.reference, item.counted = reference, reference.counted
         return item
@@ -95,6 +98,11 @@ class Disk:
             reason,
         )
         return True
+
+    def close(self) -> None:
+        """Give up the segments, so that others may send what is in them."""
+        with contextlib.suppress(OSError):
+            self.spool.close()
 
     def forget(self, item: Item, *, stored: bool) -> None:
         """An item is done with: whatever the spool has of it may go."""

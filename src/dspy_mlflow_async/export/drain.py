@@ -13,7 +13,7 @@ from dspy_mlflow_async.export.books import Books
 from dspy_mlflow_async.export.folder import uri_of
 from dspy_mlflow_async.export.lock import Lock
 from dspy_mlflow_async.export.options import ExportOptions
-from dspy_mlflow_async.export.queue import StoreQueue
+from dspy_mlflow_async.export.store_queue import StoreQueue
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.seams import mlflow_http
 
@@ -50,8 +50,8 @@ def main(path: str) -> None:
         has_parent = _wait(parent, 0.0, queue)
         queue.feed(queue.spool.adopt())
         queue.work()
-        if queue.away_at != away_at:
-            away_at = queue.away_at
+        if queue.availability.away_at != away_at:
+            away_at = queue.availability.away_at
             lock.note(f"{os.getpid()} {away_at}")
         if not has_parent:
             gone_since = gone_since or time.monotonic()

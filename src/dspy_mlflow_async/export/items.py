@@ -23,7 +23,6 @@ class Item:
         counted: How many traces of the books it carries: one or none.
         reference: Where it lies in the spool, if it does.
         supersedes: An earlier copy in the spool that this makes needless.
-        number: As how many-th it came into its queue.
     """
 
     key: str
@@ -31,7 +30,6 @@ class Item:
     counted: int = 0
     reference: Reference | None = None
     supersedes: Reference | None = None
-    number: int = 0
 
     @property
     def is_vital(self) -> bool:

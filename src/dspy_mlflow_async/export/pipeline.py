@@ -13,9 +13,9 @@ from dspy_mlflow_async.export.folder import folder_of
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.process import ProcessQueue
-from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.quota import Quota
 from dspy_mlflow_async.export.spool import Reference, Spool
+from dspy_mlflow_async.export.store_queue import StoreQueue
 from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
@@ -81,7 +81,7 @@ class Pipeline:
         """Bring an item on its way; with ``is_sync``, to the store before returning."""
         queue = self.queue(uri)
         if is_sync:
-            queue.write_now(item)
+            queue.synchronous.write_now(item)
         else:
             queue.put(item)
 
@@ -91,11 +91,11 @@ class Pipeline:
 
     def safeguard(self, uri: str, item: Item) -> Reference | None:
         """Keep a copy of an item on disk until the item itself comes."""
-        return self.queue(uri).safeguard(item)
+        return self.queue(uri).overflow.copy(item, durable=self.options.durable)
 
     def discard_copy(self, uri: str, reference: Reference) -> None:
         """Forget a copy that nothing supersedes any more."""
-        self.queue(uri).discard_copy(reference)
+        self.queue(uri).overflow.discard_copy(reference)
 
     def store(self, trace_id: str, timeout: float = 10.0) -> None:
         """Bring a trace that has ended to the store now, whoever holds it; what is there already costs nothing.
@@ -106,8 +106,8 @@ class Pipeline:
         """
         self.collector.hand_on(trace_id)
         for queue in list(self.queues.values()):
-            if queue.has_queued(trace_id):
-                queue.write_waiting(trace_id, timeout)
+            if queue.pending.has(trace_id):
+                queue.synchronous.write_waiting(trace_id, timeout)
 
     def store_waiting(self, uri: str, timeout: float = 10.0) -> None:
         """Bring what waits for a store there now, for somebody who is about to search it.
@@ -117,7 +117,7 @@ class Pipeline:
             timeout: Seconds to wait for it; no longer than the store proves to be away.
         """
         queue = self.queues.get(uri)
-        if queue is not None and queue.waits and not queue.is_empty():
+        if queue is not None and queue.availability.lets_wait and not queue.is_empty():
             queue.flush(time.monotonic() + timeout)
 
     # --- what is overdue ---

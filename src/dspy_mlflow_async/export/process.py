@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.export import drain
 from dspy_mlflow_async.export import spool as spools
-from dspy_mlflow_async.export.disk import Disk
 from dspy_mlflow_async.export.folder import read_file
 from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.lock import Lock
-from dspy_mlflow_async.export.queue import StoreQueue
 from dspy_mlflow_async.export.retry import Backoff
 from dspy_mlflow_async.export.spool import Spool
+from dspy_mlflow_async.export.store_queue import StoreQueue
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.books import Books
@@ -134,11 +133,9 @@ class Child:
 class ProcessQueue(StoreQueue):
     """A queue whose store is the spool; the child's notes say what has arrived."""
 
-    keeps_partial = True
-
     def __init__(self, options: ExportOptions, books: Books, uri: str, spool: Spool) -> None:
-        super().__init__(options, books, uri, spool)
-        self._copies = Disk(Spool(spool.folder, uri, quota=spool.quota))  # not shared: the child would send them
+        # Copies are not shared: the child would send them.
+        super().__init__(options, books, uri, spool, copies=Spool(spool.folder, uri, quota=spool.quota))
         self.child = Child(spool.folder)
         self._read_until: dict[Path, int] = {}  # where the notes on a segment go on
         self._unmatched: dict[Path, dict[int, bool]] = {}  # notes that came before we knew of the record
@@ -148,23 +145,21 @@ class ProcessQueue(StoreQueue):
         self._somebody_waits = threading.Event()
 
     def put(self, item: Item) -> None:
-        """Append an item to the spool: when this returns, the end of the process cannot lose it."""
-        self._secure(item)
+        """Append an operation to the spool: when this returns, the end of the process cannot lose it."""
+        self._write_ahead(item)
         # A disk that was full may have room again, but what came first goes first.
-        is_spooled = self.memory.is_empty and self._to_spool(item)
-        if not is_spooled and not self.memory.add(item, unless=lambda: not self._has_room_for(item)):
-            self._drop(item)
-        if not self._wake.is_set():
-            self._wake.set()
-            self._start()
+        is_spooled = not self.pending.resident and self.overflow.try_put(item)
+        if not is_spooled and not self.pending.add(item, most_bytes=self.options.max_waiting_bytes):
+            self.pending.drop(item)
+        self.worker.wake()
 
     def work(self) -> None:
         """Tell the child what is new, and note what it has done."""
-        self._spool_waiting()
-        if self._disk.is_full:
+        self.overflow.spill_all()
+        if self.overflow.disk.is_full:
             self._write_around()
         self._collect()
-        if len(self.backlog):
+        if self.pending.spooled:
             somebody_waits = self._somebody_waits.is_set()
             if somebody_waits:
                 self._somebody_waits.clear()
@@ -173,8 +168,8 @@ class ProcessQueue(StoreQueue):
         if failure != self._last_failure:
             self._last_failure = failure
             if failure:
-                self._attempts += 1  # the child's
-                self._failed()
+                self.availability.begin()  # the child's attempt
+                self._give_up()
         self._tell()
 
     def _write_around(self) -> None:
@@ -186,12 +181,8 @@ class ProcessQueue(StoreQueue):
                 "to the store from a thread of this process.",
                 self.spool.folder,
             )
-
-        def is_first(item: Item) -> bool:
-            return not self.backlog.has(item.key)  # else the child has yet to bring what came before it
-
-        while time.monotonic() >= self._away_until and not self._stop.is_set():
-            if not self._write_waiting(is_first):
+        while not (self.availability.is_away or self.worker.is_stopped):
+            if not self._write_batch(from_disk=False):
                 break
 
     def take_over(self) -> None:
@@ -201,17 +192,17 @@ class ProcessQueue(StoreQueue):
 
     def next_wait(self) -> float | None:
         """Seconds until there may be something to do; None to wait until woken."""
-        return _LOOK if len(self.backlog) or len(self.memory) else None
+        return _LOOK if len(self.pending) else None
 
     def hurry(self) -> None:
         """Let the child try everything now, whatever pause it meant to keep."""
         self._somebody_waits.set()
         super().hurry()
 
-    def _take_out(self, key: str, deadline: float) -> list[Item] | None:
-        """Wait until the child has written what there is of a trace or run."""
+    def hasten(self) -> None:
+        """Let the child write without lingering, too."""
         self._somebody_waits.set()
-        return super()._take_out(key, deadline)
+        super().hasten()
 
     def _collect(self) -> None:
         with self._collecting:
@@ -221,16 +212,17 @@ class ProcessQueue(StoreQueue):
         for segment in self.spool.written():
             notes, self._read_until[segment] = spools.read_notes(segment, self._read_until.get(segment, 0))
             notes = self._unmatched.pop(segment, {}) | notes
-            done = self.backlog.at(segment, notes)
-            if done:
+            references = []
+            for entry in self.pending.at(segment, list(notes)):
+                assert entry.reference is not None  # noqa: S101 - for the type checker
+                is_stored = notes.pop(entry.reference.offset)
+                self.pending.finish(entry, "stored" if is_stored else "dead")
+                references.append(entry.reference)
+            if references:
                 self.child.worked()
-                self.backlog.finish(done)
-            for reference in done:
-                is_stored = notes.pop(reference.offset)
-                self._books.move("spooled", "stored" if is_stored else "dead", reference.counted)
             if notes:
                 self._unmatched[segment] = notes
-            self.spool.done(done, noted=True)
+            self.spool.done(references, noted=True)
         for segment in self._read_until.keys() - set(self.spool.written()):
             del self._read_until[segment]
             self._unmatched.pop(segment, None)
@@ -244,11 +236,11 @@ class ProcessQueue(StoreQueue):
         self._last_failure = self.child.failure()
         failures = 0
         while True:
-            before = len(self.backlog) + len(self.memory)
+            before = len(self.pending)
             patience = time.monotonic() + _PATIENCE
             if super().flush(patience if deadline is None else min(deadline, patience)):
                 return True
-            failures = failures + 1 if len(self.backlog) + len(self.memory) >= before else 0
+            failures = failures + 1 if len(self.pending) >= before else 0
             now = time.monotonic()
             is_over = deadline is not None and now >= deadline
             if is_over or failures == _FAILURES or (failures and now >= patience):
@@ -258,12 +250,5 @@ class ProcessQueue(StoreQueue):
         """Append the rest to the spool, and let the child finish on its own."""
         self._collect()
         left = super().save_everything()
-        with contextlib.suppress(OSError):
-            self._copies.spool.close()
         self.child.leave()
         return left
-
-    def after_fork(self) -> None:
-        """In a forked child: what is on disk and what is locked is the parent's."""
-        super().after_fork()
-        self._copies.spool.after_fork()

@@ -17,7 +17,7 @@ from dspy_mlflow_async.seams import mlflow_store
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, Run, RunTag
 
-    from dspy_mlflow_async.export.queue import StoreQueue
+    from dspy_mlflow_async.export.store_queue import StoreQueue
 
 
 class RunWriter:
@@ -41,11 +41,11 @@ class RunWriter:
 
     def may_ask(self) -> bool:
         """Whether the store is worth a wait now: it was not away a moment ago."""
-        return self._queue().may_wait()
+        return self._queue().availability.may_wait()
 
     def note_wait(self, begun: float) -> None:
         """Let nobody wait for a while, after a long wait in vain since ``begun`` (monotonic)."""
-        self._queue().note_wait(begun)
+        self._queue().availability.note_wait(begun)
 
     def log(
         self,
@@ -101,7 +101,7 @@ class RunWriter:
 
     @guarded
     def _settle(self, run_id: str, timeout: float) -> bool:
-        is_stored = self._queue().write_waiting(run_id, timeout)
+        is_stored = self._queue().synchronous.write_waiting(run_id, timeout)
         if is_stored and late_runs.is_stand_in(run_id) and late_runs.known(run_id) is None:
             with contextlib.suppress(late_runs.RunNotThereError):  # another process has created it, or it was refused
                 late_runs.real_id(mlflow_store.client_of(self._uri), run_id)
