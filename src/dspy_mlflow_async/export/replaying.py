@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspy_mlflow_async.export import codec, dead_letters, spool
+from dspy_mlflow_async.export.books import Books
 from dspy_mlflow_async.export.dead_letters import DeadLetter
 from dspy_mlflow_async.export.folder import read_file, uri_of, why_refused
-from dspy_mlflow_async.export.items import Item
 from dspy_mlflow_async.export.lock import Lock
-from dspy_mlflow_async.export.options import spool_root
-from dspy_mlflow_async.export.retry import Backoff, Verdict
-from dspy_mlflow_async.export.writer import Writer
+from dspy_mlflow_async.export.options import ExportOptions, spool_root
+from dspy_mlflow_async.export.pending import Pending
+from dspy_mlflow_async.export.retry import Backoff, Outcome, Verdict
+from dspy_mlflow_async.export.spool import Spool
+from dspy_mlflow_async.export.store_queue import StoreQueue
+from dspy_mlflow_async.export.tail import Tail
 from dspy_mlflow_async.seams import mlflow_http, mlflow_store
 
-_BATCH = 32
+# How often to try while the store is away, and what fails for no clear reason.
 _ATTEMPTS = 4
 
 
@@ -139,7 +142,7 @@ def replay(
             else:
                 if revive is not None:
                     dead_letters.revive(path, target, revive)
-                summary = _send(path, Writer(target), summary, progress)
+                summary = _send(path, target, summary, progress)
     finally:
         unbound()
     return summary
@@ -215,29 +218,21 @@ def pending(segment: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _send(
-    folder: Path, writer: Writer, summary: ReplaySummary, progress: Callable[[ReplayProgress], None] | None
+    folder: Path, uri: str, summary: ReplaySummary, progress: Callable[[ReplayProgress], None] | None
 ) -> ReplaySummary:
-    total = sum(payload is not None for segment in spool.segments(folder) for _, payload in pending(segment))
-    before = summary.stored + summary.dead
-    waits = Waits()
-    for segment in spool.segments(folder):
-        lock = Lock(segment)
-        if not segment.exists() or not lock.acquire():
-            summary = replace(summary, skipped=summary.skipped + segment.exists())
-            continue
-        try:
-            for step in drain(segment, writer, waits):
-                summary = add(summary, step)
-                if progress is not None:
-                    done = summary.stored + summary.dead - before
-                    progress(ReplayProgress(folder, writer.uri, done, max(total, done)))
-        finally:
-            lock.release()
-    return summary
+    queue = _ReplayQueue(folder, uri)
+    try:
+        queue.find()
+        total = len(queue.pending)
+        while queue.send_batch():
+            if progress is not None:
+                progress(ReplayProgress(folder, uri, queue.done, max(total, queue.done)))
+        return _sum(summary, queue.summary())
+    finally:
+        queue.spool.close()
 
 
-def add(one: ReplaySummary, other: ReplaySummary) -> ReplaySummary:
-    """The sum of two summaries."""
+def _sum(one: ReplaySummary, other: ReplaySummary) -> ReplaySummary:
     return ReplaySummary(
         stored=one.stored + other.stored,
         traces=one.traces + other.traces,
@@ -249,108 +244,77 @@ def add(one: ReplaySummary, other: ReplaySummary) -> ReplaySummary:
     )
 
 
-@dataclass(slots=True)
-class Waits:
-    """What keeps records of a spool from being sent now.
+class _ReplayQueue(StoreQueue):
+    """A queue over what others have left in a spool, written in the thread of whoever asks for it."""
 
-    Attributes:
-        keys: Of records that did not go through: what follows must wait for them.
-        is_away: Whether the store is.
-    """
+    def __init__(self, folder: Path, uri: str) -> None:
+        self._tail = Tail(folder, counts=True, follows_living=False)
+        super().__init__(ExportOptions(), Books(), uri, Spool(folder, uri, tail=self._tail))
+        self._skipped = 0
+        self._stored = self._traces = self._dead = 0
+        self._unreadable: list[str] = []
+        self._reasons: dict[str, str] = {}  # why something of a key is left
+        self._round = 0  # how often each suspect has been tried
+        self._pauses = Backoff()
 
-    keys: set[str] = field(default_factory=set)
-    is_away: bool = False
+    @property
+    def done(self) -> int:
+        """How many records have been dealt with."""
+        return self._stored + self._dead
 
+    def find(self) -> None:
+        """Take what nobody else has, with its locks."""
+        self.feed(self.spool.adopt())
+        self._skipped = sum(segment not in self._tail for segment in spool.segments(self.spool.folder))
 
-def drain(
-    segment: Path, writer: Writer, waits: Waits | None = None, *, attempts: int = _ATTEMPTS
-) -> Iterator[ReplaySummary]:
-    """Send one segment, whose lock the caller holds, and delete it when nothing is left.
+    def send_batch(self) -> bool:
+        """Write a batch, after a pause where the last one failed.
 
-    Args:
-        segment: The segment.
-        writer: For the store to send to.
-        waits: Shared by the segments of one spool, which are drained in order.
-        attempts: How often to try a batch while the store is away.
+        Returns:
+            Whether there was something that is worth another attempt.
+        """
+        if not len(self.pending) or self.availability.failures == _ATTEMPTS:
+            return False
+        if self.pending.has_only_suspects(self.pending.last):
+            tries = self.pending.tries_of_suspects()
+            if tries >= _ATTEMPTS:
+                return False
+            if tries > self._round:
+                self._round = tries
+                time.sleep(self._pauses.pause())
+            self.pending.hurry()
+        time.sleep(max(0.0, self.availability.away_until - time.monotonic()))
+        self.availability.begin()
+        return self._write_batch()
 
-    Yields:
-        What each batch added to the summary.
-    """
-    batch: list[tuple[int, bytes, Item]] = []
-    waits = waits or Waits()
-    records = list(pending(segment))
-    readable = [(offset, payload) for offset, payload in records if payload is not None]
-    if damaged := len(records) - len(readable):
-        yield ReplaySummary(damaged=damaged)
-    left = 0
-    if waits.is_away:
-        yield ReplaySummary(left=len(readable))
-        return
-    for number, (offset, payload) in enumerate(readable, 1):
-        item, step = _read(segment, payload, waits)
-        if item is not None:
-            batch.append((offset, payload, item))
-        elif step is not None:
-            left += step.left
-            yield step
-        if batch and (len(batch) >= _BATCH or number == len(readable)):
-            step = _write(segment, writer, batch, attempts, waits)
-            batch = []
-            left += step.left
-            yield step
-            if waits.is_away:
-                yield ReplaySummary(left=len(readable) - number)
-                return
-    if not left:
-        if damaged:
-            with contextlib.suppress(OSError):
-                segment.rename(segment.with_suffix(".damaged"))
-        spool.remove(segment)
+    def settle(self, entry: Pending, outcome: Outcome) -> None:
+        """Note what has become of an operation, and count it."""
+        super().settle(entry, outcome)
+        if outcome.verdict is Verdict.STORED:
+            self._stored += 1
+            self._traces += entry.counted
+        elif outcome.verdict is Verdict.REFUSED:
+            self._dead += 1
+        else:
+            self._reasons[entry.key] = f"{type(outcome.error).__name__}: {outcome.error}"[:300]
 
+    def _leave_alone(self, entry: Pending, error: codec.UnreadableError) -> None:
+        super()._leave_alone(entry, error)
+        if entry.reference is not None:
+            self._unreadable.append(f"{entry.reference.segment.name}: {error}")
 
-def _read(segment: Path, payload: bytes, waits: Waits) -> tuple[Item | None, ReplaySummary | None]:
-    """The item of a record that may be sent now, or what became of it instead."""
-    try:
-        item = codec.decode(payload)
-    except Exception as error:  # noqa: BLE001 - another version's record, or one that lies
-        return None, ReplaySummary(left=1, errors=(f"{segment.name}: {error}",))
-    return (None, ReplaySummary(left=1)) if item.key in waits.keys else (item, None)
+    def _found_away(self, error: Exception | None) -> None:  # noqa: ARG002 - whoever asked is told in the end
+        self.availability.pause(self.availability.fail())
 
-
-def _write(
-    segment: Path, writer: Writer, batch: list[tuple[int, bytes, Item]], attempts: int, waits: Waits
-) -> ReplaySummary:
-    """Write a batch; what did not go through, and what follows it, ``waits``."""
-    backoff = Backoff()
-    summary = ReplaySummary()
-    todo = batch
-    for attempt in range(attempts):
-        outcomes = writer.write([item for _, _, item in todo])
-        again: list[tuple[int, bytes, Item]] = []
-        stored: list[int] = []
-        errors: set[str] = set()
-        by_item = {id(outcome.item): outcome for outcome in outcomes}
-        for offset, payload, item in todo:
-            outcome = by_item[id(item)]
-            reason = f"{type(outcome.error).__name__}: {outcome.error}"
-            if outcome.verdict is Verdict.STORED:
-                stored.append(offset)
-                summary = replace(summary, stored=summary.stored + 1, traces=summary.traces + item.counted)
-            elif outcome.verdict is Verdict.REFUSED:
-                dead_letters.append(segment.parent, writer.uri, payload, reason)
-                spool.mark_done(segment, [offset], stored=False)
-                summary = replace(summary, dead=summary.dead + 1)
-            else:
-                errors.add(reason[:300])
-                again.append((offset, payload, item))
-                if attempt == attempts - 1:
-                    waits.keys.add(item.key)
-                    waits.is_away = waits.is_away or outcome.verdict is Verdict.AWAY
-        if stored:
-            spool.mark_done(segment, stored)
-        todo = again
-        if not todo:
-            return summary
-        if attempt < attempts - 1:
-            time.sleep(backoff.pause())
-    return replace(summary, left=len(todo), errors=tuple(sorted(errors)))
+    def summary(self) -> ReplaySummary:
+        """What has been done so far."""
+        reasons = sorted({reason for key, reason in self._reasons.items() if self.pending.has(key)})
+        return ReplaySummary(
+            stored=self._stored,
+            traces=self._traces,
+            dead=self._dead,
+            left=len(self.pending) + len(self._unreadable),
+            damaged=self._tail.damaged,
+            skipped=self._skipped,
+            errors=(*self._unreadable, *reasons),
+        )

@@ -40,10 +40,16 @@ class Tail:
         self._follows_living = follows_living
         self._followed: dict[Path, _Followed] = {}
         self._lock = threading.RLock()  # the writer's thread reads, whoever ends the process closes
-        self.damaged = 0
+        self._damaged = 0  # in segments that are gone
 
     def __contains__(self, segment: Path) -> bool:
         return segment in self._followed
+
+    @property
+    def damaged(self) -> int:
+        """How many stretches could not be read so far."""
+        with self._lock:
+            return self._damaged + sum(followed.damaged for followed in self._followed.values())
 
     def poll(self, is_mine: Callable[[Path], bool]) -> list[spool.Reference]:
         """Records that have come since the last time, oldest first.
@@ -118,7 +124,7 @@ class Tail:
             del self._followed[segment]
         elif followed.lock is not None and not followed.left and followed.position >= segment.stat().st_size:
             if followed.damaged:
-                self.damaged += followed.damaged
+                self._damaged += followed.damaged
                 with contextlib.suppress(OSError):
                     segment.rename(segment.with_suffix(".damaged"))
             spool.remove(segment)
