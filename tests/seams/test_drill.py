@@ -62,6 +62,10 @@ def test_programs_run_on_without_the_most_dangerous_names():
         ({}, ".get .pop", True),
         ([], ".get", False),
         (dict, "", True),
+        (None, "?.get", True),
+        (1, "?.get", False),
+        (lambda a: None, "(a, b) | (a)", True),
+        (lambda a, b, c: None, "(a, b) | (a)", False),
     ],
 )
 def test_shapes(value, shape, is_fit):

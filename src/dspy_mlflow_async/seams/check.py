@@ -26,7 +26,7 @@ class Seam:
         reason: What it is used for.
         is_optional: Whether everything works without it, because some supported version lacks it.
         shape: What we do with it, as ``(a, b, key=) .attribute``: how we call it, and which attributes it must have.
-            With ``?`` before it, it may also be None.
+            With ``?`` before it, it may also be None; ``|`` stands between the shapes of different versions.
         is_feature: Whether only what it is for is lost without it. Of the others, that are not optional either,
             nothing can be traced without any.
     """
@@ -120,6 +120,8 @@ def faults(seams: Iterable[Seam]) -> list[Fault]:
 
 def fits(value: Any, shape: str) -> bool:
     """Whether a value can be used as a shape says, see ``Seam``."""
+    if "|" in shape:
+        return any(fits(value, each.strip()) for each in shape.split("|"))
     if shape.startswith("?") and value is None:
         return True
     call, has_call, names = shape.removeprefix("?").rpartition(")")

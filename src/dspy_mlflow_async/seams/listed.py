@@ -102,7 +102,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "mlflow.entities.span:LiveSpan._extract_attachments",
         "keeps images and audio as attachments",
-        shape="(self, value, extract)",
+        shape="(self, value, extract) | (self, value)",
+        is_feature=True,
     ),
     Seam("mlflow.entities.span:Span._span", _SPANS, shape=".context .start_time"),
     Seam("mlflow.entities.span:Span._original_name", _SPANS, shape=".encode", is_optional=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow import OpenSpan
 
 try:  # mlflow >= 3.12
@@ -12,7 +13,8 @@ try:  # mlflow >= 3.12
 except ImportError:  # pragma: no cover - the lowest supported version stores media as they are
     MLFLOW_TRACE_EXTRACT_ATTACHMENTS = None
 
-CAN_ATTACH = MLFLOW_TRACE_EXTRACT_ATTACHMENTS is not None
+_can_extract = taken("mlflow.entities.span:LiveSpan._extract_attachments") is not None
+CAN_ATTACH = MLFLOW_TRACE_EXTRACT_ATTACHMENTS is not None and _can_extract
 
 # Where the root of a trace keeps what has been attached to it; OpenTelemetry's spans have a ``__dict__``.
 _ATTACHED = "_dspy_mlflow_attached"
@@ -20,7 +22,7 @@ _ATTACHED = "_dspy_mlflow_attached"
 
 def extract_attachments(span: OpenSpan, plain: Any) -> Any:
     """Inputs or outputs with references in place of their media, each kept once for a trace, however often it shows."""
-    if MLFLOW_TRACE_EXTRACT_ATTACHMENTS is None or not MLFLOW_TRACE_EXTRACT_ATTACHMENTS.get():
+    if not CAN_ATTACH or MLFLOW_TRACE_EXTRACT_ATTACHMENTS is None or not MLFLOW_TRACE_EXTRACT_ATTACHMENTS.get():
         return plain
     before = set(span.live._attachments)
     shown = span.live._extract_attachments(plain, True)
