@@ -93,3 +93,19 @@ def test_mlflows_own_refusal_is_meant(make, proxy):
 
     assert export.flush(60)
     assert (1, 1) == ((stats := export.stats()).stored, stats.dead)
+
+
+def test_feedback_that_was_given_while_a_trace_was_open_is_stored_once(make, proxy):
+    """MLflow gives it no id before it is stored: a trace that is sent again must not bring it a second time."""
+    installed = make(uri=proxy.uri)
+    call()
+    assert export.flush(60)
+    proxy.fault = Page(path=SPANS)
+    with mlflow.start_span("judged") as span:
+        returned = mlflow.log_feedback(trace_id=span.trace_id, name="score", value=1.0)
+
+    assert not export.flush(5)
+    proxy.fault = None
+    wait_until(lambda: export.flush(10), 60)
+    assert 1 == len(installed.read()[span.trace_id].info.assessments)
+    assert returned.assessment_id is None

@@ -805,6 +805,19 @@ def test_a_store_whose_connections_are_all_in_use(tmp_path):
     engine.dispose()
 
 
+def test_connections_that_may_only_read_are_not_kept(sqlite):
+    """SQLite opens a read-only file for reading, and such a connection stays so when the file may be written."""
+    call()
+    assert export.flush(60)
+    with mlflow_store.TracingClient(sqlite.uri).store.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+    ids = [call() for _ in range(3)]
+
+    wait_until(lambda: export.flush(10), 30)
+    assert set(ids) < set(sqlite.read())
+    assert 4 == export.stats().stored
+
+
 def test_what_waits_weighs_what_it_takes(make):
     """The bound on memory is one of memory, not of texts alone."""
     installed = make()

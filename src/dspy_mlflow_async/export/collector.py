@@ -153,6 +153,9 @@ class Collector:
             self._outlet.discard_copy(entry.uri, reference)
 
     def _item(self, entry: Entry, trace: Any) -> TraceItem:
+        for index, assessment in enumerate(trace.info.assessments):
+            if assessment.assessment_id is None:  # MLflow's own, said while the trace was open
+                trace.info.assessments[index] = name_it(assessment, entry.trace_id)
         spans = [span for span in list(trace.span_dict.values()) if span.end_time_ns is not None]
         return TraceItem(
             key=entry.trace_id,

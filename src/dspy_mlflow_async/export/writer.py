@@ -35,9 +35,9 @@ class Writer:
         self._takes_batches: bool | None = None
         self._takes_spans = True
         # Only connections to a database must not be copied in the middle of something.
-        is_server = uri.startswith(("http:", "https:"))
-        self._gate = contextlib.nullcontext() if is_server else gate.writes
-        self._lanes = _LANES if is_server else 1
+        self._is_server = uri.startswith(("http:", "https:"))
+        self._gate = contextlib.nullcontext() if self._is_server else gate.writes
+        self._lanes = _LANES if self._is_server else 1
 
     @property
     def client(self) -> mlflow_store.TracingClient:
@@ -69,6 +69,9 @@ class Writer:
                 outcomes += [outcome for outcome in waiting if outcome is not None]
                 if todo:
                     outcomes += self._write_group(todo, statuses)
+            error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
+            if error is not None and not self._is_server:
+                mlflow_store.renew_connections(self.uri, error)
         return outcomes
 
     def _write_group(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FunctionType
@@ -37,6 +38,7 @@ __all__ = [
     "is_unsupported",
     "link_prompts",
     "one_transaction",
+    "renew_connections",
     "request_workspace",
     "resolve_tracking_uri",
     "start_trace",
@@ -74,6 +76,10 @@ def absolute_uri(uri: str) -> str:
     if "://" in uri or is_databricks_uri(uri):
         return uri
     return (Path.cwd() / uri.removeprefix("file:")).as_uri()
+
+
+# SQLite, PostgreSQL, MySQL: "attempt to write a readonly database", "cannot execute INSERT in a read-only transaction".
+_READ_ONLY = re.compile("read-?only")
 
 
 @functools.cache
@@ -224,6 +230,17 @@ def abandon_connections(tracking_uri: str) -> None:
     """After ``fork``: SQL connections belong to the parent. They are forgotten here, not closed."""
     with contextlib.suppress(Exception):  # a store without an engine, or one that cannot be reached
         _get_store(tracking_uri).engine.dispose(close=False)
+
+
+def renew_connections(tracking_uri: str, error: Exception) -> None:
+    """Close the connections of a SQL store that rest in its pool, where an error says that they may only read.
+
+    SQLite opens a file that it may not write for reading, and PostgreSQL leaves connections to a server that has become
+    a standby; either stays so for as long as the connection is kept, which is for ever.
+    """
+    if _READ_ONLY.search(str(error)):
+        with contextlib.suppress(Exception):  # a store without an engine
+            _get_store(tracking_uri).engine.dispose()
 
 
 def is_unsupported(error: Exception) -> bool:
