@@ -67,16 +67,23 @@ class Seam:
         MLflow imports some packages only for what they are for, such as psutil. None where the module can be imported,
         or is itself what is missing.
         """
-        module = self.module
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            missing_root = (error.name or "").partition(".")[0]
-            root = module.partition(".")[0]
-            return missing_root if missing_root != root else _whole_of(root)
-        except ImportError:
+        module, _, names = self.path.partition(":")
+        return _needed_by(module) or _needed_by(f"{module}.{names}", may_be_no_module=True)
+
+
+def _needed_by(module: str, *, may_be_no_module: bool = False) -> str | None:
+    """Return what a module cannot be imported without."""
+    root = module.partition(".")[0]
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if may_be_no_module and module.startswith(error.name or ""):
             return None
-        return None
+        missing_root = (error.name or "").partition(".")[0]
+        return missing_root if missing_root != root else _whole_of(root)
+    except ImportError:
+        return _whole_of(root)
+    return None
 
 
 def _whole_of(root: str) -> str | None:
