@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -22,8 +24,33 @@ SUITES = {
     "mlflow": ("tests/tracing", "tests/tracking/fluent", "tests/genai/evaluate", "tests/dspy"),
     "dspy": ("tests",),
 }
-NO_RESULT, PASSED = "no result", "passed"
+PASSED, NO_RESULT, TIMED_OUT = "passed", "no result", "timed out"
 _NOTHING_SELECTED = 5  # an exit code of pytest
+_ROW = re.compile(r"^\| `((?:mlflow|dspy): [^`]+)` \| ([a-z ]+) → ([a-z ]+) \|", re.MULTILINE)
+_TAIL = 4000  # characters of a test's text, or of a process's output, in the report
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The status of one test, and why it is that."""
+
+    status: str
+    message: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One test that ends otherwise with us on than with us off."""
+
+    test: str
+    off: Result
+    on: Result
+    is_listed: bool
+
+
+Results = dict[str, Result]
+_MISSING = Result(NO_RESULT)
 
 
 def main(arguments: list[str]) -> int:
@@ -33,24 +60,30 @@ def main(arguments: list[str]) -> int:
     if not checkouts:
         print(f"No checkout of MLflow or DSPy with its tests in {options.folder}.", file=sys.stderr)
         return 2
-    results: dict[str, dict[str, dict[str, str]]] = {"off": {}, "on": {}}
+    results: dict[str, Results] = {"off": {}, "on": {}}
     for name, checkout in checkouts.items():
         with tempfile.TemporaryDirectory() as scratch:
             root = _tests_alone(checkout, Path(scratch))
-            work = [(mode, file) for file in _files(root, SUITES[name], options.only) for mode in results]
+            files = _files(root, SUITES[name], options.only)
+            work = [(mode, group) for group in _groups(files, options.together) for mode in results]
             with ThreadPoolExecutor(options.jobs) as pool:
-                found = pool.map(lambda each, root=root: _run(root, *each, options.select, options.timeout), work)
-                for (mode, _), cases in zip(work, found, strict=True):
-                    results[mode].update({f"{name}: {case}": status for case, status in cases.items()})
-    if not any(status == PASSED for status in results["off"].values()):
+                found = pool.map(lambda each, root=root: _run(root, *each, options), work)
+                for (mode, group), cases in zip(work, found, strict=True):
+                    results[mode].update({f"{name}: {case}": result for case, result in cases.items()})
+                    print(f"{mode:>3} {name}: {_label(group)}: {_sums(cases)}", file=sys.stderr, flush=True)
+    differences = compare(results["off"], results["on"], wanted_differences(options.wanted))
+    if options.report is not None:
+        told = json.dumps([asdict(each) for each in differences], indent=1)
+        options.report.write_text(told, encoding="utf-8")
+    if not any(result.status == PASSED for result in results["off"].values()):
         print("No test passes even without us: these tests do not fit what is installed.", file=sys.stderr)
         return 2
-    return report(results["off"], results["on"], wanted_differences())
+    return report(results["off"], results["on"], differences)
 
 
 def find_checkouts(folder: Path) -> dict[str, Path]:
     """The checkouts in ``folder``, or ``folder`` itself, by the package that each has in it."""
-    found = {}
+    found: dict[str, Path] = {}
     for each in (folder, *sorted(folder.iterdir())):
         for name, paths in SUITES.items():
             if (each / name / "__init__.py").is_file() and (each / paths[-1]).is_dir():
@@ -58,28 +91,44 @@ def find_checkouts(folder: Path) -> dict[str, Path]:
     return found
 
 
-def wanted_differences() -> set[str]:
-    """The tests that docs/upstream.md lists, each as ``name: file::test`` at the beginning of a table's row."""
-    return set(re.findall(r"^\| `((?:mlflow|dspy): [^`]+)` \|", WANTED.read_text(encoding="utf-8"), re.MULTILINE))
+def wanted_differences(page: Path) -> dict[str, tuple[str, str]]:
+    """The status off and on of each test that the page lists, in rows that begin ``| `name: test` | off → on |``."""
+    return {test: (off, on) for test, off, on in _ROW.findall(page.read_text(encoding="utf-8"))}
 
 
-def report(off: dict[str, str], on: dict[str, str], wanted: set[str]) -> int:
-    """Print one table and the sums, and return the exit code."""
-    different = sorted(case for case in off.keys() | on.keys() if off.get(case) != on.get(case))
+def compare(off: Results, on: Results, wanted: dict[str, tuple[str, str]]) -> list[Difference]:
+    """The tests whose status differs; one that differs in another direction than the listed one is not listed."""
+    pairs = ((test, off.get(test, _MISSING), on.get(test, _MISSING)) for test in sorted(off.keys() | on.keys()))
+    return [
+        Difference(test, before, after, wanted.get(test) == (before.status, after.status))
+        for test, before, after in pairs
+        if before.status != after.status
+    ]
+
+
+def report(off: Results, on: Results, differences: list[Difference]) -> int:
+    """Print one table, the messages of what is not listed and the sums, and return the exit code."""
     print(f"dspy {version('dspy')}, mlflow {version('mlflow')}, Python {sys.version.split()[0]}\n")
-    print("| test | off | on | |\n|---|---|---|---|")
-    for case in different:
-        mark = "wanted" if case in wanted else "DIFFERS"
-        print(f"| {case} | {off.get(case, NO_RESULT)} | {on.get(case, NO_RESULT)} | {mark} |")
-    unlisted = [case for case in different if case not in wanted]
-    silent = sorted(case for case in off if off[case] == on.get(case) == NO_RESULT)
-    passed = sum(status == PASSED for status in off.values())
+    print("| test | off → on | |\n|---|---|---|")
+    for each in differences:
+        mark = "wanted" if each.is_listed else "DIFFERS"
+        print(f"| `{each.test}` | {each.off.status} → {each.on.status} | {mark} |")
+    unlisted = [each for each in differences if not each.is_listed]
+    for each in unlisted:
+        print(f"\n{each.test}")
+        for mode, result in (("off", each.off), ("on", each.on)):
+            if result.message:
+                print(f"  {mode}: {result.message}")
+    silent = sorted(
+        test for test in off if test in on and {off[test].status, on[test].status} <= {NO_RESULT, TIMED_OUT}
+    )
+    passed = sum(result.status == PASSED for result in off.values())
     print(
         f"\n{len(off.keys() | on.keys())} compared, {passed} of them pass without us; "
-        f"{len(different)} different, {len(unlisted)} of them not listed."
+        f"{len(differences)} different, {len(unlisted)} of them not listed."
     )
-    for case in silent:
-        print(f"Not compared, no result either way: {case}")
+    for test in silent:
+        print(f"Not compared, no result either way: {test}")
     return 1 if unlisted else 0
 
 
@@ -89,7 +138,12 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("-k", "--select", default="", help="passed to pytest as -k")
     parser.add_argument("--only", default="", help="only files whose path contains this")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one file of tests")
+    parser.add_argument("--together", action="store_true", help="a process for each folder of tests, not each file")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one process of tests")
+    parser.add_argument("--test-timeout", type=float, default=60.0, help="seconds for one test")
+    parser.add_argument("--on-synchronous", action="store_true", help="no asynchronous writing with us on, either")
+    parser.add_argument("--report", type=Path, help="a file for the differences and their failures, as JSON")
+    parser.add_argument("--wanted", type=Path, default=WANTED, help="the page that lists the wanted differences")
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         parser.error(f"{options.folder} is no folder")
@@ -110,40 +164,77 @@ def _files(root: Path, paths: tuple[str, ...], only: str) -> list[str]:
     return sorted(file for file in found if only in file)
 
 
-def _run(root: Path, mode: str, file: str, select: str, timeout: float) -> dict[str, str]:
-    """The status of each test of one file, from a process of its own with a folder of its own."""
+def _groups(files: list[str], together: bool) -> list[list[str]]:
+    """The files of each process: one, or all of a folder."""
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        groups.setdefault(str(Path(file).parent) if together else file, []).append(file)
+    return list(groups.values())
+
+
+def _label(group: list[str]) -> str:
+    return group[0] if len(group) == 1 else str(Path(group[0]).parent)
+
+
+def _run(root: Path, mode: str, group: list[str], options: argparse.Namespace) -> Results:
+    """The result of each test of some files, from a process of its own with a folder of its own."""
+    label = _label(group)
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={result}", file]
-        command += ["-k", select] if select else []
-        command += ["-p", "autolog_on"] if mode == "on" else []
-        environment = os.environ | {
-            "PYTHONPATH": str(HERE),
-            "DSPY_CACHEDIR": f"{folder}/cache",
-            "DSPY_MLFLOW_ASYNC_SPOOL": f"{folder}/spool",
-        }
-        process = subprocess.Popen(
-            command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+        result, output = Path(folder) / "result.xml", Path(folder) / "output.txt"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={result}"]
+        command += ["-p", f"autolog_{mode}", f"--timeout={options.test_timeout:g}", "-o", "junit_family=xunit1", *group]
+        command += ["-k", options.select] if options.select else []
+        with output.open("wb") as written:
+            process = subprocess.Popen(
+                command, cwd=root, env=_environment(mode, folder, options), stdout=written, stderr=written,
+                start_new_session=True,
+            )  # fmt: skip
         try:
-            code = process.wait(timeout)
+            code = process.wait(options.timeout)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return {file: NO_RESULT}
+            return {label: Result(TIMED_OUT, f"no end within {options.timeout:g} s", _tail(output))}
         if code == _NOTHING_SELECTED:
             return {}
         if not result.is_file():
-            return {file: NO_RESULT}
+            return {label: Result(NO_RESULT, f"pytest ended with exit code {code}", _tail(output))}
         cases = ET.parse(result).iter("testcase")
-        return {f"{file}::{case.get('classname')}::{case.get('name')}": _status(case) for case in cases}
+        return {
+            f"{case.get('file') or label}::{case.get('classname')}::{case.get('name')}": _result(case) for case in cases
+        }
 
 
-def _status(case: ET.Element) -> str:
-    tags = {child.tag for child in case}
-    return next((name for name in ("error", "failure", "skipped") if name in tags), PASSED)
+def _environment(mode: str, folder: str, options: argparse.Namespace) -> dict[str, str]:
+    # MLflow's own exporter, once asynchronous, lets tests fail that read a trace right after the call.
+    is_asynchronous = mode == "on" and not options.on_synchronous
+    return os.environ | {
+        "PYTHONPATH": str(HERE),
+        "DSPY_CACHEDIR": f"{folder}/cache",
+        "DSPY_MLFLOW_ASYNC_SPOOL": f"{folder}/spool",
+        "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(is_asynchronous).lower(),
+    }
+
+
+def _result(case: ET.Element) -> Result:
+    for child in case:
+        if child.tag in ("error", "failure", "skipped"):
+            return Result(child.tag, _first_line(child.get("message") or ""), (child.text or "")[-_TAIL:])
+    return Result(PASSED)
+
+
+def _first_line(message: str) -> str:
+    return next(iter(message.strip().splitlines()), "")[:300]
+
+
+def _tail(output: Path) -> str:
+    return output.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+
+
+def _sums(cases: Results) -> str:
+    statuses = [result.status for result in cases.values()]
+    return ", ".join(f"{statuses.count(each)} {each}" for each in sorted(set(statuses))) or "nothing selected"
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parents[2]
 SUITE = """
@@ -17,8 +20,24 @@ def test_fails_both_ways():
     assert False
 
 def test_without_callbacks():
-    assert not dspy.settings.callbacks
+    assert not dspy.settings.callbacks, "a callback is there"
 """
+WAITS_WITH_US = """
+import sys
+import threading
+
+def test_waits():
+    if "dspy_mlflow_async" in sys.modules:
+        threading.Event().wait()
+"""
+LOADS_US = """
+def test_alike():
+    assert True
+
+def test_loads_us():
+    import dspy_mlflow_async
+"""
+WITHOUT_CALLBACKS = "dspy: tests/test_small.py::tests.test_small::test_without_callbacks"
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,23 +45,67 @@ def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=240, check=False)
 
 
-def checkout(folder: Path) -> None:
+def checkout(folder: Path, suite: str = SUITE) -> None:
     (folder / "dspy").mkdir()
     (folder / "dspy" / "__init__.py").write_text("raise RuntimeError('not the installed one')")
     (folder / "tests").mkdir()
-    (folder / "tests" / "test_small.py").write_text(SUITE)
+    (folder / "tests" / "test_small.py").write_text(suite)
 
 
 def test_only_what_differs_is_told(tmp_path):
-    """A test that our callback breaks is told and gives exit code 1; one that fails both ways is not."""
+    """A test that our callback breaks is told with its failure, for exit code 1; one that fails both ways is not."""
     checkout(tmp_path)
+
+    done = compare(tmp_path, "--report", str(tmp_path / "report.json"))
+
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `dspy: ")]
+    assert rows == [f"| `{WITHOUT_CALLBACKS}` | passed → failure | DIFFERS |"]
+    assert "\n  on: AssertionError: a callback is there" in done.stdout
+    assert "3 compared, 2 of them pass without us; 1 different, 1 of them not listed." in done.stdout
+    assert done.returncode == 1
+    (told,) = json.loads((tmp_path / "report.json").read_text())
+    assert (told["test"], told["off"]["status"], told["on"]["status"]) == (WITHOUT_CALLBACKS, "passed", "failure")
+    assert "assert not dspy.settings.callbacks" in told["on"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("direction", "mark", "code"), [("passed → failure", "wanted", 0), ("failure → passed", "DIFFERS", 1)]
+)
+def test_a_difference_is_wanted_in_the_listed_direction_alone(tmp_path, direction, mark, code):
+    """What turned round since it was listed is reported like one that nobody listed."""
+    checkout(tmp_path)
+    page = tmp_path / "wanted.md"
+    page.write_text(
+        f"| test | off → on | reason |\n|---|---|---|\n| `{WITHOUT_CALLBACKS}` | {direction} | a reason |\n"
+    )
+
+    done = compare(tmp_path, "--wanted", str(page), "-k", "callbacks")
+
+    assert f"| `{WITHOUT_CALLBACKS}` | passed → failure | {mark} |" in done.stdout
+    assert done.returncode == code
+
+
+def test_a_file_that_never_ends_is_a_difference(tmp_path):
+    """Its process is ended after the time given, and the side that hangs is told."""
+    checkout(tmp_path, WAITS_WITH_US)
+
+    done = compare(tmp_path, "--timeout", "25")
+
+    name = "dspy: tests/test_small.py"
+    assert f"| `{name}::tests.test_small::test_waits` | passed → no result | DIFFERS |" in done.stdout
+    assert f"| `{name}` | no result → timed out | DIFFERS |" in done.stdout
+    assert "  on: no end within 25 s" in done.stdout
+    assert done.returncode == 1
+
+
+def test_the_side_without_us_is_without_us(tmp_path):
+    """A test that loads this package there fails, rather than compare ours with ours."""
+    checkout(tmp_path, LOADS_US)
 
     done = compare(tmp_path)
 
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| dspy: ")]
-    name = "dspy: tests/test_small.py::tests.test_small::test_without_callbacks"
-    assert rows == [f"| {name} | passed | failure | DIFFERS |"]
-    assert "3 compared, 2 of them pass without us; 1 different, 1 of them not listed." in done.stdout
+    assert "test_loads_us` | error → passed | DIFFERS |" in done.stdout
+    assert "dspy_mlflow_async is loaded on the side that is without it" in done.stdout
     assert done.returncode == 1
 
 
