@@ -841,6 +841,11 @@ REFUSED = mlflow.MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
 MISSING = mlflow.MlflowException("no", error_code=RESOURCE_DOES_NOT_EXIST)
 
 
+def bad_request(text):
+    """How MLflow's SQL store says what its database has said."""
+    return mlflow.MlflowException(text, error_code=INVALID_PARAMETER_VALUE)
+
+
 @pytest.mark.parametrize(
     ("error", "statuses", "verdict"),
     [
@@ -875,6 +880,19 @@ MISSING = mlflow.MlflowException("no", error_code=RESOURCE_DOES_NOT_EXIST)
         (MISSING, [Status(405)], Verdict.AWAY),
         (MISSING, [Status(302)], Verdict.AWAY),
         (MISSING, [Status(403, is_mlflows=True)], Verdict.AWAY),
+        # A database that takes nothing now, and one that will never take this.
+        (
+            bad_request("(psycopg2.errors.ReadOnlySqlTransaction) cannot execute INSERT in a read-only transaction"),
+            [],
+            Verdict.AWAY,
+        ),
+        (bad_request("(sqlite3.OperationalError) attempt to write a readonly database"), [], Verdict.AWAY),
+        (bad_request("(psycopg2.InterfaceError) connection already closed"), [], Verdict.AWAY),
+        (
+            bad_request("(psycopg2.DataError) no\n[SQL: INSERT]\n[parameters: ('in a read-only transaction')]"),
+            [],
+            Verdict.REFUSED,
+        ),
         # The request before it was answered; what is wrong the client has said.
         (REFUSED, [Status(200)], Verdict.REFUSED),
     ],

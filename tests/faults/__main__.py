@@ -68,7 +68,7 @@ def _options(arguments):
     parser.add_argument("--calls", type=int, metavar="N", help="how many calls are made under load")
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="how long the soak takes")
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="these cases alone")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="cases at a time (2)")
+    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="cases at a time (3)")
     parser.add_argument("--json", type=Path, default=Path("faults.json"), metavar="FILE", help="the rows (faults.json)")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table into this page, docs/faults.md")
     parser.add_argument("--list", action="store_true", help="name the cases")

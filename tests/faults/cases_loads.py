@@ -29,7 +29,7 @@ def threads(bench):
 
 
 def _under_load(bench, program, name, **how):
-    calls = bench.calls(600)
+    calls = bench.calls(300)
     bound = 4 * 2**20 if calls >= 5_000 else 2**19
     text = "@x " + "y" * 2_000
     with slow_store(bench.server_uri) as store:

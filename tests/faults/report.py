@@ -61,6 +61,6 @@ def write_docs(path, measured):
         note = (
             f"skipped: {row['skipped']}" if row["skipped"] else "; ".join([*row["problems"], row["note"]]).strip("; ")
         )
-        lines.append(f"| {row['case']} | {' | '.join(counts)} | {note} |".replace("{", "\\{"))
+        lines.append(f"| {row['case']} | {' | '.join(counts)} | {note} |")
     said = f"`{measured['command']}`, {measured['time'][:10]}, Python {measured['python']}, {versions}.\n\n"
     path.write_text(f"{before}{_BEGIN}{said}" + "\n".join(lines) + f"\n{_END}{after}", encoding="utf-8")

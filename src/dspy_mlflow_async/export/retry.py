@@ -47,12 +47,23 @@ _HAS_NO_ANSWER = re.compile("API request to .{0,4096} failed with (timeout )?exc
 _OUR_FILES = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # SQLAlchemy's words (https://sqlalche.me/e/20/3o7r) for what MLflow calls a bad request, also behind a server.
 _TOO_MANY_CONNECTIONS = "QueuePool limit"
+# What SQLite, PostgreSQL and MySQL say of a file or a standby that takes nothing now, and psycopg2 of a connection that
+# it has lost. MLflow calls all that a bad request, too, but for SQLite's.
+_CANNOT_WRITE_NOW = re.compile(
+    "readonly database|in a read-only transaction|--(?:super-)?read-only option|connection already closed"
+)
 _SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any failure, a busy database too
 
 
 def is_away(status: int) -> bool:
     """Whether an HTTP status says that the server, or what is before it, is not there for us now."""
     return status in _AWAY_STATUSES
+
+
+def cannot_write_now(error: BaseException) -> bool:
+    """Whether a database says that it may only be read, or that a connection to it is lost."""
+    said, _, _ = str(error).partition("[SQL:")  # behind that stands what was to be written
+    return _CANNOT_WRITE_NOW.search(said) is not None
 
 
 def judge(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
@@ -70,6 +81,8 @@ def judge(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
     last = statuses[-1] if statuses and statuses[-1] >= 300 else None  # noqa: PLR2004 - HTTP: no success
     status = error.get_http_status_code() if last is None or last.is_mlflows else last
     if last in _AWAY_STATUSES or status in _AWAY_STATUSES or _TOO_MANY_CONNECTIONS in error.message:
+        return Verdict.AWAY
+    if cannot_write_now(error):
         return Verdict.AWAY
     if last is not None and not last.is_mlflows:
         return Verdict.AWAY if last in _NOT_ROUTED_STATUSES or last < 400 else Verdict.SUSPECT  # noqa: PLR2004 - HTTP

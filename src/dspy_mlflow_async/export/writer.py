@@ -14,7 +14,7 @@ from dspy_mlflow_async.export import gate, late_runs, prepare
 from dspy_mlflow_async.export.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.items import FollowUp, Item, RunItem, TraceItem
 from dspy_mlflow_async.export.lanes import in_lanes
-from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, is_away, judge
+from dspy_mlflow_async.export.retry import Outcome, Verdict, cannot_write_now, held_up, is_away, judge
 from dspy_mlflow_async.export.run_items import write_runs
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_http, mlflow_store, mlflow_traces
 
@@ -69,9 +69,8 @@ class Writer:
                 outcomes += [outcome for outcome in waiting if outcome is not None]
                 if todo:
                     outcomes += self._write_group(todo, statuses)
-            error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
-            if error is not None and not self._is_server:
-                mlflow_store.renew_connections(self.uri, error)
+            if not self._is_server and any(o.error is not None and cannot_write_now(o.error) for o in outcomes):
+                mlflow_store.renew_connections(self.uri)
         return outcomes
 
     def _write_group(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:

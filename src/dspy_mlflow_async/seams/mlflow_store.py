@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FunctionType
@@ -76,10 +75,6 @@ def absolute_uri(uri: str) -> str:
     if "://" in uri or is_databricks_uri(uri):
         return uri
     return (Path.cwd() / uri.removeprefix("file:")).as_uri()
-
-
-# SQLite, PostgreSQL, MySQL: "attempt to write a readonly database", "cannot execute INSERT in a read-only transaction".
-_READ_ONLY = re.compile("read-?only")
 
 
 @functools.cache
@@ -232,15 +227,14 @@ def abandon_connections(tracking_uri: str) -> None:
         _get_store(tracking_uri).engine.dispose(close=False)
 
 
-def renew_connections(tracking_uri: str, error: Exception) -> None:
-    """Close the connections of a SQL store that rest in its pool, where an error says that they may only read.
+def renew_connections(tracking_uri: str) -> None:
+    """Close the connections of a SQL store that rest in its pool, after one that may only read.
 
-    SQLite opens a file that it may not write for reading, and PostgreSQL leaves connections to a server that has become
-    a standby; either stays so for as long as the connection is kept, which is for ever.
+    SQLite opens a file that it may not write for reading, and a connection to a standby of PostgreSQL stays one; the
+    pool keeps either for ever.
     """
-    if _READ_ONLY.search(str(error)):
-        with contextlib.suppress(Exception):  # a store without an engine
-            _get_store(tracking_uri).engine.dispose()
+    with contextlib.suppress(Exception):  # a store without an engine
+        _get_store(tracking_uri).engine.dispose()
 
 
 def is_unsupported(error: Exception) -> bool:
