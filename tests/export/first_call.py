@@ -48,4 +48,7 @@ answer["safe"] = stats.stored + stats.waiting + stats.spooled
 if answer["stored"]:
     trace = mlflow.get_trace(answer["last"])
     answer["experiment"] = mlflow.get_experiment(trace.info.experiment_id).name
+begun = time.perf_counter()
+dspy_mlflow_async.autolog(disable=True)
+answer["off"] = time.perf_counter() - begun
 (Path(FOLDER) / "answer.json").write_text(json.dumps(answer))

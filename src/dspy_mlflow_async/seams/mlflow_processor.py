@@ -59,10 +59,13 @@ class _LaterClient:
 
     def __init__(self, tracking_uri: str | None) -> None:
         self.tracking_uri = resolve_tracking_uri(tracking_uri)
+        self._opened: TracingClient | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Whatever MLflow's own exporter asks for, where it writes."""
-        return getattr(TracingClient(self.tracking_uri), name)
+        if self._opened is None:
+            self._opened = TracingClient(self.tracking_uri)
+        return getattr(self._opened, name)
 
 
 # MLflow's opens the store with its client, and so would in the thread that makes the first span.
@@ -259,5 +262,9 @@ def exports_metrics() -> bool:
 
 
 def original_processor(tracking_uri: str) -> Any:
-    """MLflow's own processor, to be put back."""
-    return tracing_provider._get_mlflow_span_processor(tracking_uri)
+    """MLflow's own processor, to be put back; it opens the store when it first writes, and not here."""
+    undo = patch(inspect.getmodule(MlflowV3SpanExporter), TracingClient=_LaterClient)  # serves others, too, meanwhile
+    try:
+        return tracing_provider._get_mlflow_span_processor(tracking_uri)
+    finally:
+        undo()
