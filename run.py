@@ -27,6 +27,7 @@ NAMES = {
     "typing": "check types",
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
     "clean": "try a clean install: doctor, an evaluation, its report, the demo",
+    "light": "run what applies with mlflow-tracing alone, against a server of another environment",
     "newest": "run the tests on the newest DSPy and MLflow, pre-releases too",
     "drill": "take the private names of DSPy and MLflow away, one by one, and see that a program runs on",
     "bench": "measure what tracing costs",

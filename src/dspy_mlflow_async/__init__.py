@@ -52,12 +52,32 @@ _HOMES = {
 }
 
 
+_NEED_RUNS = ("AsyncEvaluate", "Case", "aevaluate_all", "evaluate_all", "run")
+
+
+def _home(name: str) -> str:
+    """Where a public name lives here.
+
+    Raises:
+        ImportError: Where the part of MLflow that is installed has not what it needs, with the extra that brings it.
+    """
+    listed = importlib.import_module(f"{__name__}.seams.listed")
+    if listed.lost_ground():
+        return "fallback"
+    installed = importlib.import_module(f"{__name__}.seams.installed")
+    if packages := listed.missing_packages():
+        raise ImportError(
+            installed.needs_whole(f"dspy_mlflow_async with this MLflow ({', '.join(packages)} is missing)")
+        )
+    if name in _NEED_RUNS and not installed.has_runs():
+        raise ImportError(installed.needs_whole(f"dspy_mlflow_async.{name}"))
+    return _HOMES[name]
+
+
 def __getattr__(name: str) -> Any:
     """The public names, each from its home, and ``__version__``, read from the installed metadata."""
     if name in _HOMES:
-        listed = importlib.import_module(f"{__name__}.seams.listed")
-        home = "fallback" if listed.lost_ground() else _HOMES[name]
-        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        value = getattr(importlib.import_module(f"{__name__}.{_home(name)}"), name)
     elif name == "__version__":
         from importlib.metadata import version
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from dspy_mlflow_async import hooks
@@ -13,6 +15,7 @@ from dspy_mlflow_async.runs.compile import Compile
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED, Evaluation
 from dspy_mlflow_async.runs.handle import run_status
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
+from dspy_mlflow_async.seams.installed import has_runs, needs_whole
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans import describe, tracer
 from dspy_mlflow_async.spans.describe import Description
@@ -20,6 +23,7 @@ from dspy_mlflow_async.spans.scopes import Region, SpanScope
 from dspy_mlflow_async.spans.usage import Ledger, LmUsage, module_usage
 from dspy_mlflow_async.spans.witness import RequestWitness
 
+logger = logging.getLogger("dspy_mlflow_async")
 _Handler = TypeVar("_Handler", bound=Callable[..., None])
 
 
@@ -40,6 +44,15 @@ def _begins(handler: _Handler) -> _Handler:
             raise
 
     return cast("_Handler", start)
+
+
+def as_far_as_installed(settings: Settings, caller: str) -> Settings:
+    """Return settings that log no runs where MLflow has none, and warn if they were to."""
+    if not (settings.log_evals or settings.log_compiles) or has_runs():
+        return settings
+    wanted = " and ".join(name for name in ("log_evals", "log_compiles") if getattr(settings, name))
+    logger.warning("dspy-mlflow-async: %s", needs_whole(f"{wanted} of {caller}"))
+    return replace(settings, log_evals=False, log_compiles=False)
 
 
 class TracingCallback(autolog_seam.StatelessCallback):
@@ -87,7 +100,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
         dependencies_schema: dict[str, Any] | None = None,
     ) -> None:
         self.dependencies_schema = dependencies_schema
-        self._own_settings = Settings(
+        settings = Settings(
             log_traces=log_traces,
             log_traces_from_compile=log_traces_from_compile,
             log_traces_from_eval=log_traces_from_eval,
@@ -97,6 +110,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
             mask_contents=mask_contents,
             redact=redact,
         )
+        self._own_settings = as_far_as_installed(settings, "TracingCallback")
 
     @classmethod
     def _of(cls, settings: Settings, dependencies_schema: dict[str, Any] | None) -> TracingCallback:

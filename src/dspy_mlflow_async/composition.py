@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from dspy_mlflow_async import export as export_room
 from dspy_mlflow_async import hooks
-from dspy_mlflow_async.callback import TracingCallback
+from dspy_mlflow_async.callback import TracingCallback, as_far_as_installed
 from dspy_mlflow_async.context.threads import Undo, patch_attribute
 from dspy_mlflow_async.runs import active
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
 from dspy_mlflow_async.seams.listed import lost_features
+from dspy_mlflow_async.seams.mlflow_client import missing_here, name_default_store
 from dspy_mlflow_async.seams.mlflow_provider import patch_trace_disabled
 from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
@@ -175,7 +176,11 @@ def autolog(
         if disable:
             _uninstall()
         else:
+            settings = as_far_as_installed(settings, "autolog")
+            _ensure("default store", name_default_store)
             _installation.say_what_is_lost()
+            if said := missing_here():
+                logger.warning("dspy-mlflow-async: %s; traces wait on disk until then", said)
             _installation.beyond_mlflow = {**for_spans, **for_export, **reach, "export": export}
             _install_export(options)
             _install(settings, context_runs=context_runs, propagate_threads=propagate_threads, silent=silent)

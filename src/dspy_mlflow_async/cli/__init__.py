@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -16,6 +18,8 @@ COMMANDS = {
     "replay": ("replay", "replay"),
     "report": ("report", "report"),
 }
+
+NEED_RUNS = ("demo", "report")
 
 
 class _LazyGroup(typer.core.TyperGroup):
@@ -31,8 +35,34 @@ class _LazyGroup(typer.core.TyperGroup):
             return None
         module, function = COMMANDS[cmd_name]
         command = typer.Typer(add_completion=False)
-        command.command(cmd_name)(getattr(importlib.import_module(f"{__name__}.{module}"), function))
+        called = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        command.command(cmd_name)(_checked(cmd_name, called))
         return typer.main.get_command(command)
+
+
+def _checked(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command end with one sentence where the part of MLflow that is installed has not what it needs."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        from dspy_mlflow_async.cli.console import complain
+
+        said = _what_is_missing(name, kwargs) if name in NEED_RUNS else None
+        if said is not None:
+            complain(name, said)
+            raise typer.Exit(2)
+        function(*args, **kwargs)
+
+    return checked
+
+
+def _what_is_missing(name: str, options: dict[str, Any]) -> str | None:
+    from dspy_mlflow_async.seams.installed import has_runs, missing_for, needs_whole
+    from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
+
+    if not has_runs():
+        return needs_whole("this command")
+    return missing_for("sqlite://" if name == "demo" else resolve_tracking_uri(options.get("tracking_uri")))
 
 
 app = typer.Typer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dspy_mlflow_async.evaluate.statistics import Difference
 from dspy_mlflow_async.printable import printable
 from dspy_mlflow_async.runs.feedback import text_of
+from dspy_mlflow_async.seams.installed import needs_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,8 +142,10 @@ class Comparison(Mapping[str, CaseResult]):
 
     def to_pandas(self) -> pd.DataFrame:
         """The comparison as a table, a row per case, indexed by its name."""
-        import pandas as pd
-
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(needs_whole("Comparison.to_pandas")) from error
         return pd.DataFrame(self.rows()).set_index("case")
 
     def __str__(self) -> str:

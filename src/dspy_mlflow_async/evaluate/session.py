@@ -34,6 +34,7 @@ from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
 from dspy_mlflow_async.runs.handle import FINISHED as RUN_FINISHED
 from dspy_mlflow_async.runs.handle import KILLED as RUN_KILLED
 from dspy_mlflow_async.runs.handle import RunHandle, run_status
+from dspy_mlflow_async.seams.installed import needs_whole
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -238,6 +239,8 @@ class Session:
         cases = [self._results[case.name] for case in self._cases]
         try:
             cases = summary.with_differences(self._cases, self._results, self._baseline, self._options.seed, devsets)
+        except ImportError:  # mlflow-skinny brings no numpy
+            logger.warning("Each case has its result. %s", needs_whole("The difference between cases"))
         except Exception:
             logger.exception("The cases could not be compared; each has its result.")
         parent = self._parent

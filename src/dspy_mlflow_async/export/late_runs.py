@@ -6,12 +6,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Run, ViewType
 from mlflow.tracing.constant import TraceMetadataKey
 
 from dspy_mlflow_async.export.items import Creation, FollowUp, TraceItem
 from dspy_mlflow_async.seams import mlflow_experiment
+from dspy_mlflow_async.seams.mlflow_client import MlflowClient
 
 PREFIX = "pending-"
 # With the stand-in id. On a run: finds one whose creation was not answered; MLflow's UI hides tags of this prefix.

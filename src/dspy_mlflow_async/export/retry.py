@@ -74,6 +74,8 @@ def judge(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
         statuses: The HTTP statuses seen on the way, if there were any.
     """
     if not isinstance(error, MlflowException):
+        if isinstance(error, ImportError):
+            return Verdict.AWAY  # not installed: whoever has it, `replay` included, sends what waits
         is_away = isinstance(error, OSError) and not isinstance(error, _OUR_FILES)  # also what `requests` raises
         return Verdict.AWAY if is_away else Verdict.SUSPECT
     if _HAS_NO_ANSWER.match(error.message):

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.tracking import MlflowClient
-
 from dspy_mlflow_async.export import late_runs, prepare
 from dspy_mlflow_async.export.items import RunItem
 from dspy_mlflow_async.export.retry import Outcome, Verdict, held_up, judge
 from dspy_mlflow_async.seams import mlflow_http, mlflow_store
+from dspy_mlflow_async.seams.mlflow_client import MlflowClient
 
 # What MLflow takes in one `log_batch` (mlflow.utils.validation).
 _MOST_METRICS, _MOST_OTHERS = 800, 100  # 1,000 together

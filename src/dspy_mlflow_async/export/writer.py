@@ -43,7 +43,7 @@ class Writer:
     def client(self) -> mlflow_store.TracingClient:
         """MLflow's client, made when it is first needed, in the thread that may wait for it."""
         if self._client is None:
-            self._client = mlflow_store.TracingClient(self.uri)  # creates the tables of a new SQL store
+            self._client = mlflow_store.tracing_client(self.uri)  # creates the tables of a new SQL store
         return self._client
 
     def write(self, items: Sequence[Item]) -> list[Outcome]:

@@ -22,6 +22,7 @@ from dspy_mlflow_async.runs.stack import (
 )
 from dspy_mlflow_async.seams import mlflow as tracing
 from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams.installed import has_runs
 
 __all__ = [
     "VARIABLE",
@@ -80,7 +81,8 @@ if hasattr(os, "register_at_fork"):
 
 def ensure_installed() -> None:
     """Make MLflow's active run follow the context inside ``with mlflow.start_run()`` and our own scopes."""
-    _installation.change(is_wanted=True)
+    if has_runs():
+        _installation.change(is_wanted=True)
 
 
 def uninstall() -> None:

@@ -143,7 +143,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     # MLflow, export
     Seam(f"{_PROVIDER}:_get_mlflow_span_processor", _EXPORT, shape="(uri)"),
-    Seam("mlflow.tracking._tracking_service.client:TrackingServiceClient", _BY_ID, is_optional=True),
+    Seam("mlflow.tracking._tracking_service.client:TrackingServiceClient", _BY_ID, shape="(uri)"),
     Seam("mlflow.tracking._model_registry.client:ModelRegistryClient", _BY_ID, is_optional=True),
     Seam(
         f"{_PROVIDER}:trace_disabled",
@@ -204,18 +204,26 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_UTILS}:generate_assessment_id", _WRITE, shape="()", is_feature=True),
     Seam(f"{_UTILS}:get_otel_attribute", _EXPERIMENT, shape="(span, key)"),
     Seam("mlflow.tracking.default_experiment:DEFAULT_EXPERIMENT_ID", _EXPERIMENT, shape=".encode", is_feature=True),
-    Seam("mlflow.tracking.default_experiment:registry", _EXPERIMENT, shape=".__spec__"),
+    Seam("mlflow.tracking.default_experiment:registry", _EXPERIMENT, shape=".__spec__", is_feature=True),
     Seam(
         "mlflow.tracking.default_experiment.registry:_default_experiment_provider_registry",
         _EXPERIMENT,
+        is_feature=True,
         shape=".__iter__",
     ),
-    Seam("mlflow.tracking.default_experiment.registry:get_experiment_id", _EXPERIMENT, shape="()"),
+    Seam("mlflow.tracking.default_experiment.registry:get_experiment_id", _EXPERIMENT, shape="()", is_feature=True),
     Seam(f"{_FLUENT}:_get_latest_active_run", _EXPERIMENT, shape="()"),
     Seam(f"{_UTILS}:maybe_get_request_id", _WRITE, shape="(is_evaluate=)", is_feature=True),
     Seam(f"{_UTILS}:update_trace_state_from_span_conditionally", _WRITE, shape="(trace, root)"),
     Seam(f"{_UTILS}.otlp:should_export_otlp_metrics", _WRITE, shape="()", is_feature=True),
     Seam(f"{_UTILS}.truncation:set_request_response_preview", _WRITE, shape="(info, data)", is_feature=True),
+    Seam(
+        "mlflow.tracking._tracking_service.utils:_has_existing_mlruns_data",
+        "names the default store with mlflow-tracing alone",
+        shape="()",
+        is_optional=True,
+    ),
+    Seam("mlflow.tracking._tracking_service:utils", _WRITE, shape=".__spec__"),
     Seam("mlflow.tracking._tracking_service.utils:_get_store", _FORK, shape="(uri)"),
     Seam("mlflow.tracking._tracking_service.utils:_resolve_tracking_uri", _WRITE, shape="(uri)"),
     Seam("mlflow.protos.service_pb2:StartTraceV3", _WRITE, shape=".DESCRIPTOR", is_feature=True),
@@ -291,6 +299,7 @@ SEAMS: tuple[Seam, ...] = (
         "makes MLflow's active run follow the context",
         shape=".get .get_all_thread_values",
     ),
+    Seam(f"{_FLUENT}:ActiveRun", _RUNS, shape="(run)"),
     Seam(f"{_FLUENT}:_active_experiment_id", _RUNS, shape="?.encode"),
     Seam(f"{_FLUENT}:_create_logged_model", _RUNS, shape="(name=, source_run_id=, flavor=)"),
     Seam(
@@ -394,3 +403,10 @@ def lost_features() -> tuple[Fault, ...]:
 def lost_ground() -> tuple[Fault, ...]:
     """What is not as we know it, and nothing can be traced without. Looked up once: it imports MLflow's modules."""
     return tuple(faults(seam for seam in SEAMS if not (seam.is_optional or seam.is_feature)))
+
+
+@functools.cache
+def missing_packages() -> tuple[str, ...]:
+    """Packages that MLflow wants for what nothing can be traced without, and that are not installed."""
+    ground = (seam for seam in SEAMS if not (seam.is_optional or seam.is_feature or seam.is_present))
+    return tuple(sorted({seam.needs or "" for seam in ground} - {""}))

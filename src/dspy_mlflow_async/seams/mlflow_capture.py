@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,11 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from dspy_mlflow_async.seams.installed import has_runs
+from dspy_mlflow_async.seams.mlflow_client import name_default_store
+from dspy_mlflow_async.seams.mlflow_experiment import experiment_of_trace
+from dspy_mlflow_async.seams.patching import over
 
 
 class _MemoryExporter(SpanExporter):
@@ -47,6 +53,17 @@ def _has_open_spans(manager: Any, otel_trace_id: int) -> bool:
         return trace is not None and any(span.end_time_ns is None for span in tuple(trace.span_dict.values()))
 
 
+def _take_default_experiment(processor: Any) -> None:
+    """Begin traces where nobody has set an experiment, which MLflow's own fails to do with ``mlflow-tracing`` alone."""
+
+    def experiment_of(root: Any) -> str | None:
+        return experiment_of_trace(root, "")
+
+    begin = MlflowV3SpanProcessor._start_trace
+    begin = over(begin, begin.__globals__ | {"get_experiment_id_for_trace": experiment_of})
+    processor._start_trace = functools.partial(begin, processor)
+
+
 @contextlib.contextmanager
 def memory_provider(keep: Callable[[Trace], None]) -> Iterator[None]:
     """Give every trace of the process to ``keep`` in this block, and then put MLflow's own provider back.
@@ -54,7 +71,10 @@ def memory_provider(keep: Callable[[Trace], None]) -> Iterator[None]:
     MLflow makes its provider anew at ``set_tracking_uri``, ``set_destination`` and ``enable``, so what makes it is
     exchanged too. The provider that was there is neither flushed nor shut down.
     """
+    unname = name_default_store()
     processor = MlflowV3SpanProcessor(_MemoryExporter(keep), export_metrics=False)
+    if not has_runs():
+        _take_default_experiment(processor)
 
     def only_memory(disabled: bool = False) -> list[Any]:  # MLflow's signature
         return [] if disabled else [processor]
@@ -67,6 +87,7 @@ def memory_provider(keep: Callable[[Trace], None]) -> Iterator[None]:
     finally:
         trace_provider._get_span_processors = original
         _exchange(provider, is_ready=once)
+        unname()
 
 
 def _exchange(provider: Any, *, is_ready: bool) -> tuple[Any, bool]:

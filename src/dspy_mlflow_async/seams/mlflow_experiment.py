@@ -15,7 +15,6 @@ from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION
 from mlflow.tracing.utils import get_otel_attribute
 from mlflow.tracking import fluent
-from mlflow.tracking.default_experiment import registry as default_registry
 from mlflow.utils.workspace_context import get_request_workspace
 
 from dspy_mlflow_async.seams.listed import taken
@@ -30,6 +29,9 @@ __all__ = [
     "store_experiment_id",
 ]
 
+# None with mlflow-tracing alone, which cannot import it.
+default_registry: Any = taken("mlflow.tracking.default_experiment:registry")
+_registered: Any = taken("mlflow.tracking.default_experiment.registry:_default_experiment_provider_registry", ())
 DEFAULT_EXPERIMENT_ID: str = taken("mlflow.tracking.default_experiment:DEFAULT_EXPERIMENT_ID", "0")
 _STAND_IN = "pending-experiment:"
 _EXISTS = ErrorCode.Name(RESOURCE_ALREADY_EXISTS)
@@ -54,8 +56,8 @@ def experiment_here() -> tuple[str | None, str | None]:
 
 def default_experiment_id() -> str | None:
     """The experiment where nobody has set one. Plugins are asked every time, as MLflow does."""
-    providers = list(default_registry._default_experiment_provider_registry)
-    if len(providers) == 1 and not is_in_notebook_of_databricks():  # the one is for notebooks of Databricks
+    # The one that MLflow brings is for notebooks of Databricks.
+    if default_registry is None or (len(list(_registered)) == 1 and not is_in_notebook_of_databricks()):
         return str(DEFAULT_EXPERIMENT_ID)
     found = default_registry.get_experiment_id()
     return None if found is None else str(found)

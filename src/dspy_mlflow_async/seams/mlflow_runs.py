@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlflow
-from mlflow import ActiveRun
 from mlflow.dspy.util import _flatten_dspy_module_state, sanitize_params
 from mlflow.entities import LifecycleStage, LoggedModelOutput, Run, RunData, RunInfo, RunStatus, RunTag
 from mlflow.environment_variables import (
@@ -20,6 +19,7 @@ from mlflow.environment_variables import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import fluent
 from mlflow.tracking.context import registry as context_registry
+from mlflow.tracking.fluent import ActiveRun  # `mlflow.ActiveRun`, which mlflow-tracing keeps to itself
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
 from dspy_mlflow_async.seams.listed import taken

@@ -41,7 +41,7 @@ def why_not(experiment_id: str) -> str | None:
     Raises:
         Exception: Whatever the store raises that does not answer the question.
     """
-    from mlflow import MlflowClient
+    from dspy_mlflow_async.seams.mlflow_client import MlflowClient
 
     try:
         experiment = MlflowClient().get_experiment(experiment_id)

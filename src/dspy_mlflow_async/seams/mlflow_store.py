@@ -24,7 +24,9 @@ from mlflow.utils.uri import is_databricks_uri
 from mlflow.utils.workspace_context import get_request_workspace
 from packaging.version import Version
 
+from dspy_mlflow_async.seams.installed import require_for
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_client import MlflowClient
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.patching import over
 
@@ -42,6 +44,7 @@ __all__ = [
     "resolve_tracking_uri",
     "start_trace",
     "supports_span_batches",
+    "tracing_client",
     "upload_attachments",
     "upload_spans_as_artifact",
     "workspace_scope",
@@ -77,6 +80,16 @@ def absolute_uri(uri: str) -> str:
     return (Path.cwd() / uri.removeprefix("file:")).as_uri()
 
 
+def tracing_client(uri: str) -> TracingClient:
+    """MLflow's client for the traces of a resolved URI, which opens a store that is not open yet.
+
+    Raises:
+        ImportError: Where what is installed cannot open it, with a sentence that says what does.
+    """
+    require_for(uri)
+    return TracingClient(uri)
+
+
 @functools.cache
 def client_of(uri: str) -> Any:
     """MLflow's client for the runs of a resolved URI: one for the process, which opens a store that is not open yet.
@@ -84,8 +97,7 @@ def client_of(uri: str) -> Any:
     A new one asks Spark where the models are registered, unless it is told, by an import that fails every time. Nothing
     here asks for models.
     """
-    from mlflow.tracking import MlflowClient
-
+    require_for(uri)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     tracking = getattr(client, "_tracking_client", None)
     # When a run ends, MLflow prints where it is, and for that asks Spark and Databricks by imports that fail.

@@ -30,14 +30,15 @@ def versions() -> Iterator[Finding]:
     python = ".".join(map(str, sys.version_info[:3]))
     yield Finding(Level.OK, "versions", f"Python {python}, dspy-mlflow-async {version('dspy-mlflow-async')}")
     wanted = {
-        requirement.name: requirement.specifier
-        for requirement in map(Requirement, requires("dspy-mlflow-async") or ())
-        if requirement.marker is None
+        requirement.name: requirement.specifier for requirement in map(Requirement, requires("dspy-mlflow-async") or ())
     }
     for name in ("dspy", "mlflow"):
         try:
             found = version(name)
         except PackageNotFoundError:
+            if name == "mlflow" and (light := _light_mlflow()) is not None:
+                yield light
+                continue
             yield Finding(Level.PROBLEM, "versions", f"{name} is not installed: pip install '{name}{wanted[name]}'")
             continue
         if wanted[name].contains(found, prereleases=True):
@@ -48,6 +49,22 @@ def versions() -> Iterator[Finding]:
                 "versions",
                 f"{name} {found} is too old: pip install --upgrade '{name}{wanted[name]}'",
             )
+
+
+def _light_mlflow() -> Finding | None:
+    """Return which part of MLflow stands in its place, and what that leaves out; None where there is none."""
+    for name in ("mlflow-skinny", "mlflow-tracing"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        without = "SQL stores" if name == "mlflow-skinny" else "runs, evaluations and SQL stores"
+        return Finding(
+            Level.NOTE,
+            "versions",
+            f'{name} {found}, without the whole of MLflow; {without} need pip install "dspy-mlflow-async[mlflow]"',
+        )
+    return None
 
 
 def seams() -> Iterator[Finding]:
@@ -83,9 +100,18 @@ def store(tracking_uri: str | None = None) -> Iterator[Finding]:
     """Whether the store that traces go to is there. Looks only: it makes no file and changes no schema."""
     import mlflow
 
-    uri = tracking_uri or mlflow.get_tracking_uri()
+    from dspy_mlflow_async.seams.installed import missing_for
+    from dspy_mlflow_async.seams.mlflow_client import name_default_store
+
+    unname = name_default_store()
+    try:
+        uri = tracking_uri or mlflow.get_tracking_uri()
+    finally:
+        unname()
     scheme = urlsplit(uri).scheme
-    if scheme == "sqlite":
+    if said := missing_for(uri):
+        yield Finding(Level.PROBLEM, "store", f"{said}, or name a server in MLFLOW_TRACKING_URI.")
+    elif scheme == "sqlite":
         yield _sqlite(uri)
     elif scheme in {"http", "https"}:
         yield _server(uri)
