@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import queue
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)  # the package, not its modules one by one
+os.environ.pop("DSPY_MLFLOW_ASYNC_SPOOL", None)  # it would win over the spool of each case when that is read
 
 from rich.console import Console  # noqa: E402 - the path first
 from rich.live import Live  # noqa: E402
