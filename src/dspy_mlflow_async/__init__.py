@@ -4,16 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_mlflow_async.app.scope import request
-    from dspy_mlflow_async.app.wrap import wrap
     from dspy_mlflow_async.callback import TracingCallback
     from dspy_mlflow_async.composition import autolog
     from dspy_mlflow_async.evaluate.case import Case
+    from dspy_mlflow_async.evaluate.evaluate_all import aevaluate_all, evaluate_all
     from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
-    from dspy_mlflow_async.evaluate.together import aevaluate_all, evaluate_all
     from dspy_mlflow_async.health import flush, stats
     from dspy_mlflow_async.propagation import ThreadPoolExecutor, propagate
-    from dspy_mlflow_async.runs.scope import run
+    from dspy_mlflow_async.requests.scope import request
+    from dspy_mlflow_async.requests.wrap import wrap
+    from dspy_mlflow_async.runs.run_block import run
     from dspy_mlflow_async.spans.tracer import suppress
 
 __all__ = [
@@ -39,16 +39,16 @@ _HOMES = {
     "Case": "evaluate.case",
     "ThreadPoolExecutor": "propagation",
     "TracingCallback": "callback",
-    "aevaluate_all": "evaluate.together",
+    "aevaluate_all": "evaluate.evaluate_all",
     "autolog": "composition",
-    "evaluate_all": "evaluate.together",
+    "evaluate_all": "evaluate.evaluate_all",
     "flush": "health",
     "propagate": "propagation",
-    "request": "app.scope",
-    "run": "runs.scope",
+    "request": "requests.scope",
+    "run": "runs.run_block",
     "stats": "health",
     "suppress": "spans.tracer",
-    "wrap": "app.wrap",
+    "wrap": "requests.wrap",
 }
 
 

@@ -19,9 +19,9 @@ from dspy_mlflow_async.seams.installed import has_runs, needs_whole
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans import describe, tracer
 from dspy_mlflow_async.spans.describe import Description
+from dspy_mlflow_async.spans.observer import RequestObserver
 from dspy_mlflow_async.spans.scopes import Region, SpanScope
 from dspy_mlflow_async.spans.usage import Ledger, LmUsage, module_usage
-from dspy_mlflow_async.spans.witness import RequestWitness
 
 logger = logging.getLogger("dspy_mlflow_async")
 _Handler = TypeVar("_Handler", bound=Callable[..., None])
@@ -282,7 +282,7 @@ class CompileRegion(Region):
     __slots__ = ()
 
 
-def _request() -> RequestWitness | None:
+def _request() -> RequestObserver | None:
     """The request around a call that begins here."""
     frame = frames.current()
     return None if frame is None else frame.request

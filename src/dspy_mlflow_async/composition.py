@@ -15,7 +15,7 @@ from dspy_mlflow_async import export as export_room
 from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback, as_far_as_installed
 from dspy_mlflow_async.context.threads import Undo, patch_attribute
-from dspy_mlflow_async.runs import active
+from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
@@ -220,9 +220,9 @@ def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool,
     _installation.settings = settings
     hooks.switch(is_on=True, carries_always=propagate_threads)
     if context_runs:
-        active.ensure_installed()
+        active_runs.ensure_installed()
     else:
-        active.uninstall()
+        active_runs.uninstall()
     dspy_seam.change_callbacks(lambda present: present if _ours(present) else [*present, AutologCallback(settings)])
 
 
@@ -239,7 +239,7 @@ def _uninstall(*, keep: tuple[str, ...] = ()) -> None:
     for name in reversed(list(_installation.undos)):
         if name not in keep:
             _undo(name)
-    active.uninstall()
+    active_runs.uninstall()
     dspy_seam.change_callbacks(lambda present: [c for c in present if not isinstance(c, AutologCallback)])
     hooks.switch(is_on=False)
 

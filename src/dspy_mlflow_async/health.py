@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dspy_mlflow_async import export, guard
-from dspy_mlflow_async.app.callers import CallerCounts, caller_counts
+from dspy_mlflow_async.requests.callers import CallerCounts, caller_counts
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
 
@@ -13,8 +13,8 @@ from dspy_mlflow_async.spans.tracer import end_abandoned
 class Stats(export.ExportStats):
     """Where the traces of this process are.
 
-    ``started`` is always ``stored + waiting + spooled + dead + dropped + sampled + open``; ``in_progress`` are those of
-    the open ones that can be seen in the store, with what has ended of them.
+    ``started`` is always ``stored + waiting + spooled + dead + dropped + sampled_out + open``; ``in_progress`` are
+    those of the open ones that can be seen in the store, with what has ended of them.
 
     Attributes:
         internal_errors: Errors of the tracer's own that it has swallowed.

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from dspy_mlflow_async import export
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
-from dspy_mlflow_async.runs import active
+from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.settings import OVERRIDE
 
 _Result = TypeVar("_Result")
 
-_VARIABLES = (active.VARIABLE, export.KEEPS, OVERRIDE, *seam.TRACING_VARIABLES)
+_VARIABLES = (active_runs.VARIABLE, export.KEEPS, OVERRIDE, *seam.TRACING_VARIABLES)
 
 
 def capture() -> Carrier:

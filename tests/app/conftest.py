@@ -21,8 +21,8 @@ def _leaves_no_scope():
 @pytest.fixture
 def sampled():
     """How many traces have been left out since the test began."""
-    before = dspy_mlflow_async.stats().sampled
-    return lambda: dspy_mlflow_async.stats().sampled - before
+    before = dspy_mlflow_async.stats().sampled_out
+    return lambda: dspy_mlflow_async.stats().sampled_out - before
 
 
 @pytest.fixture

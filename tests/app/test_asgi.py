@@ -18,8 +18,8 @@ from starlette.routing import Mount, Route
 
 import dspy_mlflow_async
 from dspy_mlflow_async import wrap
-from dspy_mlflow_async.app import options
 from dspy_mlflow_async.asgi import TracingMiddleware
+from dspy_mlflow_async.requests import options
 from dspy_mlflow_async.testing import tree
 from echo import chain_tree
 
@@ -367,7 +367,7 @@ async def knows_no_lifespan(scope, receive, send):
 @pytest.mark.parametrize("app", [fastapi(), TracingMiddleware(knows_no_lifespan)], ids=["fastapi", "plain"])
 async def test_the_shutdown_flushes(app, monkeypatch):
     """Before the server hears that the app has shut down, traces are flushed; an app without a lifespan gets one."""
-    from dspy_mlflow_async.app import lifespan
+    from dspy_mlflow_async.asgi import lifespan
 
     flushed = []
     monkeypatch.setattr(lifespan, "secure", flushed.append)

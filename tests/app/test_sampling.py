@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
 import dspy_mlflow_async
 from dspy_mlflow_async import request, wrap
-from dspy_mlflow_async.app.sampling import is_kept
+from dspy_mlflow_async.requests.sampling import is_kept
 from dspy_mlflow_async.seams import mlflow_scope
 from dspy_mlflow_async.testing import tree
 from echo import Chain, EchoLM, chain_tree
@@ -19,7 +19,7 @@ from echo import Chain, EchoLM, chain_tree
 
 def assert_books_balance():
     stats = dspy_mlflow_async.stats()
-    places = ("stored", "waiting", "spooled", "dead", "dropped", "sampled", "open")
+    places = ("stored", "waiting", "spooled", "dead", "dropped", "sampled_out", "open")
     assert stats.started == sum(getattr(stats, place) for place in places), stats
 
 

@@ -390,7 +390,7 @@ def test_an_unknown_experiment_is_refused(store_uri):
 
 def test_a_store_that_is_away_does_not_hold_up_the_start(monkeypatch, caplog):
     """Where the store does not answer, wrapping goes on with a warning."""
-    from dspy_mlflow_async.app import options
+    from dspy_mlflow_async.requests import options
 
     monkeypatch.setattr(options, "CHECK_TIMEOUT", 0.2)
     monkeypatch.setattr(options.seam, "why_not", lambda experiment_id: threading.Event().wait(TIMEOUT))

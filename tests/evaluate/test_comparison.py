@@ -12,7 +12,7 @@ from dspy_mlflow_async import AsyncEvaluate, Case, aevaluate_all, evaluate_all
 from dspy_mlflow_async.cli.endpoint import LocalEndpoint
 from dspy_mlflow_async.evaluate import summary
 from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
-from dspy_mlflow_async.evaluate.outcome import Outcome
+from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.plot import plot_of_cases
 from dspy_mlflow_async.evaluate.statistics import Difference
 

@@ -13,9 +13,9 @@ from small import examples
 import dspy_mlflow_async
 from clean import assert_context_is_clean
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
-from dspy_mlflow_async.evaluate import identity, journal, local, records
+from dspy_mlflow_async.evaluate import fingerprint, journal, local, stored_runs
+from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
-from dspy_mlflow_async.evaluate.outcome import Outcome
 from dspy_mlflow_async.runs.evaluation import Evaluation
 from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.spans.door import Door
@@ -206,7 +206,7 @@ def evaluate_two(**options):
 
 async def test_cancelled_while_the_parent_is_created(traces, runs, monkeypatch):
     """Nobody waits for the thread that creates the run; it ends the run KILLED."""
-    created, ended = Gate(monkeypatch, records, "open_parent"), Gate(monkeypatch, records, "end")
+    created, ended = Gate(monkeypatch, stored_runs, "open_parent"), Gate(monkeypatch, stored_runs, "end")
     ended.opened.set()
     task = evaluate_two()
     await created.cancel_there(task)
@@ -221,7 +221,7 @@ async def test_cancelled_while_the_parent_is_created(traces, runs, monkeypatch):
 @pytest.mark.parametrize("name", ["open_case", "end"])
 async def test_cancelled_while_a_case_is_opened_or_ended(traces, runs, monkeypatch, name):
     """The parent and what was open are KILLED once the await has raised, wherever the cancellation came."""
-    gate = Gate(monkeypatch, records, name)
+    gate = Gate(monkeypatch, stored_runs, name)
     task = evaluate_two(max_concurrency=1)
     await gate.cancel_there(task)
     gate.opened.set()
@@ -236,7 +236,7 @@ async def test_cancelled_while_a_case_is_opened_or_ended(traces, runs, monkeypat
 
 async def test_cancelled_while_the_parent_is_ended(traces, runs, monkeypatch):
     """The caller gets no comparison, and so the run is not FINISHED; the cases are."""
-    gate = Gate(monkeypatch, records, "end", only=lambda handle, _: handle.run.info.run_name == "evaluate_all")
+    gate = Gate(monkeypatch, stored_runs, "end", only=lambda handle, _: handle.run.info.run_name == "evaluate_all")
     task = evaluate_two()
     await gate.cancel_there(task)
     await asyncio.sleep(0)  # the cancellation is delivered while the thread is at work
@@ -268,7 +268,7 @@ async def test_cancelled_while_an_evaluation_is_closed(traces, runs, monkeypatch
 async def test_journal_keeps_what_has_ended(experiment, turns, is_native):
     """Whenever the cancellation comes, a finished example is in the store in the end."""
     devset = examples(size=1)
-    keys = [identity.fingerprint(example) for example in devset]
+    keys = [fingerprint.fingerprint(example) for example in devset]
     run = MlflowClient().create_run(experiment)
     kept = Journal(RunHandle(run, is_own=False), keys, Stored(), Door())
     kept.add(Outcome(0, prediction=dspy.Prediction(answer="x"), score=True))

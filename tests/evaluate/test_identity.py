@@ -9,13 +9,13 @@ import dspy
 import numpy as np
 import pytest
 
-from dspy_mlflow_async.evaluate import identity
-from dspy_mlflow_async.evaluate.identity import fingerprint, text_of_function, text_of_lm
+from dspy_mlflow_async.evaluate import fingerprint as fingerprints
+from dspy_mlflow_async.evaluate.fingerprint import fingerprint, text_of_function, text_of_lm
 from echo import Chain, EchoLM
 
 SCRIPT = """
 import dspy
-from dspy_mlflow_async.evaluate.identity import fingerprint, text_of_function
+from dspy_mlflow_async.evaluate.fingerprint import fingerprint, text_of_function
 class Thing: pass
 def metric(example, prediction): return example.answer in {"alpha", "beta", "gamma"}
 inner = dspy.Example(letters={"a", "b"})
@@ -150,4 +150,4 @@ def test_what_cannot_be_looked_at():
     circle.append(circle)
 
     assert fingerprint(dspy.Example(a=Odd(), b=circle)) == fingerprint(dspy.Example(a=Odd(), b=circle))
-    assert identity.digest(Odd()) == identity.digest(Odd())
+    assert fingerprints.digest(Odd()) == fingerprints.digest(Odd())

@@ -14,7 +14,7 @@ from small import examples, is_right
 
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
 from dspy_mlflow_async.evaluate import progress
-from dspy_mlflow_async.evaluate.outcome import Outcome
+from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.progress import BOARD
 from echo import Chain
 

@@ -4,7 +4,7 @@ import anyio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_mlflow_async.evaluate.slots import Entrance, Slots
+from dspy_mlflow_async.evaluate.limits import Entrance, Slots
 
 
 async def _work(slots, name, size, steps, log):

@@ -41,7 +41,7 @@ def make(store_uri, request):
         experiment_id = mlflow.create_experiment(f"{request.node.name}-{time.time_ns()}")
         mlflow.tracing.set_destination(MlflowExperimentLocation(experiment_id))
         settle()
-        installing._books.reset()
+        installing._counters.reset()
         undo = export.install(export.ExportOptions(**options))
         undos.append(undo)
         return Installed(uri, experiment_id, undo)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stores import call
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import dead_letters, spool
+from dspy_mlflow_async.export.spool import dead_letters, segments
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_letters_that_come_meanwhile_are_kept(tmp_path):
     revived = sum(dead_letters.revive(folder, uri, lambda letter: True) for _ in range(50))
     writer.join(60)
     left = dead_letters.read(folder)
-    records = [payload for segment in spool.segments(folder) for _, payload in spool.scan(segment.read_bytes())]
+    records = [payload for segment in segments.segments(folder) for _, payload in segments.scan(segment.read_bytes())]
 
     assert 301 == revived + len(left)
     assert 301 == len({*records, *(letter.record for letter in left)})

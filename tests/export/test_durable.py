@@ -11,7 +11,7 @@ from stores import call, wait_until
 from test_spool import PROGRAM, place, read, start  # noqa: F401 - `place` is a fixture
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import group_sync, spool
+from dspy_mlflow_async.export.spool import group_sync, segments
 
 SYNC_SECONDS = 0.05
 
@@ -19,14 +19,14 @@ SYNC_SECONDS = 0.05
 @pytest.fixture
 def slow_disk(monkeypatch):
     """A disk that takes its time; gives what it was asked to sync."""
-    synced, sync = [], spool._sync_file
+    synced, sync = [], segments._sync_file
 
     def slow_sync(handle):
         threading.Event().wait(SYNC_SECONDS)
         sync(handle)
         synced.append(handle)
 
-    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    monkeypatch.setattr(segments, "_sync_file", slow_sync)
     return synced
 
 
@@ -53,8 +53,8 @@ def test_a_slow_disk(make, slow_disk):
 
 def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch):
     """While a newcomer syncs, all those return whose records an earlier sync has made safe."""
-    written = spool.Spool(tmp_path / "spool", "uri")
-    sync, begun = spool._sync_file, []
+    written = segments.Spool(tmp_path / "spool", "uri")
+    sync, begun = segments._sync_file, []
     go = [threading.Event() for _ in range(3)]
 
     def slow_sync(handle):
@@ -62,7 +62,7 @@ def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch)
         assert go[min(len(begun), len(go)) - 1].wait(30)
         sync(handle)
 
-    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    monkeypatch.setattr(segments, "_sync_file", slow_sync)
 
     def put(key):
         written.put(b"{}", key=key, counted=1, durable=True)
@@ -87,17 +87,17 @@ def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch)
 
 def test_who_waits_while_a_segment_is_closed(tmp_path, monkeypatch):
     """The sync of the full segment, which another caller makes, is waited for like any other."""
-    written = spool.Spool(tmp_path / "spool", "uri")
+    written = segments.Spool(tmp_path / "spool", "uri")
     reference = written.put(b"{}", key="first", counted=1)
     handle, end = written._handle, written._written
-    sync, begun, go = spool._sync_file, threading.Event(), threading.Event()
+    sync, begun, go = segments._sync_file, threading.Event(), threading.Event()
 
     def slow_sync(handle):
         begun.set()
         assert go.wait(30)
         sync(handle)
 
-    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    monkeypatch.setattr(segments, "_sync_file", slow_sync)
     with ThreadPoolExecutor(2) as pool:
         closing = pool.submit(written.close)
         assert begun.wait(30)
@@ -126,7 +126,7 @@ def test_an_interrupted_sync_is_anothers_turn():
 
 def test_many_callers_share_few_syncs(tmp_path, slow_disk):
     """Each waits for the sync under way and for the next one, and so 64 of them need no more than one of them does."""
-    written = spool.Spool(tmp_path / "spool", "uri")
+    written = segments.Spool(tmp_path / "spool", "uri")
     waited = []
 
     def put_some(_):

@@ -18,7 +18,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from stores import call, check_sum, span_processor, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import collected, collector
+from dspy_mlflow_async.export.assemble import assembler, deferred
 
 
 def test_a_trace_arrives_whole(sqlite):
@@ -146,16 +146,16 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
 
 def test_undone_after_the_collectors_callbacks_were_cleared(sqlite):
     """The list is everybody's: that ours is gone keeps nothing from being undone."""
-    gc.callbacks.remove(collected._note)
+    gc.callbacks.remove(deferred._note)
     sqlite.undo()
     assert MlflowV3SpanExporter is type(span_processor().span_exporter)
 
 
 def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
-    """A generator that nobody has finished ends its spans wherever Python's collector happens to run."""
+    """A generator that nobody has finished ends its spans wherever Python's assembler happens to run."""
 
     class Cycle:
-        """Left to the collector."""
+        """Left to the assembler."""
 
     def generate(*spans):
         try:
@@ -170,9 +170,9 @@ def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
     cycle = Cycle()
     cycle.itself, cycle.generator = cycle, generate(child, other)
     next(cycle.generator)
-    collector = sqlite.pipeline.collector
-    entry = collector._by_trace_id[root.trace_id]
-    with collector._lock, entry.lock, sqlite.queue.pending._lock:
+    assembler = sqlite.pipeline.assembler
+    entry = assembler._by_trace_id[root.trace_id]
+    with assembler._lock, entry.lock, sqlite.queue.pending._lock:
         del cycle
         gc.collect()
     assert child.end_time_ns
@@ -248,7 +248,7 @@ def test_spans_that_outlive_the_bound_are_added(make):
 
 def test_spans_that_outlive_many_other_traces_are_added(make, monkeypatch):
     """What is still open is waited for, however many traces come and go meanwhile."""
-    monkeypatch.setattr(collector, "_RECENT", 50)
+    monkeypatch.setattr(assembler, "_RECENT", 50)
     installed = make(children_timeout=0.2)
     with mlflow.start_span("root") as root:
         late = mlflow.start_span_no_context("late", parent_span=root)
@@ -379,17 +379,17 @@ def test_a_large_trace_and_a_large_output(sqlite):
 
 
 def test_nothing_stays_behind_in_memory(sqlite):
-    """MLflow's trace manager forgets every trace, and the collector keeps a bounded number of small records."""
+    """MLflow's trace manager forgets every trace, and the assembler keeps a bounded number of small records."""
     for _ in range(1200):
         with mlflow.start_span("x"):
             pass
-    collector = sqlite.pipeline.collector
+    assembler = sqlite.pipeline.assembler
 
     assert 0 == len(InMemoryTraceManager.get_instance()._traces)
     assert 0 == len(InMemoryTraceManager.get_instance()._otel_id_to_mlflow_trace_id)
-    assert 0 == len(collector.entries) == len(collector._by_trace_id)
-    assert 1000 == len(collector._recent) == len(collector._recent_by_trace_id)
-    assert all(not entry.trace.span_dict for entry in collector._recent.values())
+    assert 0 == len(assembler.entries) == len(assembler._by_trace_id)
+    assert 1000 == len(assembler._recent) == len(assembler._recent_by_trace_id)
+    assert all(not entry.trace.span_dict for entry in assembler._recent.values())
     assert export.flush(110)
 
 
@@ -421,7 +421,7 @@ def test_remote_spans_are_stored(sqlite):
         with set_tracing_context_from_http_request_headers(headers), mlflow.start_span("server") as span:
             span.set_inputs(1)
 
-    sqlite.pipeline.collector._recent.clear()  # as in a process that has not seen the root
+    sqlite.pipeline.assembler._recent.clear()  # as in a process that has not seen the root
     thread = threading.Thread(target=serve)
     thread.start()
     thread.join(10)

@@ -27,12 +27,13 @@ from sqlalchemy.pool import QueuePool
 from stores import call, read, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import pending, retry, store_queue
-from dspy_mlflow_async.export import spool as spools
-from dspy_mlflow_async.export.lanes import in_lanes
-from dspy_mlflow_async.export.pipeline import Pipeline
-from dspy_mlflow_async.export.retry import Outcome, Verdict, judge
-from dspy_mlflow_async.export.writer import Writer
+from dspy_mlflow_async.export.queue import pending, store_queue
+from dspy_mlflow_async.export.queue.pipeline import Pipeline
+from dspy_mlflow_async.export.spool import segments as spools
+from dspy_mlflow_async.export.write import errors
+from dspy_mlflow_async.export.write.concurrency import map_concurrently
+from dspy_mlflow_async.export.write.errors import Outcome, Verdict, classify
+from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.seams.mlflow_http import Status
 from mlflow_server import free_port, mlflow_server
@@ -41,8 +42,8 @@ from mlflow_server import free_port, mlflow_server
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
     """Come back soon: what is tested is that we do."""
-    pause = retry.Backoff.pause
-    monkeypatch.setattr(retry.Backoff, "pause", lambda self: min(0.2, pause(self)))
+    pause = errors.Backoff.pause
+    monkeypatch.setattr(errors.Backoff, "pause", lambda self: min(0.2, pause(self)))
 
 
 def arrived(installed, ids):
@@ -92,7 +93,7 @@ def test_pauses_leave_the_programs_random_numbers_alone():
     random.seed(1)
     expected = [random.random() for _ in range(3)]  # noqa: S311 - no secret
     random.seed(1)
-    backoff = retry.Backoff()
+    backoff = errors.Backoff()
     seen = [(backoff.pause(), random.random())[1] for _ in range(3)]  # noqa: S311 - no secret
 
     assert expected == seen
@@ -355,7 +356,7 @@ def test_lanes_run_side_by_side_each_in_a_copy_of_the_context():
         both.wait()
         return True
 
-    in_lanes(work, [0, 1], 8)
+    map_concurrently(work, [0, 1], 8)
     assert [(0, "caller's"), (1, "caller's")] == sorted(seen)
     assert 2 == len(threads)
     assert [threading.current_thread()] == [thread for thread in threads if thread.is_alive()]
@@ -363,7 +364,7 @@ def test_lanes_run_side_by_side_each_in_a_copy_of_the_context():
 
 def test_nothing_further_is_begun_once_a_lane_says_so():
     seen = []
-    in_lanes(lambda item: seen.append(item) or item < 2, range(10), 1)
+    map_concurrently(lambda item: seen.append(item) or item < 2, range(10), 1)
     assert [0, 1, 2] == seen
 
 
@@ -705,7 +706,7 @@ def test_flush_returns_when_neither_the_store_nor_the_disk_takes_anything(make, 
 def test_flush_asks_for_itself(sqlite, monkeypatch):
     """An attempt that began before it, and fails while it waits, says nothing about now."""
     monkeypatch.setattr(store_queue, "ATTEMPTS", 1)
-    monkeypatch.setattr(retry.Backoff, "pause", lambda self: 60.0)
+    monkeypatch.setattr(errors.Backoff, "pause", lambda self: 60.0)
     writer, under_way, go = sqlite.queue._writer, threading.Event(), threading.Event()
     write = writer.write
 
@@ -801,7 +802,7 @@ def test_a_store_whose_connections_are_all_in_use(tmp_path):
         session.execute(sqlalchemy.text("select 1"))
 
     assert "BAD_REQUEST" == caught.value.error_code
-    assert Verdict.AWAY is judge(caught.value)
+    assert Verdict.AWAY is classify(caught.value)
     engine.dispose()
 
 
@@ -899,4 +900,4 @@ def bad_request(text):
 )
 def test_what_an_error_says(error, statuses, verdict):
     """A store that is away is tried again with everything; a record that may be to blame by itself."""
-    assert verdict is judge(error, statuses)
+    assert verdict is classify(error, statuses)

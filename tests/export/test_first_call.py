@@ -14,7 +14,8 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 import dspy_mlflow_async
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import codec, installation
+from dspy_mlflow_async.export import installation
+from dspy_mlflow_async.export.spool import codec
 
 HERE = Path(__file__).parent
 MOST = 0.5  # seconds; opening a store takes 1.4 s of CPU, and minutes where that is in vain

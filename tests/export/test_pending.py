@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlflow.entities import Metric
 
-from dspy_mlflow_async.export.books import Books
-from dspy_mlflow_async.export.items import FollowUp, RunItem
-from dspy_mlflow_async.export.pending import PendingOperations
-from dspy_mlflow_async.export.spool import Reference
+from dspy_mlflow_async.export.counters import TraceCounters
+from dspy_mlflow_async.export.operations import RunOperation, TraceUpdate
+from dspy_mlflow_async.export.queue.pending import PendingOperations
+from dspy_mlflow_async.export.spool.segments import Reference
 
 KEYS = st.sampled_from("abc")
 SEGMENT = Path("1.seg")
@@ -23,7 +23,7 @@ class Waiting(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.books = Books()
+        self.books = TraceCounters()
         self.pending = PendingOperations(self.books)
         self.come = defaultdict(list)  # numbers, by key
         self.hands = []
@@ -41,10 +41,10 @@ class Waiting(RuleBasedStateMachine):
     def add(self, key, size, is_run):
         """An operation comes into memory, as far as there is room."""
         if is_run:
-            item = RunItem(key=f"run {key}", size=size, metrics=[Metric("m", 1.0, 1, 0)])
+            item = RunOperation(key=f"run {key}", size=size, metrics=[Metric("m", 1.0, 1, 0)])
         else:
             self.end_of_trace()
-            item = FollowUp(key=key, size=size, counted=1)
+            item = TraceUpdate(key=key, size=size, counted=1)
         had = self.pending.size
         if self.pending.add(item, most_bytes=100):
             assert had + size <= 100
@@ -92,15 +92,15 @@ class Waiting(RuleBasedStateMachine):
         """What was in hand is stored, refused, blamed or given back."""
         batch = self.hands.pop(data.draw(st.integers(0, len(self.hands) - 1)))
         for entry in batch:
-            fate = data.draw(st.sampled_from(["stored", "dead", "suspect", "away"]))
-            if fate == "suspect":
-                fate = "dead" if self.pending.suspect(entry) else "away"
-            if fate == "away":
+            write_status = data.draw(st.sampled_from(["stored", "dead", "suspect", "away"]))
+            if write_status == "suspect":
+                write_status = "dead" if self.pending.suspect(entry) else "away"
+            if write_status == "away":
                 continue
-            if fate == "stored":
+            if write_status == "stored":
                 self.pending.note_success(entry)
-            assert self.pending.finish(entry, fate)
-            assert not self.pending.finish(entry, fate)
+            assert self.pending.finish(entry, write_status)
+            assert not self.pending.finish(entry, write_status)
             self.come[entry.key].remove(entry.number)
         self.pending.release(batch)
 
@@ -149,10 +149,10 @@ TestWaiting.settings = settings(max_examples=150, stateful_step_count=40, deadli
 
 def test_memory_and_disk_take_turns():
     """Neither what comes now nor what has waited on disk is starved by the other."""
-    pending = PendingOperations(Books())
+    pending = PendingOperations(TraceCounters())
     pending.add_spooled(Reference(SEGMENT, number, 10, f"disk {number}") for number in range(3))
     for number in range(3):
-        pending.add(FollowUp(key=f"memory {number}"), most_bytes=None)
+        pending.add(TraceUpdate(key=f"memory {number}"), most_bytes=None)
 
     order = []
     while batch := pending.take(1, 1000):
@@ -164,11 +164,11 @@ def test_memory_and_disk_take_turns():
 def test_the_end_takes_what_a_writer_has_in_hand():
     """What is brought to the disk while it is being written is counted once, wherever the two meet."""
     for _ in range(300):
-        books = Books()
+        books = TraceCounters()
         books.start()
         books.end()
         pending = PendingOperations(books)
-        pending.add(FollowUp(key="a", counted=1), most_bytes=None)
+        pending.add(TraceUpdate(key="a", counted=1), most_bytes=None)
         (entry,) = pending.take(1, 1000)
         barrier = threading.Barrier(2)
 

@@ -13,10 +13,10 @@ from mlflow.entities import Feedback, Metric
 from stores import call, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import codec, spool
-from dspy_mlflow_async.export.folder import make_folder
-from dspy_mlflow_async.export.items import FollowUp, RunItem
-from dspy_mlflow_async.export.quota import Quota, SpoolFullError
+from dspy_mlflow_async.export.operations import RunOperation, TraceUpdate
+from dspy_mlflow_async.export.spool import codec, segments
+from dspy_mlflow_async.export.spool.folder import make_folder
+from dspy_mlflow_async.export.spool.quota import Quota, SpoolFullError
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -30,7 +30,9 @@ def fail(text):
 
 
 def spooled_ids(folder):
-    return {codec.peek(payload)[0] for path in spool.segments(folder) for _, payload in spool.scan(path.read_bytes())}
+    return {
+        codec.peek(payload)[0] for path in segments.segments(folder) for _, payload in segments.scan(path.read_bytes())
+    }
 
 
 def size_of(folder):
@@ -85,8 +87,8 @@ def test_a_spool_is_bounded_and_what_matters_goes_last(make, mode, caplog):
         for _ in range(60):
             call(text="x" * 10_000)
         failed = [fail("x" * 1000) for _ in range(5)]
-        installed.queue.put(RunItem(key="run", metrics=[Metric("score", 1.0, 1, 0)]))
-        installed.queue.put(FollowUp(key="judged", assessments=[Feedback(name="score", value=1.0)]))
+        installed.queue.put(RunOperation(key="run", metrics=[Metric("score", 1.0, 1, 0)]))
+        installed.queue.put(TraceUpdate(key="judged", assessments=[Feedback(name="score", value=1.0)]))
         folder = installed.queue.spool.folder
         wait_until(lambda: {*failed, "run", "judged"} <= spooled_ids(folder), 30)
         wait_until(lambda: not export.stats().waiting, 30)
@@ -152,8 +154,8 @@ def test_an_intact_record_that_cannot_be_decoded_is_kept(make, spool_dir, change
     installed = make()
     folder = installed.queue.spool.folder
     make_folder(folder, installed.queue.spool.uri)
-    record = codec.loads(codec.encode(FollowUp(key="tr-1", tags={"a": "b"})))
-    line = spool.frame(codec.dumps(record | change))
+    record = codec.loads(codec.encode(TraceUpdate(key="tr-1", tags={"a": "b"})))
+    line = segments.frame(codec.dumps(record | change))
     segment = folder / "00000000000000000001-1-abc.seg"
     segment.write_bytes(line)
     with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
@@ -162,7 +164,7 @@ def test_an_intact_record_that_cannot_be_decoded_is_kept(make, spool_dir, change
         assert export.flush(60)
 
     assert line == segment.read_bytes()
-    assert {} == spool.done_offsets(segment)
+    assert {} == segments.done_offsets(segment)
     assert ["left alone" in record.getMessage() for record in caplog.records] == [True]
 
 
@@ -197,4 +199,4 @@ def test_what_was_sampled_out_leaves_the_disk(make):
 @given(st.text(max_size=300), st.integers(0, 1))
 def test_a_line_says_what_it_belongs_to_without_being_decoded(key, counted):
     """What is peeked is what is decoded, whatever the key."""
-    assert (key, counted) == codec.peek(codec.encode(RunItem(key=key, counted=counted)))
+    assert (key, counted) == codec.peek(codec.encode(RunOperation(key=key, counted=counted)))

@@ -8,10 +8,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import run_items
-from dspy_mlflow_async.export.items import RunItem
-from dspy_mlflow_async.export.retry import Verdict
-from dspy_mlflow_async.export.run_items import write_runs
+from dspy_mlflow_async.export.operations import RunOperation
+from dspy_mlflow_async.export.write import run_operations
+from dspy_mlflow_async.export.write.errors import Verdict
+from dspy_mlflow_async.export.write.run_operations import write_runs
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def test_what_worked_is_not_written_again(client, run_id, sqlite, monkeypatch):
         raise ConnectionError("away")
 
     items = [
-        RunItem(key=run_id, size=0, status="FINISHED", end_time_ms=99),
-        RunItem(key=run_id, size=0, path="a.json", content=b"{}"),
-        *(RunItem(key=run_id, size=0, metrics=[Metric("m", 1.0, 1, step)]) for step in range(3)),
+        RunOperation(key=run_id, size=0, status="FINISHED", end_time_ms=99),
+        RunOperation(key=run_id, size=0, path="a.json", content=b"{}"),
+        *(RunOperation(key=run_id, size=0, metrics=[Metric("m", 1.0, 1, step)]) for step in range(3)),
     ]
     with monkeypatch.context() as failing:
         failing.setattr(MlflowClient, "log_artifacts", away)
@@ -144,10 +144,10 @@ def test_nothing_overtakes_what_must_be_tried_again(client, run_id, sqlite, monk
         log_batch(self, run_id, metrics, params, tags)
 
     items = [
-        RunItem(key=run_id, size=0, tags=[RunTag("other", "1")]),
-        RunItem(key=run_id, size=0, tags=[RunTag("tag", "old")]),
-        RunItem(key=run_id, size=0, tags=[RunTag("tag", "new")]),
-        RunItem(key=run_id, size=0, status="FINISHED", end_time_ms=99),
+        RunOperation(key=run_id, size=0, tags=[RunTag("other", "1")]),
+        RunOperation(key=run_id, size=0, tags=[RunTag("tag", "old")]),
+        RunOperation(key=run_id, size=0, tags=[RunTag("tag", "new")]),
+        RunOperation(key=run_id, size=0, status="FINISHED", end_time_ms=99),
     ]
     with monkeypatch.context() as failing:
         failing.setattr(MlflowClient, "log_batch", fail_for_some)
@@ -184,6 +184,6 @@ def test_a_store_that_cannot_be_opened(run_id, sqlite, monkeypatch):
     def away(_uri):
         raise ConnectionError("away")
 
-    monkeypatch.setattr(run_items.mlflow_store, "client_of", away)
-    items = [RunItem(key=key, size=0, metrics=[Metric("m", 1.0, 1, 0)]) for key in (run_id, "another run")]
+    monkeypatch.setattr(run_operations.mlflow_store, "client_of", away)
+    items = [RunOperation(key=key, size=0, metrics=[Metric("m", 1.0, 1, 0)]) for key in (run_id, "another run")]
     assert [Verdict.AWAY] * 2 == [outcome.verdict for outcome in sqlite.queue._writer.write(items)]

@@ -20,28 +20,30 @@ from mlflow.entities import Expectation, Feedback, Metric, Param, RunTag, SpanEv
 from stores import call, read, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import codec, retry, spool, store_queue
-from dspy_mlflow_async.export.items import FollowUp, RunItem
-from dspy_mlflow_async.export.lock import Lock
+from dspy_mlflow_async.export.operations import RunOperation, TraceUpdate
+from dspy_mlflow_async.export.queue import store_queue
+from dspy_mlflow_async.export.spool import codec, segments
+from dspy_mlflow_async.export.spool.lock import Lock
+from dspy_mlflow_async.export.write import errors
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_lines_can_be_read_back(payloads):
     """Any payloads, in their order, with their offsets."""
-    data = b"".join(map(spool.frame, payloads))
+    data = b"".join(map(segments.frame, payloads))
 
-    found = list(spool.scan(data))
+    found = list(segments.scan(data))
     assert payloads == [payload for _, payload in found]
-    assert all(data[offset:].startswith(spool.frame(payload)) for offset, payload in found)
+    assert all(data[offset:].startswith(segments.frame(payload)) for offset, payload in found)
 
 
 def test_a_segment_cut_at_every_byte():
     """Whole lines before the cut are read, the torn one is counted, nothing is invented."""
     payloads = [b'{"a": 1}', b'{"b": "x\\n"}', b"{}"]
-    lines = [spool.frame(payload) for payload in payloads]
+    lines = [segments.frame(payload) for payload in payloads]
     data = b"".join(lines)
     for cut in range(len(data) + 1):
-        found = [payload for _, payload in spool.scan(data[:cut])]
+        found = [payload for _, payload in segments.scan(data[:cut])]
         whole = sum(cut >= len(b"".join(lines[: n + 1])) - 1 for n in range(3))  # the line's end may be missing
         assert payloads[:whole] == [payload for payload in found if payload is not None]
         assert found.count(None) <= 1
@@ -50,12 +52,12 @@ def test_a_segment_cut_at_every_byte():
 def test_every_flipped_bit():
     """A flipped bit costs at most one record, and is counted unless it hit the end of a line."""
     payloads = [b'{"a": 1}', b'{"b": "xyz"}', b'{"c": []}']
-    data = b"".join(map(spool.frame, payloads))
+    data = b"".join(map(segments.frame, payloads))
     for index in range(len(data)):
         for bit in range(8):
             damaged = bytearray(data)
             damaged[index] ^= 1 << bit
-            found = [payload for _, payload in spool.scan(bytes(damaged))]
+            found = [payload for _, payload in segments.scan(bytes(damaged))]
             good = [payload for payload in found if payload is not None]
             assert len(good) >= 2
             assert set(good) <= set(payloads)
@@ -66,25 +68,25 @@ def test_damaged_notes_of_what_is_done_cost_nothing(tmp_path):
     """A damaged note counts as not written: the record is sent again, never forgotten."""
     segment = tmp_path / "1-1-a.seg"
     segment.write_bytes(b"")
-    spool.mark_done(segment, [0, 1234])
-    spool.mark_done(segment, [99], stored=False)
+    segments.mark_done(segment, [0, 1234])
+    segments.mark_done(segment, [99], stored=False)
     note = segment.with_suffix(".done")
     data = note.read_bytes()
     whole = {0: True, 1234: True, 99: False}
 
-    assert whole == spool.done_offsets(segment)
+    assert whole == segments.done_offsets(segment)
     for index in range(len(data)):
         damaged = bytearray(data)
         damaged[index] ^= 1
         note.write_bytes(damaged)
-        assert spool.done_offsets(segment).items() <= whole.items()
+        assert segments.done_offsets(segment).items() <= whole.items()
 
 
 def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkeypatch):
     """Another caller begins a new segment between the decision to sync the old one and the sync itself."""
-    monkeypatch.setattr(spool, "_SEGMENT_BYTES", 1)
-    written = spool.Spool(tmp_path / "spool", "uri")
-    sync_file, synced = spool._sync_file, []
+    monkeypatch.setattr(segments, "_SEGMENT_BYTES", 1)
+    written = segments.Spool(tmp_path / "spool", "uri")
+    sync_file, synced = segments._sync_file, []
     other = threading.Thread(target=lambda: written.put(b"{}", key="second", counted=1))
 
     def slow_sync(handle):
@@ -95,14 +97,14 @@ def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkey
             synced.append(os.path.samestat(before, os.fstat(handle)))
         sync_file(handle)
 
-    monkeypatch.setattr(spool, "_sync_file", slow_sync)
+    monkeypatch.setattr(segments, "_sync_file", slow_sync)
     first = written.put(b"[]", key="first", counted=1, durable=True)
     other.join(20)
     written.close()
 
     assert [True] == synced
     assert b"[]" == written.read(first)
-    assert 2 == len(spool.segments(written.folder))
+    assert 2 == len(segments.segments(written.folder))
 
 
 def test_a_sync_that_fails_when_a_segment_is_closed(tmp_path, monkeypatch):
@@ -111,10 +113,10 @@ def test_a_sync_that_fails_when_a_segment_is_closed(tmp_path, monkeypatch):
     def fail(handle):
         raise OSError(errno.EIO, "the disk is broken")
 
-    written = spool.Spool(tmp_path / "spool", "sqlite:///x.db")
+    written = segments.Spool(tmp_path / "spool", "sqlite:///x.db")
     reference = written.put(b"{}", key="tr-1", counted=1)
     handle, end = written._handle, written._written
-    monkeypatch.setattr(spool, "_sync_file", fail)
+    monkeypatch.setattr(segments, "_sync_file", fail)
     written.close()  # before the one who has written it comes to its sync
     with pytest.raises(OSError, match="could not be synced"):
         written._sync_to(reference.segment, handle, end)
@@ -122,14 +124,14 @@ def test_a_sync_that_fails_when_a_segment_is_closed(tmp_path, monkeypatch):
 
 def test_a_full_segment_is_its_writers_until_it_is_done_with(tmp_path, monkeypatch):
     """Nobody else may send or delete what its living writer still counts on; a new one is locked from its beginning."""
-    monkeypatch.setattr(spool, "_SEGMENT_BYTES", 1)
-    written = spool.Spool(tmp_path / "spool", "uri")
+    monkeypatch.setattr(segments, "_SEGMENT_BYTES", 1)
+    written = segments.Spool(tmp_path / "spool", "uri")
     references = [written.put(b"{}", key=str(n), counted=1) for n in range(3)]
-    locks = [Lock(segment) for segment in spool.segments(written.folder)]
+    locks = [Lock(segment) for segment in segments.segments(written.folder)]
 
     assert [False] * 3 == [lock.acquire() for lock in locks]
     written.done(references[:1])
-    assert [reference.segment for reference in references[1:]] == spool.segments(written.folder)
+    assert [reference.segment for reference in references[1:]] == segments.segments(written.folder)
     written.close()
     assert [True] * 2 == [lock.acquire() for lock in locks[1:]]
     assert b"{}" == written.read(references[1])
@@ -176,8 +178,8 @@ def test_a_trace_survives_the_codec(sqlite):
 def test_other_operations_survive_the_codec():
     """Feedback, expectations, run values, artifacts, NaN and infinity."""
     said = [Feedback(name="f", value=0.5, trace_id="tr-1"), Expectation(name="e", value=["x"], trace_id="tr-1")]
-    follow_up = FollowUp(key="tr-1", assessments=said, tags={"a": "b"})
-    run = RunItem(
+    follow_up = TraceUpdate(key="tr-1", assessments=said, tags={"a": "b"})
+    run = RunOperation(
         key="run",
         metrics=[Metric("m", float("inf"), 1, 2), Metric("n", 0.1, 3, 4)],
         params=[Param("p", "v")],
@@ -229,8 +231,8 @@ def spooled(make):
     ids = [call() for _ in range(10)]
     export.release(ids[0], assessments=[Feedback(name="score", value=1.0)])
     run_id = mlflow.tracking.MlflowClient().create_run(installed.experiment_id).info.run_id
-    installed.queue.put(RunItem(key=run_id, metrics=[Metric("m", 1.0, 1, 0)]))
-    installed.queue.put(RunItem(key=run_id, status="FINISHED", end_time_ms=7))
+    installed.queue.put(RunOperation(key=run_id, metrics=[Metric("m", 1.0, 1, 0)]))
+    installed.queue.put(RunOperation(key=run_id, status="FINISHED", end_time_ms=7))
     installed.queue.save_everything()
     installed.pipeline.queues.clear()
     installed.ids, installed.run_id = ids, run_id
@@ -331,7 +333,7 @@ def test_a_damaged_spool_is_sent_as_far_as_it_goes(spooled):
 
 def test_a_store_that_is_away_keeps_the_spool(spooled, monkeypatch):
     """Nothing is lost, and the reason is told."""
-    monkeypatch.setattr(retry.Backoff, "pause", lambda self: 0.01)
+    monkeypatch.setattr(errors.Backoff, "pause", lambda self: 0.01)
     summary = export.replay(
         tracking_uri="http://127.0.0.1:9", folder=export.spools()[0].folder, dry_run=False, progress=lambda _: None
     )

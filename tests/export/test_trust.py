@@ -17,9 +17,9 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.cli.doctor import checks
 from dspy_mlflow_async.cli.doctor.findings import Level
 from dspy_mlflow_async.evaluate import local
-from dspy_mlflow_async.export import codec, folder, spool
-from dspy_mlflow_async.export.items import RunItem
-from dspy_mlflow_async.export.lock import Lock
+from dspy_mlflow_async.export.operations import RunOperation
+from dspy_mlflow_async.export.spool import codec, folder, segments
+from dspy_mlflow_async.export.spool.lock import Lock
 
 STRANGER = os.geteuid() + 1
 
@@ -35,8 +35,8 @@ def plant(root, uri, run_id, name=None):
     """A spool for a store with one record: a metric of a run."""
     place = root / (name or folder.folder_of(root, uri).name)
     folder.make_folder(place, uri)
-    payload = codec.encode(RunItem(key=run_id, metrics=[Metric("planted", 1.0, 1, 0)]))
-    (place / "00000000000000000001-1-abc.seg").write_bytes(spool.frame(payload))
+    payload = codec.encode(RunOperation(key=run_id, metrics=[Metric("planted", 1.0, 1, 0)]))
+    (place / "00000000000000000001-1-abc.seg").write_bytes(segments.frame(payload))
     return place
 
 
@@ -102,7 +102,7 @@ def test_a_link_to_a_spool_is_not_followed(spool_dir, store_uri, run_id, tmp_pat
     assert 0 == export.replay().stored
     assert not planted(run_id)
     with pytest.raises(OSError, match="symbolic links"):
-        spool.mark_done(place / segment.name, [0]) or folder.read_file(place / segment.name)
+        segments.mark_done(place / segment.name, [0]) or folder.read_file(place / segment.name)
 
 
 def test_a_note_that_names_another_store_is_not_believed(spool_dir, store_uri, run_id):
@@ -132,10 +132,10 @@ def test_an_artifact_stays_within_its_run(path, spool_dir, store_uri, run_id):
     """A record that names a path elsewhere is not written, and no file appears outside."""
     place = spool_dir / folder.folder_of(spool_dir, store_uri).name
     folder.make_folder(place, store_uri)
-    record = codec.encode(RunItem(key=run_id, path="forged", content=b"x"))
+    record = codec.encode(RunOperation(key=run_id, path="forged", content=b"x"))
     forged = codec.loads(record)
     forged["path"] = path
-    (place / "00000000000000000001-1-abc.seg").write_bytes(spool.frame(codec.dumps(forged)))
+    (place / "00000000000000000001-1-abc.seg").write_bytes(segments.frame(codec.dumps(forged)))
 
     summary = export.replay()
 
@@ -199,7 +199,7 @@ def test_no_command_line_shows_a_password(spool_dir):
     program.stdin.flush()
 
     try:
-        wait_until(lambda: any(b"export.drain" in line and str(spool_dir).encode() in line for line in commands()), 60)
+        wait_until(lambda: any(b"child_process import main" in line and str(spool_dir).encode() in line for line in commands()), 60)
         assert not any(b"s3cret" in line for line in commands())
     finally:
         program.communicate(timeout=60)

@@ -11,8 +11,8 @@ from dspy_mlflow_async import export
 # The writer of a worker never gets to write: what is stored has come by the disk.
 WORKER = """
 import dataclasses
-import dspy_mlflow_async.export.store_queue as queueing
-import dspy_mlflow_async.export.worker as worker
+import dspy_mlflow_async.export.queue.store_queue as queueing
+import dspy_mlflow_async.export.queue.worker as worker
 
 def work(path, count=3):
     current = export.installation.pipeline()

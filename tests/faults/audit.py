@@ -9,9 +9,10 @@ from pathlib import Path
 import sqlalchemy
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import replaying, spool
+from dspy_mlflow_async.export.queue import replay
+from dspy_mlflow_async.export.spool import segments
 
-PLACES = ("stored", "spooled", "dead", "dropped", "sampled")
+PLACES = ("stored", "spooled", "dead", "dropped", "sampled_out")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Row:
     spooled: int = 0
     dead: int = 0
     dropped: int = 0
-    sampled: int = 0
+    sampled_out: int = 0
     doubled: int = 0
     lost: int = 0
     faults: tuple[str, ...] = ()
@@ -164,8 +165,8 @@ def spooled_spans(root):
     """The ids of the spans of each trace that lies in a spool and is not done with, in state whole or late."""
     spans = defaultdict(set)
     for info in export.spools(root):
-        for segment in spool.segments(info.folder):
-            for _, payload in replaying.pending(segment):
+        for segment in segments.segments(info.folder):
+            for _, payload in replay.pending(segment):
                 _add(spans, payload)
     return spans
 
@@ -208,7 +209,7 @@ def audit(case, database, experiment_id, ledger, spool_root, *, said=(), may=("s
     spooled = whole_in(spooled_spans(spool_root)) - stored
     dead = whole_in(dead_spans(spool_root)) - stored - spooled
     missing = ended - stored - spooled - dead
-    dropped, sampled = (sum(stats[place] for stats in said) for place in ("dropped", "sampled"))
+    dropped, sampled = (sum(stats[place] for stats in said) for place in ("dropped", "sampled_out"))
     row = Row(
         case,
         made=len(ended | stored | spooled | dead),

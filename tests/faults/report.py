@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-COUNTS = ("made", "stored", "spooled", "dead", "dropped", "sampled", "doubled", "lost")
+COUNTS = ("made", "stored", "spooled", "dead", "dropped", "sampled_out", "doubled", "lost")
 _BEGIN, _END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 
 

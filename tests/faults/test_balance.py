@@ -155,7 +155,7 @@ def test_the_table_of_the_docs(tmp_path):
     page = tmp_path / "faults.md"
     page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
     row = {"case": "one", "skipped": None, "note": "a note", "problems": []} | dict.fromkeys(
-        ("made", "stored", "spooled", "dead", "dropped", "sampled", "doubled", "lost"), 1_000
+        ("made", "stored", "spooled", "dead", "dropped", "sampled_out", "doubled", "lost"), 1_000
     )
     write_docs(page, {"rows": [row], "versions": {}, "time": "2026-01-01", "command": "x", "python": "3"})
 

@@ -28,7 +28,7 @@ from runtools import (
 )
 
 import dspy_mlflow_async
-from dspy_mlflow_async.runs import active
+from dspy_mlflow_async.runs import active_runs
 
 
 def active_name():
@@ -217,7 +217,7 @@ def test_disable_gives_mlflow_its_own_stack_back(store):
     """Before, during and after ``autolog()``."""
     stack, enter, leave = fluent._active_run_stack, mlflow.ActiveRun.__enter__, mlflow.ActiveRun.__exit__
     dspy_mlflow_async.autolog(silent=True)
-    assert active.is_installed()
+    assert active_runs.is_installed()
     dspy_mlflow_async.autolog(disable=True)
 
     assert (stack, enter, leave) == (fluent._active_run_stack, mlflow.ActiveRun.__enter__, mlflow.ActiveRun.__exit__)
@@ -261,7 +261,7 @@ def test_context_runs_false_leaves_mlflow_alone(store):
 
 def test_a_later_mlflow_without_the_seam_costs_one_warning(store, monkeypatch, caplog):
     """Where MLflow keeps its runs elsewhere: one warning, and evaluations, compiles and their traces are right."""
-    monkeypatch.setattr(active.seam, "has_run_stack", lambda: False)
+    monkeypatch.setattr(active_runs.seam, "has_run_stack", lambda: False)
     with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
         for _ in range(2):
             dspy_mlflow_async.autolog(log_evals=True, log_compiles=True, silent=True)
@@ -276,13 +276,13 @@ def test_a_later_mlflow_without_the_seam_costs_one_warning(store, monkeypatch, c
 
 def test_without_the_seam_the_users_run_is_seen(store, monkeypatch):
     """There ``mlflow.active_run()`` tells of it: an evaluation logs into it, a run of ours is its child."""
-    monkeypatch.setattr(active.seam, "has_run_stack", lambda: False)
+    monkeypatch.setattr(active_runs.seam, "has_run_stack", lambda: False)
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     with mlflow.start_run(run_name="mine"):
         evaluate("a", num_threads=2)
         with dspy_mlflow_async.run("ours"):
             evaluate("b")
-        between = active.VARIABLE.get()
+        between = active_runs.VARIABLE.get()
 
     assert between is None
     assert [("mine", "FINISHED", [("ours", "FINISHED", [])])] == store.tree()
@@ -452,7 +452,7 @@ def test_autologging_manages_its_run_in_ours(either):
 
 
 def _in_a_child_process(queue):
-    queue.put((active_name(), active.VARIABLE.get(), fluent._active_run_stack.get() or None))
+    queue.put((active_name(), active_runs.VARIABLE.get(), fluent._active_run_stack.get() or None))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

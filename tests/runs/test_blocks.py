@@ -11,7 +11,7 @@ import pytest
 from runtools import TIMEOUT, Candidates, Program, Turns, devset, evaluate, in_threads
 
 import dspy_mlflow_async
-from dspy_mlflow_async.runs import active
+from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.seams import mlflow as seam
 
 
@@ -62,7 +62,7 @@ async def test_the_first_ends_first(runs, one, other):
         seen.append(active_name())
 
     assert ["first", "second", "second", None] == seen
-    assert active.VARIABLE.get() is None
+    assert active_runs.VARIABLE.get() is None
     assert {"first", "second"} == set(statuses(runs))
     assert "RUNNING" not in statuses(runs).values()
 
@@ -198,7 +198,7 @@ async def test_generators_in_many_tasks(runs):
 def test_traces_follow_without_mlflows_stack(store):
     """``context_runs=False``: a block that ends in another context puts nothing back there."""
     dspy_mlflow_async.autolog(context_runs=False, silent=True)
-    block = active.Block(mlflow.ActiveRun(mlflow.MlflowClient().create_run(store.experiment_id)))
+    block = active_runs.Block(mlflow.ActiveRun(mlflow.MlflowClient().create_run(store.experiment_id)))
     inside = seam.TRACE_CONTEXT.get()
 
     def elsewhere():
@@ -210,7 +210,7 @@ def test_traces_follow_without_mlflows_stack(store):
     assert contextvars.Context().run(elsewhere)
     assert inside is seam.TRACE_CONTEXT.get()
     seam.TRACE_CONTEXT.set(None)
-    active.VARIABLE.set(None)
+    active_runs.VARIABLE.set(None)
 
 
 # --- ended by the program -----------------------------------------------------------------------------------------

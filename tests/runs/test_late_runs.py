@@ -15,8 +15,8 @@ from test_store_failure import flush_all, server, store_at  # noqa: F401 - a fix
 
 import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all
-from dspy_mlflow_async.export import late_runs
-from dspy_mlflow_async.runs import asking, opening
+from dspy_mlflow_async.export.write import late_runs
+from dspy_mlflow_async.runs import bounded, selection
 from slow_store import slow_store
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
@@ -171,10 +171,10 @@ def test_the_experiment_is_looked_up_later(proxy, monkeypatch):
     monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name := f"late{time.time_ns()}")
     slow.is_away = True
-    parent = opening.create("outer")
-    child = opening.create("inner", parent=parent.run)
+    parent = selection.create("outer")
+    child = selection.create("inner", parent=parent.run)
     for handle in (child, parent):
-        opening.close(handle, "FINISHED")
+        selection.close(handle, "FINISHED")
     slow.is_away = False
     flush_all()
 
@@ -287,7 +287,7 @@ def test_away_to_the_end_then_replay(server, monkeypatch, tmp_path):  # noqa: F8
 
 def test_a_locked_database(store, monkeypatch):
     """A SQL store that somebody locks while evaluations begin: they have their runs when it is free."""
-    for module in (asking, opening):
+    for module in (bounded, selection):
         monkeypatch.setattr(module, "TIMEOUT", 1.0)
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")
     dspy_mlflow_async.autolog(log_evals=True, silent=True)

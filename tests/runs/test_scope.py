@@ -11,7 +11,7 @@ from mlflow.tracking import fluent
 from runtools import TIMEOUT, Program, Turns, evaluate, in_to_thread, markers
 
 import dspy_mlflow_async
-from dspy_mlflow_async.runs import active, scope
+from dspy_mlflow_async.runs import active_runs, run_block
 from dspy_mlflow_async.seams import mlflow_runs as seam
 
 
@@ -140,13 +140,13 @@ async def test_cancelled_twice_is_killed_all_the_same(runs, monkeypatch):
     inside = asyncio.Event()
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
-    end = scope.run._end
+    end = run_block.run._end
 
     def slow_end(self, status):
         loop.call_soon_threadsafe(ending.set)
         end(self, status)
 
-    monkeypatch.setattr(scope.run, "_end", slow_end)
+    monkeypatch.setattr(run_block.run, "_end", slow_end)
 
     async def task():
         async with dspy_mlflow_async.run("mine"):
@@ -259,7 +259,7 @@ def test_it_works_without_autolog_and_takes_everything_along_again(store):
     stack = fluent._active_run_stack
     with dspy_mlflow_async.run("mine"):
         in_to_thread(lambda: mlflow.log_metric("x", 1))
-        assert active.is_installed()
+        assert active_runs.is_installed()
 
     assert stack is fluent._active_run_stack
     assert [("mine", "FINISHED", [])] == store.tree()

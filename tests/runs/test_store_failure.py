@@ -16,7 +16,7 @@ from mlflow.tracking import fluent
 from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flush, in_threads, markers
 
 import dspy_mlflow_async
-from dspy_mlflow_async.runs import asking, opening
+from dspy_mlflow_async.runs import bounded, selection
 from mlflow_server import mlflow_server
 from slow_store import slow_store
 
@@ -150,7 +150,7 @@ def test_a_database_that_somebody_locks(store, caplog, monkeypatch):
     while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
         pass
 
-    assert seconds < asking.TIMEOUT + 5
+    assert seconds < bounded.TIMEOUT + 5
     (line,) = said(caplog)
     assert "scored 25.0" in line
     run = store.run("eval")
@@ -249,10 +249,10 @@ def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
 def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
     """The store answers after the bound: the evaluation has gone on, and the run that came late is its run."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    monkeypatch.setattr(asking, "TIMEOUT", 0.05)
-    monkeypatch.setattr(opening, "TIMEOUT", 0.05)
+    monkeypatch.setattr(bounded, "TIMEOUT", 0.05)
+    monkeypatch.setattr(selection, "TIMEOUT", 0.05)
     may_create, is_created = threading.Event(), threading.Event()
-    create = opening.seam.create_run
+    create = selection.seam.create_run
 
     def slow(*arguments):
         may_create.wait(TIMEOUT)
@@ -260,7 +260,7 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
         is_created.set()
         return run
 
-    monkeypatch.setattr(opening.seam, "create_run", slow)
+    monkeypatch.setattr(selection.seam, "create_run", slow)
     result = evaluate("a")
     may_create.set()
     flush_all()
@@ -277,10 +277,10 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
 def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
     """The late answer comes when the queue has created the run, and the store is too busy to delete one of the two."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    monkeypatch.setattr(asking, "TIMEOUT", 0.05)
-    monkeypatch.setattr(opening, "TIMEOUT", 0.05)
+    monkeypatch.setattr(bounded, "TIMEOUT", 0.05)
+    monkeypatch.setattr(selection, "TIMEOUT", 0.05)
     may_create = threading.Event()
-    create, delete = opening.seam.create_run, mlflow.MlflowClient.delete_run
+    create, delete = selection.seam.create_run, mlflow.MlflowClient.delete_run
     refusals = []
 
     def slow(*arguments):
@@ -293,7 +293,7 @@ def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
             raise mlflow.MlflowException("(sqlite3.OperationalError) database is locked")
         return delete(client, run_id)
 
-    monkeypatch.setattr(opening.seam, "create_run", slow)
+    monkeypatch.setattr(selection.seam, "create_run", slow)
     monkeypatch.setattr(mlflow.MlflowClient, "delete_run", busy)
     evaluate("a")
     flush_all()
@@ -311,13 +311,13 @@ def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
 def test_a_store_that_fails_is_asked_again(store, monkeypatch):
     """An error that is no refusal: the run is created a moment later, and the next evaluation has its run at once."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    create = opening.seam.create_run
+    create = selection.seam.create_run
 
     def fail(*arguments):
-        monkeypatch.setattr(opening.seam, "create_run", create)
+        monkeypatch.setattr(selection.seam, "create_run", create)
         raise mlflow.MlflowException("not today")
 
-    monkeypatch.setattr(opening.seam, "create_run", fail)
+    monkeypatch.setattr(selection.seam, "create_run", fail)
     evaluate("a")
     evaluate("b", metric_key="second")
     flush_all()
@@ -328,13 +328,13 @@ def test_a_store_that_fails_is_asked_again(store, monkeypatch):
 def test_a_store_that_refuses_is_asked_again(store, monkeypatch, caplog):
     """A refusal: said with the score, and the next evaluation has its run at once."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    create = opening.seam.create_run
+    create = selection.seam.create_run
 
     def refuse(*arguments):
-        monkeypatch.setattr(opening.seam, "create_run", create)
+        monkeypatch.setattr(selection.seam, "create_run", create)
         raise mlflow.MlflowException("not today", error_code=INVALID_PARAMETER_VALUE)
 
-    monkeypatch.setattr(opening.seam, "create_run", refuse)
+    monkeypatch.setattr(selection.seam, "create_run", refuse)
     evaluate("a")
     evaluate("b", metric_key="second")
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracing.client import TracingClient
 
 import dspy_mlflow_async
-from dspy_mlflow_async.export import codec
+from dspy_mlflow_async.export.spool import codec
 from dspy_mlflow_async.seams import mlflow_media
 from dspy_mlflow_async.spans.media import blocks_of, in_few_words
 from dspy_mlflow_async.spans.serialize import Plain

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dspy_mlflow_async.evaluate.outcome import Outcome
-from dspy_mlflow_async.evaluate.slots import Slots
+from dspy_mlflow_async.evaluate.example_result import Outcome
+from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.runs.usage import cost_of
 from dspy_mlflow_async.seams.mlflow import TokenUsageKey
 

@@ -9,7 +9,7 @@ from typing import Any
 import dspy
 
 from dspy_mlflow_async.callback import TracingCallback
-from dspy_mlflow_async.evaluate import calls
+from dspy_mlflow_async.evaluate import calling
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,14 @@ def _checked(
         raise TypeError(f"case {case.name!r}: dspy.settings has no {', '.join(unknown)}")
     if twice := [name for name in ("lm", "adapter") if getattr(case, name) is not None and name in case.settings]:
         raise TypeError(f"case {case.name!r} has {' and '.join(twice)} of its own, and another in its settings")
-    calls.check_program(case.program, f"the program of case {case.name!r}")
+    calling.check_program(case.program, f"the program of case {case.name!r}")
     try:
         given = devset if case.devset is None else case.devset
         if id(given) not in devsets:
-            devsets[id(given)] = calls.check_devset(given)
+            devsets[id(given)] = calling.check_devset(given)
         own_devset = devsets[id(given)]
         own_metric = metric if case.metric is None else case.metric
-        calls.check_metric(own_metric)
+        calling.check_metric(own_metric)
     except (TypeError, ValueError) as error:
         raise type(error)(f"case {case.name!r}: {error}") from None
     return Case(case.name, case.program, own_devset, own_metric, case.lm, case.adapter, case.settings)

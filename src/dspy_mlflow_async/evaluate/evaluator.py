@@ -10,12 +10,12 @@ from typing import Any
 import anyio
 import dspy
 
-from dspy_mlflow_async.evaluate import calls, outputs
-from dspy_mlflow_async.evaluate.calls import METRIC_THREADS, Caller
+from dspy_mlflow_async.evaluate import calling, results
+from dspy_mlflow_async.evaluate.calling import METRIC_THREADS, Caller
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
-from dspy_mlflow_async.evaluate.lasting import to_the_end
+from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.evaluate.progress import BOARD
-from dspy_mlflow_async.evaluate.slots import Slots
+from dspy_mlflow_async.evaluate.uninterrupted import run_uninterrupted
 from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED
 from dspy_mlflow_async.seams import dspy_evaluate as seam
@@ -76,15 +76,15 @@ class AsyncEvaluate(dspy.Evaluate):
             num_threads=num_threads,
             display_progress=display_progress,
             display_table=display_table,
-            max_errors=calls.check_max_errors(max_errors),
+            max_errors=calling.check_max_errors(max_errors),
             provide_traceback=provide_traceback,
-            failure_score=calls.check_number(failure_score, "failure_score"),
+            failure_score=calling.check_number(failure_score, "failure_score"),
             save_as_csv=save_as_csv,
             save_as_json=save_as_json,
             **kwargs,
         )
-        self.max_concurrency = None if max_concurrency is None else calls.check_limit(max_concurrency)
-        self.timeout = calls.check_positive(timeout, "timeout", "seconds")
+        self.max_concurrency = None if max_concurrency is None else calling.check_limit(max_concurrency)
+        self.timeout = calling.check_positive(timeout, "timeout", "seconds")
 
     async def acall(
         self,
@@ -130,23 +130,23 @@ class AsyncEvaluate(dspy.Evaluate):
 
         Source: ``dspy.Evaluate.__call__``.
         """
-        calls.check_program(program)
+        calling.check_program(program)
         metric = self.metric if metric is None else metric
-        calls.check_metric(metric)
+        calling.check_metric(metric)
         limit = self.max_concurrency if max_concurrency is None else max_concurrency
         if limit is None:
             limit = num_threads or self.num_threads or dspy.settings.async_max_workers
         call = self._evaluate(
             program=program,
             metric=metric,
-            devset=calls.check_devset(self.devset if devset is None else devset),
-            num_threads=calls.check_limit(limit),
+            devset=calling.check_devset(self.devset if devset is None else devset),
+            num_threads=calling.check_limit(limit),
             display_progress=self.display_progress if display_progress is None else display_progress,
             display_table=self.display_table if display_table is None else display_table,
             callback_metadata=callback_metadata,
             save_as_csv=self.save_as_csv if save_as_csv is None else save_as_csv,
             save_as_json=self.save_as_json if save_as_json is None else save_as_json,
-            timeout=self.timeout if timeout is None else calls.check_positive(timeout, "timeout", "seconds"),
+            timeout=self.timeout if timeout is None else calling.check_positive(timeout, "timeout", "seconds"),
         )
         async with _closing_in_threads():
             return await call
@@ -180,7 +180,7 @@ class AsyncEvaluate(dspy.Evaluate):
         POSTPONED.set(None)  # what the examples evaluate is on its own
         if postponed is not None and postponed.evaluation is evaluation is not None:
             if postponed.opening is not None:
-                await to_the_end(postponed.opening)  # cancelled meanwhile: the run is there, and ends KILLED
+                await run_uninterrupted(postponed.opening)  # cancelled meanwhile: the run is there, and ends KILLED
             evaluation.enter()
         name = getattr(program, "__name__", None) or type(program).__name__
         with BOARD.line(name, len(devset), self.failure_score, is_shown=display_progress) as line:
@@ -188,16 +188,16 @@ class AsyncEvaluate(dspy.Evaluate):
                 conditions = replace(conditions, note=line.advance)
             outcomes = await Examples(*callers, rules, conditions, evaluation).run(devset)
         if not outcomes:
-            raise outputs.NothingRun("a budget was reached before the first example")
+            raise results.NothingRun("a budget was reached before the first example")
         if evaluation is not None:
             evaluation.devset_size = len(outcomes)  # what its run has as `examples`: a budget may have left some out
-        result = outputs.result_of(outcomes, devset, self.failure_score)
+        result = results.result_of(outcomes, devset, self.failure_score)
         if display_table:
-            outputs.show(self, result.results, metric, display_table)
+            results.show(self, result.results, metric, display_table)
         if save_as_csv:
-            outputs.save_as_csv(save_as_csv, result.results, metric)
+            results.save_as_csv(save_as_csv, result.results, metric)
         if save_as_json:
-            outputs.save_as_json(save_as_json, result.results, metric)
+            results.save_as_json(save_as_json, result.results, metric)
         return result
 
     def _conditions(self, limit: int) -> Conditions:
@@ -216,11 +216,11 @@ async def _closing_in_threads() -> AsyncIterator[None]:
         POSTPONED.set(before)
         if postponed.closing:
             try:
-                await to_the_end(_call_all, postponed.closing)
+                await run_uninterrupted(_call_all, postponed.closing)
             except anyio.get_cancelled_exc_class():
                 # No result for the caller, so its run is no whole one either.
                 if postponed.evaluation is not None and postponed.evaluation.run is not None:
-                    await to_the_end(postponed.evaluation.run.end, KILLED)
+                    await run_uninterrupted(postponed.evaluation.run.end, KILLED)
                 raise
 
 

@@ -21,10 +21,10 @@ import dspy
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.evaluate import local
-from dspy_mlflow_async.evaluate.identity import MAX_VALUE_BYTES
-from dspy_mlflow_async.evaluate.lasting import to_the_end
+from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
+from dspy_mlflow_async.evaluate.fingerprint import MAX_VALUE_BYTES
 from dspy_mlflow_async.evaluate.local import LocalCopy
-from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.evaluate.uninterrupted import run_uninterrupted
 from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
 from dspy_mlflow_async.seams import mlflow_store
@@ -79,7 +79,7 @@ class Journal:
             await self._news.wait()
             self._news = anyio.Event()
             began = time.monotonic()
-            is_written = await self._write(to_the_end)
+            is_written = await self._write(run_uninterrupted)
             if not self._is_closing:  # one fifth of the time at most
                 await anyio.sleep(4 * (time.monotonic() - began) if is_written else _RETRY_SECONDS)
             elif not is_written:

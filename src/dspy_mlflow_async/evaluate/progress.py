@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.printable import printable
 

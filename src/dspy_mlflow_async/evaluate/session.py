@@ -15,19 +15,19 @@ import dspy
 
 from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback
-from dspy_mlflow_async.evaluate import records, summary
+from dspy_mlflow_async.evaluate import stored_runs, summary
 from dspy_mlflow_async.evaluate.budget import Budget, Limits
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import FAILED, FINISHED, STOPPED, CaseResult, Comparison
 from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
+from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.examples import Conditions, is_cancelled_from_outside
-from dspy_mlflow_async.evaluate.held import HeldRun
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
-from dspy_mlflow_async.evaluate.outcome import Outcome
-from dspy_mlflow_async.evaluate.outputs import NothingRun
+from dspy_mlflow_async.evaluate.limits import Slots
+from dspy_mlflow_async.evaluate.pending_run import HeldRun
 from dspy_mlflow_async.evaluate.progress import BOARD, Line
-from dspy_mlflow_async.evaluate.records import Plan, StoredCase
-from dspy_mlflow_async.evaluate.slots import Slots
+from dspy_mlflow_async.evaluate.results import NothingRun
+from dspy_mlflow_async.evaluate.stored_runs import Plan, StoredCase
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED
 from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
@@ -106,7 +106,7 @@ class Session:
         self._parent = await held.open()
         status = RUN_FAILED
         try:
-            with records.entered(self._parent), _traced():
+            with stored_runs.entered(self._parent), _traced():
                 await self._evaluate()
             comparison = await anyio.to_thread.run_sync(self._compare)
             if any(case.status != FAILED for case in comparison.cases):
@@ -121,8 +121,8 @@ class Session:
 
     def _open_parent(self, plan: Plan, resume: str | None) -> RunHandle | None:
         if resume is None:
-            return records.open_parent(self._options.run_name, plan)
-        parent, self._stored = records.reopen_parent(resume, plan)
+            return stored_runs.open_parent(self._options.run_name, plan)
+        parent, self._stored = stored_runs.reopen_parent(resume, plan)
         return parent
 
     async def _evaluate(self) -> None:
@@ -146,12 +146,12 @@ class Session:
         if stored is None and self._slots.is_closed:
             self._results[case.name] = summary.case_result(case, {}, STOPPED)
             return
-        held = HeldRun(functools.partial(records.open_case, self._parent, case.name, stored))
+        held = HeldRun(functools.partial(stored_runs.open_case, self._parent, case.name, stored))
         handle = await held.open()
         outcomes = {} if stored is None else _kept(stored)
         status, result, failure = RUN_FAILED, None, None
         try:
-            with records.entered(handle), contextlib.suppress(NothingRun):
+            with stored_runs.entered(handle), contextlib.suppress(NothingRun):
                 result = await self._evaluate_case(
                     case, handle, outcomes, Stored() if stored is None else stored.journal
                 )
@@ -207,7 +207,7 @@ class Session:
         left_out = len(case.devset or ()) - count
         if left_out or is_resumed:
             stopped_by = self._budget.reached if left_out else None
-            handle.tags({records.STOPPED_TAG: stopped_by or "", records.NOT_RUN_TAG: left_out})
+            handle.tags({stored_runs.STOPPED_TAG: stopped_by or "", stored_runs.NOT_RUN_TAG: left_out})
         if not count:
             handle.metrics({"examples": 0})
 

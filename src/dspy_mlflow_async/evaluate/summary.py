@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dspy_mlflow_async.evaluate import records, statistics
+from dspy_mlflow_async.evaluate import statistics, stored_runs
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
-from dspy_mlflow_async.evaluate.outcome import Outcome, number_of
+from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
 from dspy_mlflow_async.evaluate.plot import plot_of_cases
 from dspy_mlflow_async.runs.artifacts import columns_of
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
@@ -131,8 +131,8 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
         {
             "dspy_mlflow_async.baseline": comparison.baseline,
             "dspy_mlflow_async.best": None if best is None else best.name,
-            records.STOPPED_TAG: comparison.stopped_by or "",
-            records.NOT_RUN_TAG: sum(map(len, comparison.not_run.values())),
+            stored_runs.STOPPED_TAG: comparison.stopped_by or "",
+            stored_runs.NOT_RUN_TAG: sum(map(len, comparison.not_run.values())),
         }
     )
     try:

@@ -1,15 +1,15 @@
 """Does it arrive whole? Traces and run results on their way to the MLflow store."""
 
-from dspy_mlflow_async.export.books import ExportStats
-from dspy_mlflow_async.export.dead_letters import DeadLetter
-from dspy_mlflow_async.export.exit import before_leaving
+from dspy_mlflow_async.export.assemble.sampling import KEEPS
+from dspy_mlflow_async.export.counters import ExportStats
 from dspy_mlflow_async.export.installation import count_sampled, discard, flush, hold, install, release, secure, stats
-from dspy_mlflow_async.export.items import Creation
-from dspy_mlflow_async.export.late_runs import CREATION_TAG, is_stand_in, known, new_id
+from dspy_mlflow_async.export.operations import Creation
 from dspy_mlflow_async.export.options import ExportOptions
-from dspy_mlflow_async.export.replaying import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
+from dspy_mlflow_async.export.queue.replay import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
 from dspy_mlflow_async.export.runs import RunWriter, is_refusal, real_id, run_writer
-from dspy_mlflow_async.export.sampling import KEEPS
+from dspy_mlflow_async.export.shutdown import before_leaving
+from dspy_mlflow_async.export.spool.dead_letters import DeadLetter
+from dspy_mlflow_async.export.write.late_runs import CREATION_TAG, is_stand_in, known, new_id
 
 __all__ = [
     "CREATION_TAG",

@@ -9,12 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dspy_mlflow_async.export import collected, gate, workers
-from dspy_mlflow_async.export import exit as process_exit
-from dspy_mlflow_async.export.books import Books, ExportStats
-from dspy_mlflow_async.export.exporter import RetiringProcessor, WholeTraceExporter, WholeTraceProcessor, processors
+from dspy_mlflow_async.export import shutdown as process_exit
+from dspy_mlflow_async.export import worker_processes
+from dspy_mlflow_async.export.assemble import deferred
+from dspy_mlflow_async.export.assemble.span_processor import (
+    RetiringProcessor,
+    WholeTraceExporter,
+    WholeTraceProcessor,
+    processors,
+)
+from dspy_mlflow_async.export.counters import ExportStats, TraceCounters
 from dspy_mlflow_async.export.options import ExportOptions
-from dspy_mlflow_async.export.pipeline import Pipeline
+from dspy_mlflow_async.export.queue.pipeline import Pipeline
+from dspy_mlflow_async.export.write import fork_gate
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_by_id as by_id_seam
 from dspy_mlflow_async.seams import mlflow_http, mlflow_processor, mlflow_store, mlflow_traces
@@ -31,7 +38,7 @@ _retiring: Pipeline | None = None  # what was undone while traces were open in i
 _unbind_http: Callable[[], None] | None = None  # the undo of what bounds MLflow's requests, while anybody writes
 _pause = threading.Event()  # never set: a wait on it is a pause
 _LOOK = 0.05  # seconds between two looks whether a trace is still open
-_books = Books()  # one for the process, whatever is installed
+_books = TraceCounters()  # one for the process, whatever is installed
 
 
 def pipeline() -> Pipeline:
@@ -62,7 +69,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
     with _lock:
         old = _pipeline or _take_retiring()
         mine = Pipeline(options, _books, housekeeping)
-        workers.hear_of_celery()
+        worker_processes.hear_of_celery()
         if old is not None:
             _close(old, successor=mine)
         _pipeline = mine
@@ -73,7 +80,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
                 by_id_seam.patch_by_id(_OnTheirWay()),
                 patch_prices(),
                 process_exit.on_signals(_leave, options.exit_timeout + 5),
-                collected.watch(),
+                deferred.watch(),
             ]
         for processor, _ in mlflow_processor.replace_processors(_ours_for):
             _take_over(processor)
@@ -237,7 +244,7 @@ def secure(timeout: float) -> bool:
 def stats() -> ExportStats:
     """Where the traces of this process are."""
     current, counted = _pipeline, _books.stats()
-    return counted if current is None else replace(counted, in_progress=current.collector.count_shown())
+    return counted if current is None else replace(counted, in_progress=current.assembler.count_shown())
 
 
 @guarded
@@ -247,7 +254,7 @@ def hold(trace_id: str) -> None:
     Args:
         trace_id: MLflow's id, ``tr-...``. Held twice, it must be released twice.
     """
-    pipeline().current().collector.hold(trace_id)
+    pipeline().current().assembler.hold(trace_id)
 
 
 @guarded
@@ -268,7 +275,7 @@ def release(
         metadata: Trace metadata to add.
         tags: Trace tags to add.
     """
-    pipeline().current().collector.release(trace_id, assessments, metadata or {}, tags or {})
+    pipeline().current().assembler.release(trace_id, assessments, metadata or {}, tags or {})
 
 
 class _OnTheirWay:
@@ -277,7 +284,7 @@ class _OnTheirWay:
     @guarded
     def note(self, uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
         """Take an assessment along with a trace that is not handed on yet."""
-        return pipeline().current().collector.note(uri, trace_id, assessment)
+        return pipeline().current().assembler.note(uri, trace_id, assessment)
 
     @guarded
     def ensure_stored(self, trace_id: str) -> None:
@@ -292,12 +299,12 @@ class _OnTheirWay:
 
 @guarded
 def discard(trace_id: str) -> None:
-    """Do not write a trace that is not written yet. It counts as ``sampled``.
+    """Do not write a trace that is not written yet. It counts as ``sampled_out``.
 
     Args:
         trace_id: MLflow's id, ``tr-...``.
     """
-    pipeline().current().collector.discard(trace_id)
+    pipeline().current().assembler.discard(trace_id)
 
 
 def count_sampled() -> None:
@@ -316,7 +323,7 @@ process_exit.at_exit(_leave)
 
 
 def _before_fork() -> None:
-    gate.writes.close()
+    fork_gate.writes.close()
     _lock.acquire()
     mlflow_traces.manager_lock().acquire()
 
@@ -326,13 +333,13 @@ def _after_fork_in_parent() -> None:
         _pipeline.has_forked = True
     mlflow_traces.manager_lock().release()
     _lock.release()
-    gate.writes.open()
+    fork_gate.writes.open()
 
 
 def _after_fork_in_child() -> None:
     mlflow_traces.manager_lock().release()
     _lock.release()
-    gate.writes.reset()
+    fork_gate.writes.reset()
     _closing.clear()
     for processor in list(processors):
         mlflow_processor.reset_processor_locks(processor)
@@ -340,7 +347,7 @@ def _after_fork_in_child() -> None:
     if current is not None:
         for uri in current.queues:
             mlflow_store.abandon_connections(uri)
-        collected.waiting.clear()  # the parent's
+        deferred.waiting.clear()  # the parent's
         current.after_fork()
         current.is_closed = current is retiring  # the parent ends what is open there
         if _installed is not None:

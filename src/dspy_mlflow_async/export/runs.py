@@ -6,18 +6,18 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dspy_mlflow_async.export import late_runs
 from dspy_mlflow_async.export.installation import pipeline
-from dspy_mlflow_async.export.items import Creation, Fate, RunItem
-from dspy_mlflow_async.export.retry import Verdict, judge
-from dspy_mlflow_async.export.run_items import parts
+from dspy_mlflow_async.export.operations import Creation, RunOperation, WriteStatus
+from dspy_mlflow_async.export.write import late_runs
+from dspy_mlflow_async.export.write.errors import Verdict, classify
+from dspy_mlflow_async.export.write.run_operations import parts
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, Run, RunTag
 
-    from dspy_mlflow_async.export.store_queue import StoreQueue
+    from dspy_mlflow_async.export.queue.store_queue import StoreQueue
 
 
 class RunWriter:
@@ -25,11 +25,11 @@ class RunWriter:
 
     def __init__(self, tracking_uri: str | None) -> None:
         self._uri = mlflow_store.resolve_tracking_uri(tracking_uri)
-        self._fate = Fate()
+        self._write_status = WriteStatus()
 
     def create(self, stand_in: str, creation: Creation) -> None:
         """Create a run as soon as the store does that; the other methods take ``stand_in`` for its id at once."""
-        self._put(RunItem(key=stand_in, size=1000, creation=creation))
+        self._put(RunOperation(key=stand_in, size=1000, creation=creation))
 
     def keep(self, stand_in: str, run: Run, creation: Creation) -> None:
         """Note that a run is there under a stand-in id; one that was created a second time is deleted.
@@ -57,7 +57,7 @@ class RunWriter:
     ) -> None:
         """Log any number of metrics, params and tags."""
         for m, p, t in parts(list(metrics), list(params), list(tags)):
-            self._put(RunItem(key=run_id, size=500, metrics=m, params=p, tags=t))
+            self._put(RunOperation(key=run_id, size=500, metrics=m, params=p, tags=t))
 
     def artifact(self, run_id: str, path: str, content: bytes) -> None:
         """Store an artifact.
@@ -67,7 +67,7 @@ class RunWriter:
             path: Where it goes in the run's artifacts, with "/" between folders.
             content: The whole of it.
         """
-        self._put(RunItem(key=run_id, size=len(content) + 500, path=path, content=content))
+        self._put(RunOperation(key=run_id, size=len(content) + 500, path=path, content=content))
 
     def end(self, run_id: str, status: str, end_time_ms: int) -> None:
         """End a run.
@@ -77,7 +77,7 @@ class RunWriter:
             status: MLflow's word for it: "FINISHED", "FAILED", "KILLED".
             end_time_ms: Milliseconds since the epoch.
         """
-        self._put(RunItem(key=run_id, status=status, end_time_ms=end_time_ms))
+        self._put(RunOperation(key=run_id, status=status, end_time_ms=end_time_ms))
 
     def settle(self, run_id: str, timeout: float = 10.0) -> bool:
         """Bring to the store what waits of a run, in as few requests as it takes, ahead of all else that waits.
@@ -89,14 +89,14 @@ class RunWriter:
         Returns:
             Whether the store has everything that was logged into the run by this writer.
         """
-        return bool(self._settle(run_id, timeout)) and not self._fate.was_refused
+        return bool(self._settle(run_id, timeout)) and not self._write_status.was_refused
 
     def _queue(self) -> StoreQueue:
         return pipeline().current().queue(self._uri)
 
     @guarded
-    def _put(self, item: RunItem) -> None:
-        item.workspace, item.fate = mlflow_store.request_workspace(), self._fate
+    def _put(self, item: RunOperation) -> None:
+        item.workspace, item.write_status = mlflow_store.request_workspace(), self._write_status
         self._queue().put(item)
 
     @guarded
@@ -119,7 +119,7 @@ def run_writer(tracking_uri: str | None) -> RunWriter:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether an error of the store says that it will never do what it was asked for."""
-    return judge(error) is Verdict.REFUSED
+    return classify(error) is Verdict.REFUSED
 
 
 def real_id(run_id: str) -> str:

@@ -15,8 +15,8 @@ import dspy
 
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.runs import active, artifacts, opening
-from dspy_mlflow_async.runs.asking import ask
+from dspy_mlflow_async.runs import active_runs, artifacts, selection
+from dspy_mlflow_async.runs.bounded import ask
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
 from dspy_mlflow_async.runs.usage import add_up
 from dspy_mlflow_async.seams import dspy as dspy_seam
@@ -50,7 +50,7 @@ class Compile:
         self.run: RunHandle | None = None
         self._optimizer = optimizer
         self._inputs = inputs
-        self._block: active.Block | None = None
+        self._block: active_runs.Block | None = None
         self._is_shown = False
         # MIPROv2 proposes with the LM that runs the program where it is given no other: then nobody can tell.
         self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
@@ -64,7 +64,7 @@ class Compile:
     def open(self) -> None:
         """Open the run, make it active, and log what is being compiled."""
         try:
-            self.run = opening.open_run(
+            self.run = selection.open_run(
                 None,
                 child_name=type(self._optimizer).__name__,
                 tags={seam.MLFLOW_AUTOLOGGING: autolog_seam.FLAVOR},
@@ -73,7 +73,7 @@ class Compile:
             logger.warning("The compile of %s has no run (%s).", type(self._optimizer).__name__, error)
             return
         self.run.door = self._door
-        self._block = active.Block(self.run.run)
+        self._block = active_runs.Block(self.run.run)
         self.run.params(artifacts.scalar_params(self._optimizer_params()) | artifacts.scalar_params(self._inputs))
         self._show_in_ui(self.run)
 
@@ -155,7 +155,7 @@ class Compile:
                 self._log(functools.partial(self._log_dataset, run, name))
             self._log(lambda: self._log_plot(run))
         finally:
-            opening.close(run, status)
+            selection.close(run, status)
             self._show_in_ui(run)
             if not run.is_complete:
                 logger.warning(
@@ -260,5 +260,5 @@ def _lms_of(module: Any) -> list[Any]:
 
 def active_run_handle() -> RunHandle | None:
     """The run that is active here, as somebody else's."""
-    run = active.innermost()
+    run = active_runs.innermost()
     return None if run is None else RunHandle(run, is_own=False)

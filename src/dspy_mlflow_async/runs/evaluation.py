@@ -13,7 +13,7 @@ import dspy
 
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.runs import active, artifacts, opening
+from dspy_mlflow_async.runs import active_runs, artifacts, selection
 from dspy_mlflow_async.runs.compile import Compile
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.feedback import metric_name
@@ -74,7 +74,7 @@ class Evaluation:
             self._postponed.evaluation = self
         self._is_logged = False
         self._failure: Exception | None = None
-        self._block: active.Block | None = None
+        self._block: active_runs.Block | None = None
         self._ended: list[Example] = []
 
     @classmethod
@@ -132,16 +132,16 @@ class Evaluation:
 
     def _find_run(self) -> RunHandle | Callable[[], RunHandle]:
         if self._compile is None:
-            return opening.find_run(self.key)
+            return selection.find_run(self.key)
         self._parent, self._step = self._compile.begin_evaluation(self.key)
-        parent = self._parent.run if self._parent is not None else active.innermost()
-        return functools.partial(opening.create, f"{self.key}_{self._step}", parent=parent)
+        parent = self._parent.run if self._parent is not None else active_runs.innermost()
+        return functools.partial(selection.create, f"{self.key}_{self._step}", parent=parent)
 
     @guarded
     def enter(self) -> None:
         """Make the run active here, if there is one."""
         if self.run is not None:
-            self._block = active.Block(self.run.run)
+            self._block = active_runs.Block(self.run.run)
 
     def leave(self) -> None:
         """Make active again, by value, what was before."""
@@ -163,7 +163,7 @@ class Evaluation:
                 self._log_results(self.run, outputs, score)
         finally:
             if self.run is not None:
-                opening.close(self.run, status)
+                selection.close(self.run, status)
             if self._is_logged and self._compile is not None and score is not None:
                 self._compile.end_evaluation(self._parent, self.key, self._step, score)
             self._report_gaps(score)

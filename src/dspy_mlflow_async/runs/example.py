@@ -49,7 +49,7 @@ class Example:
         self._is_predicting = False
         self._is_held = False
 
-    def saw(self, span: seam.OpenSpan) -> None:
+    def on_span_start(self, span: seam.OpenSpan) -> None:
         """A span begins. The first one while the program predicts belongs to the prediction's trace."""
         if self._is_predicting and self.trace_id is None:
             self.trace_id = span.trace_id

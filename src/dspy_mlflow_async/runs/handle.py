@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.runs.artifacts import table_json
-from dspy_mlflow_async.runs.asking import TIMEOUT, ask
+from dspy_mlflow_async.runs.bounded import TIMEOUT, ask
 from dspy_mlflow_async.seams import mlflow_runs as seam
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.door import Door

@@ -111,7 +111,7 @@ def extended_context(*, metadata: Mapping[str, str], tags: Mapping[str, str]) ->
 INVALID_SPAN = otel.INVALID_SPAN
 
 
-class Here(NamedTuple):
+class TracingContext(NamedTuple):
     """MLflow's tracing context where it was asked for.
 
     Attributes:
@@ -127,13 +127,13 @@ class Here(NamedTuple):
     span: Any
 
 
-def here() -> Here:
+def current_context() -> TracingContext:
     """MLflow's tracing context at this point."""
     is_isolated, runtime, shared = live_seam.is_isolated(), RUNTIME_CONTEXT.get(), otel_context.get_current()
-    return Here(is_isolated, runtime, shared, otel.get_current_span(runtime if is_isolated else shared))
+    return TracingContext(is_isolated, runtime, shared, otel.get_current_span(runtime if is_isolated else shared))
 
 
-def attach(span: Any, before: Here) -> None:
+def attach(span: Any, before: TracingContext) -> None:
     """Make an OpenTelemetry span current, as ``mlflow.tracing.provider.set_span_in_context`` does.
 
     Args:
@@ -148,14 +148,14 @@ def attach(span: Any, before: Here) -> None:
         otel_context.attach(otel.set_span_in_context(span, before.shared))
 
 
-def reattach(before: Here) -> None:
+def reattach(before: TracingContext) -> None:
     """Make current again, by value, what ``attach`` or ``detach`` has replaced."""
     RUNTIME_CONTEXT.set(before.runtime)
     if otel_context.get_current() is not before.shared:
         otel_context.attach(before.shared)
 
 
-def without_span(where: Here) -> Here:
+def without_span(where: TracingContext) -> TracingContext:
     """The same context with no span current in it."""
     return where._replace(
         runtime=otel.set_span_in_context(otel.INVALID_SPAN, where.runtime),
@@ -164,13 +164,13 @@ def without_span(where: Here) -> Here:
     )
 
 
-def detach() -> Here:
+def detach() -> TracingContext:
     """Make no span current, so that the next one begins a trace of its own.
 
     Returns:
         What was current before.
     """
-    before = here()
+    before = current_context()
     attach(otel.INVALID_SPAN, before)
     return before
 
@@ -236,7 +236,7 @@ class _Tracer:
 _tracer = _Tracer()
 
 
-def current_tracer(where: Here) -> Any:
+def current_tracer(where: TracingContext) -> Any:
     """The tracer of MLflow's provider."""
     if provider_seam.DISABLED.get():
         return provider_seam.no_op_tracer()
@@ -251,7 +251,7 @@ def forget_tracer() -> None:
 def start_span(
     name: str,
     span_type: str,
-    where: Here,
+    where: TracingContext,
     parent: Any | None,
     root: Any | None,
     attributes: dict[str, str],

@@ -79,7 +79,7 @@ class SpanExporter(MlflowV3SpanExporter):
 
     Args:
         tracking_uri: The store; None for MLflow's current one.
-        queue: What MLflow's flush functions and exit handlers look for, see ``export.exporter.Queue``.
+        queue: What MLflow's flush functions and exit handlers look for, see ``export.assemble.span_processor.Queue``.
     """
 
     def __init__(self, tracking_uri: str | None, queue: Any) -> None:

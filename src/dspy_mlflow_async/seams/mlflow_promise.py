@@ -29,7 +29,7 @@ class Promise(Protocol):
         """The span, begun now if it was not; INVALID_SPAN once it is too late."""
 
 
-class PromisedSpan(otel.Span):
+class LazySpan(otel.Span):
     """Stands where MLflow and OpenTelemetry look for the current span.
 
     Both ask the current span for its ``get_span_context()`` when they begin a child, and only then: that is when
@@ -43,7 +43,7 @@ class PromisedSpan(otel.Span):
     def __class__(self) -> Any:
         """What ``isinstance`` is told; MLflow's ``get_current_active_span`` sorts spans by it."""
         span = self._promise.span
-        return otel.NonRecordingSpan if span is None or isinstance(span, otel.NonRecordingSpan) else PromisedSpan
+        return otel.NonRecordingSpan if span is None or isinstance(span, otel.NonRecordingSpan) else LazySpan
 
     @__class__.setter
     def __class__(self, value: Any) -> None:

@@ -20,7 +20,7 @@ _LARGE = frozenset({set, frozenset, deque, type({}.keys()), type({}.values()), t
 _VIEWS: tuple[type[Any], ...] = (type({}.values()), type({}.items()))
 
 
-def held_by(value: Any, most: int = sys.maxsize) -> Any:
+def contents_of(value: Any, most: int = sys.maxsize) -> Any:
     """What an object holds, as a mapping or list that may be the object's own; None where that cannot be known.
 
     Other mappings are not read: to iterate over one is to run its code.

@@ -30,7 +30,9 @@ class SpanScope:
 
     __slots__ = ("before", "ended", "ledger", "settings", "show_outputs", "span", "usage")
 
-    def __init__(self, span: seam.OpenSpan, before: seam.Here, settings: Settings, ledger: Ledger | None) -> None:
+    def __init__(
+        self, span: seam.OpenSpan, before: seam.TracingContext, settings: Settings, ledger: Ledger | None
+    ) -> None:
         self.ended = False
         self.span = span
         self.settings = settings
@@ -55,7 +57,7 @@ class Counting:
 
     __slots__ = ("left_out", "usage")
 
-    def __init__(self, usage: Usage, left_out: LeftOut | None) -> None:
+    def __init__(self, usage: Usage, left_out: SampledOut | None) -> None:
         self.usage = usage
         self.left_out = left_out
 
@@ -74,7 +76,7 @@ class Region:
         self.isolated = isolated
         self._is_suppressed = suppressed
         self.trace_context = seam.TRACE_CONTEXT.get()
-        self.before = seam.here() if isolated else None
+        self.before = seam.current_context() if isolated else None
 
     def enter(self) -> None:
         """Let it hold from here on. Its frame is entered first, so that whatever interrupts this can be undone."""
@@ -99,12 +101,12 @@ class Untraced:
         self.ended = False
 
 
-class LeftOut(Untraced):
+class SampledOut(Untraced):
     """The scope of a call that the sampler has left out, with all that is below it."""
 
     __slots__ = ("before",)
 
-    def __init__(self, span: seam.Unsampled, before: seam.Here) -> None:
+    def __init__(self, span: seam.Unsampled, before: seam.TracingContext) -> None:
         super().__init__()
         self.before = before
         seam.attach(span.otel, before)

@@ -17,7 +17,7 @@ from dspy_mlflow_async.spans import bounds
 from dspy_mlflow_async.spans.bounds import Mark
 from dspy_mlflow_async.spans.contents import MARGIN, mask
 from dspy_mlflow_async.spans.media import blocks_of, in_few_words, may_be_attached
-from dspy_mlflow_async.spans.opaque import beginning_of_text, behind, contain, held_by, is_a, text_of
+from dspy_mlflow_async.spans.opaque import beginning_of_text, behind, contain, contents_of, is_a, text_of
 from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN
 from dspy_mlflow_async.spans.secrets import MASK, is_secret, mask_in_text, names_secret
 
@@ -279,7 +279,7 @@ class Plain:
         if is_dataclass(value) and not is_a(value, type):
             shown = {field.name: getattr(value, field.name) for field in fields(value)}
             return self._nested(value, shown, secrets=secrets)
-        inside = held_by(value, max(self._remaining, 0) + 1)
+        inside = contents_of(value, max(self._remaining, 0) + 1)
         if inside is not None and self._must_be_opened(value, inside, secrets=secrets):
             before, self._looks_inside = self._looks_inside, True
             try:

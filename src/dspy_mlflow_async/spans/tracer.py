@@ -15,16 +15,16 @@ from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey
 from dspy_mlflow_async.seams.mlflow_media import CAN_ATTACH, extract_attachments
-from dspy_mlflow_async.seams.mlflow_promise import PromisedSpan
+from dspy_mlflow_async.seams.mlflow_promise import LazySpan
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.describe import Description
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.media import without_media
+from dspy_mlflow_async.spans.observer import Observer, RequestObserver
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
-from dspy_mlflow_async.spans.scopes import Counting, LeftOut, Region, SpanScope, Untraced, Usage, abandoned
+from dspy_mlflow_async.spans.scopes import Counting, Region, SampledOut, SpanScope, Untraced, Usage, abandoned
 from dspy_mlflow_async.spans.serialize import dump
-from dspy_mlflow_async.spans.witness import RequestWitness, Witness
 
 _OK = Status(StatusCode.OK)
 _OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
@@ -59,7 +59,7 @@ def is_recording(*, heeds_switch: bool = True) -> bool:
     scope = frame.scope if frame is not None else None
     if not isinstance(scope, Untraced) or scope.ended:
         return True
-    return not (heeds_switch or isinstance(scope, LeftOut))
+    return not (heeds_switch or isinstance(scope, SampledOut))
 
 
 def enter_untraced(call_id: str) -> None:
@@ -84,10 +84,10 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     frame = frames.current()
     if frame is not None and frame.call_id == call_id and not isinstance(frame.scope, Untraced):
         return None  # two of our callbacks on one call: one span
-    request: RequestWitness | None = frame.request if frame is not None else None
+    request: RequestObserver | None = frame.request if frame is not None else None
     if request is not None:
         settings = request.adapt(settings)
-    before = seam.here()
+    before = seam.current_context()
     where, parent, enclosing = _parent(before, frame)
     root = enclosing.span.root if enclosing is not None and parent is not None else None
     plain = Door(settings).plain(secrets=description.has_secrets, media=True)
@@ -99,18 +99,18 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     if span is None:
         return None
     if isinstance(span, seam.Unsampled):
-        frames.enter(call_id, LeftOut(span, before))
+        frames.enter(call_id, SampledOut(span, before))
         return None
     scope = SpanScope(span, before, settings, enclosing.ledger if enclosing is not None else None)
     frames.enter(call_id, scope)
     scope.enter()
     if plain.has_attachments:
         span.otel.set_attribute(SpanAttributeKey.INPUTS, _without_media(span, inputs, settings))
-    example: Witness | None = frame.example if frame is not None else None
+    example: Observer | None = frame.example if frame is not None else None
     if example is not None:
-        example.saw(span)
+        example.on_span_start(span)
     if request is not None:
-        request.saw(span)
+        request.on_span_start(span)
     return scope
 
 
@@ -118,7 +118,7 @@ def count_only(call_id: str, usage: Usage) -> None:
     """Begin an LM call that gets no span: let ``usage`` count until it ends."""
     frame = frames.leave(call_id)  # where it was entered as untraced
     scope = frame.scope if frame is not None else None
-    frames.enter(call_id, Counting(usage, scope if isinstance(scope, LeftOut) else None))
+    frames.enter(call_id, Counting(usage, scope if isinstance(scope, SampledOut) else None))
 
 
 def is_open(call_id: str) -> bool:
@@ -142,7 +142,7 @@ def end(call_id: str, outputs: Any, exception: BaseException | None) -> None:
         scope = scope.left_out
     if isinstance(scope, Untraced):
         scope.ended = True
-    if isinstance(scope, LeftOut):
+    if isinstance(scope, SampledOut):
         seam.reattach(scope.before)
     if not isinstance(scope, SpanScope) or scope.ended:
         return
@@ -172,7 +172,9 @@ def _end_abandoned_span(span: seam.OpenSpan, settings: Settings) -> None:
     end_span(span, settings, {}, outcomes.ABANDONED_FAILURE)
 
 
-def _parent(where: seam.Here, frame: frames.Frame | None) -> tuple[seam.Here, Any | None, SpanScope | None]:
+def _parent(
+    where: seam.TracingContext, frame: frames.Frame | None
+) -> tuple[seam.TracingContext, Any | None, SpanScope | None]:
     """What is current for a new call, the span to begin under, and our innermost open scope.
 
     MLflow's current span is the innermost of ours and the user's. In a context that outlives the call it was
@@ -188,7 +190,7 @@ def _parent(where: seam.Here, frame: frames.Frame | None) -> tuple[seam.Here, An
             where = frame.scope.before
         frame = frame.parent
     enclosing = _enclosing(frame)
-    if type(where.span) is PromisedSpan:
+    if type(where.span) is LazySpan:
         where = where._replace(span=where.span.begun())
     if seam.is_live(where.span):
         return where, where.span, enclosing

@@ -28,8 +28,8 @@ from dspy_mlflow_async.seams.dspy import (
 )
 from dspy_mlflow_async.seams.mlflow import OpenSpan, SpanAttributeKey, TokenUsageKey
 from dspy_mlflow_async.seams.mlflow_live import usage_spans_below
+from dspy_mlflow_async.spans.observer import LmCall, RequestObserver
 from dspy_mlflow_async.spans.outcome import OK, outcome_of
-from dspy_mlflow_async.spans.witness import LmCall, RequestWitness
 
 Usage = Mapping[str, Any]
 _NOTHING: Usage = {}
@@ -181,7 +181,7 @@ class LmUsage:
 
     __slots__ = ("_before", "_began", "_knows_cache_hits", "_ledgers", "_model", "_request", "_tracker")
 
-    def __init__(self, lm: Any, ledgers: Sequence[Ledger], request: RequestWitness | None = None) -> None:
+    def __init__(self, lm: Any, ledgers: Sequence[Ledger], request: RequestObserver | None = None) -> None:
         self._knows_cache_hits = reports_each_response(lm.__class__)
         self._request = request
         if request is not None:
@@ -242,7 +242,7 @@ class ModuleUsage:
 
     __slots__ = ("_before", "_ledgers", "_request", "_span", "_tracker", "ledger")
 
-    def __init__(self, span: OpenSpan, ledgers: Sequence[Ledger], request: RequestWitness | None) -> None:
+    def __init__(self, span: OpenSpan, ledgers: Sequence[Ledger], request: RequestObserver | None) -> None:
         self._span, self._ledgers, self._request = span, ledgers, request
         self.ledger = Ledger()
         self._before = overrides()
@@ -289,7 +289,7 @@ class ModuleUsage:
         return counted
 
 
-class HandsOff:
+class UserTracks:
     """Takes our tracker away for a module call below which the user has switched on DSPy's own tracking."""
 
     __slots__ = ("_before",)
@@ -308,8 +308,8 @@ class HandsOff:
 
 
 def module_usage(
-    ledger: Ledger | None, span: OpenSpan, ledgers: Sequence[Ledger] = (), request: RequestWitness | None = None
-) -> tuple[ModuleUsage | HandsOff | None, Ledger]:
+    ledger: Ledger | None, span: OpenSpan, ledgers: Sequence[Ledger] = (), request: RequestObserver | None = None
+) -> tuple[ModuleUsage | UserTracks | None, Ledger]:
     """What a module call needs, given the ledger of the module calls around it; the rest is ``ModuleUsage``'s.
 
     Returns:
@@ -321,7 +321,7 @@ def module_usage(
     if is_tracking_usage():
         present = usage_tracker()
         if isinstance(present, CallUsage) and present.inner is None:
-            return HandsOff(), ledger
+            return UserTracks(), ledger
     return None, ledger
 
 

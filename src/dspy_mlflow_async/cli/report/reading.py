@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from dspy_mlflow_async.cli.report.scores import number_of
-from dspy_mlflow_async.evaluate import journal, records
+from dspy_mlflow_async.evaluate import journal, stored_runs
 from dspy_mlflow_async.seams import mlflow_artifacts
 from dspy_mlflow_async.spans.contents import mask
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
@@ -79,8 +79,8 @@ class Node:
     def stopped(self) -> str:
         """Which budget has stopped it, and how many examples that left out; empty where none has."""
         tags = self.run.data.tags
-        budget = tags.get(records.STOPPED_TAG, "").partition(":")[0]
-        return f"{budget}, {tags.get(records.NOT_RUN_TAG, '?')} not run" if budget else ""
+        budget = tags.get(stored_runs.STOPPED_TAG, "").partition(":")[0]
+        return f"{budget}, {tags.get(stored_runs.NOT_RUN_TAG, '?')} not run" if budget else ""
 
     @property
     def tokens(self) -> int | None:
@@ -115,7 +115,7 @@ def read(run_id: str) -> Node:
     Raises:
         ValueError: Where there is no such run.
     """
-    return _node(records.find_run(run_id))
+    return _node(stored_runs.find_run(run_id))
 
 
 def result_table(run: Any) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def result_table(run: Any) -> list[dict[str, Any]]:
 
 
 def _node(run: Any) -> Node:
-    children = tuple(_node(child) for child in records.children(run))
+    children = tuple(_node(child) for child in stored_runs.children(run))
     kind = _kind(run)
     rows = result_table(run) if kind == EVALUATION else []
     series = _series(run, kind, children, rows)
@@ -138,7 +138,7 @@ def _node(run: Any) -> Node:
 
 def _kind(run: Any) -> str:
     tags = run.data.tags
-    if tags.get(records.KIND_TAG) == records.KIND:
+    if tags.get(stored_runs.KIND_TAG) == stored_runs.KIND:
         return EVALUATE_ALL
     if "dspy.optimizer" in tags or any(key.startswith(_BEST_SCORE) for key in tags):
         return COMPILE

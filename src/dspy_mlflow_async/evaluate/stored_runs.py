@@ -1,0 +1,250 @@
+"""The runs of an ``evaluate_all`` in the store: one parent, a child per case, and what a resume reads back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.evaluate import fingerprint, journal
+from dspy_mlflow_async.evaluate.case import Case
+from dspy_mlflow_async.evaluate.journal import Stored
+from dspy_mlflow_async.printable import mask_uris
+from dspy_mlflow_async.runs import active_runs, selection
+from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
+from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.door import Door
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+KIND_TAG, KIND = "dspy_mlflow_async.kind", "evaluate_all"
+CASE_TAG = "dspy_mlflow_async.case"
+STOPPED_TAG = "dspy_mlflow_async.stopped_by"  # which budget ended it, in words; empty for none
+NOT_RUN_TAG = "dspy_mlflow_async.not_run"  # how many examples that left out
+PLAN_TAG = "dspy_mlflow_async.plan."  # and a number: a tag per case, there as soon as the run is
+RUNNING = "RUNNING"
+CREATION_SECONDS = 30.0  # longer than what a tracer may wait: without its run, a case cannot be resumed
+
+
+class CaseRun(seam.ActiveRun):
+    """The run of a case. What a resumed evaluation logs into it replaces what the interrupted one had logged."""
+
+    replaces_tables = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an ``evaluate_all`` evaluates, so that a resume can tell whether it is the same.
+
+    Attributes:
+        keys: By case, the fingerprint of each example of its devset.
+        texts: By case, what must not have changed: devset, metric, program, LM, adapter and settings.
+    """
+
+    keys: Mapping[str, Sequence[str]]
+    texts: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, cases: Sequence[Case]) -> Plan:
+        """The plan of these cases."""
+        known: dict[int, list[str]] = {}  # cases share devsets as a rule
+        keys = {}
+        for case in cases:
+            devset = case.devset or ()
+            if id(devset) not in known:
+                known[id(devset)] = [fingerprint.fingerprint(example) for example in devset]
+            keys[case.name] = known[id(devset)]
+        texts = {
+            case.name: {
+                "devset": fingerprint.digest(keys[case.name]),
+                "metric": fingerprint.text_of_function(case.metric),
+                "program": fingerprint.text_of_program(case.program),
+                "lm": fingerprint.text_of_lm(_in_force(case, "lm"), case.program),
+                "adapter": fingerprint.text_of_adapter(_in_force(case, "adapter")),
+                "settings": fingerprint.text_of_settings(case.settings),
+            }
+            for case in cases
+        }
+        return cls(keys, texts)
+
+    def stored(self, door: Door) -> dict[str, dict[str, str]]:
+        """The texts by case as they are stored."""
+        return {
+            shown_name(name, door): {what: door.text(text, MAX_TAG_LENGTH) for what, text in texts.items()}
+            for name, texts in self.texts.items()
+        }
+
+    def check(self, earlier: Mapping[str, Mapping[str, str]], run_id: str, door: Door) -> None:
+        """Refuse to go on with something else than was begun.
+
+        Raises:
+            ValueError: With the cases and what of them has changed.
+        """
+        stored = self.stored(door)
+        if earlier.keys() != stored.keys():
+            raise ValueError(
+                f"run {run_id} evaluates the cases {', '.join(sorted(earlier))}, not {', '.join(sorted(stored))}"
+            )
+        for name, texts in stored.items():
+            changed = [
+                f"{what} ({before} then, {text} now)"
+                for what, text in texts.items()
+                if (before := earlier[name].get(what)) != text
+            ]
+            if changed:
+                raise ValueError(f"run {run_id} cannot be resumed: case {name!r} has another {', '.join(changed)}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCase:
+    """A case of an earlier process.
+
+    Attributes:
+        run: MLflow's run.
+        journal: What is kept of its examples.
+    """
+
+    run: Any
+    journal: Stored
+
+
+def open_parent(name: str, plan: Plan) -> RunHandle | None:
+    """Create the parent run, under the one that is active here, and note the plan in it.
+
+    Returns:
+        Its handle, or None where the store does not create it within a bound: the evaluations go on without.
+    """
+    door = Door.here()
+    texts = [json.dumps({"case": case, **text}) for case, text in plan.stored(door).items()]
+    tags = {f"{PLAN_TAG}{number}": text for number, text in enumerate(texts)}
+    return _created(shown_name(name, door), active_runs.innermost(), {KIND_TAG: KIND, **tags})
+
+
+def reopen_parent(run_id: str, plan: Plan) -> tuple[RunHandle, dict[str, StoredCase]]:
+    """Take up the parent run of an earlier process.
+
+    Returns:
+        Its handle, and what is stored of its cases.
+
+    Raises:
+        TypeError: Where ``run_id`` is no text.
+        ValueError: Where there is no such run, it is another kind of run, or it has evaluated something else.
+    """
+    run = find_run(run_id)
+    if run.data.tags.get(KIND_TAG) != KIND:
+        raise ValueError(f"run {run_id} is not one of evaluate_all, so it cannot be resumed")
+    texts = [json.loads(text) for key, text in run.data.tags.items() if key.startswith(PLAN_TAG)]
+    door = Door.here()
+    plan.check({text.pop("case"): text for text in texts}, run_id, door)
+    names = {shown_name(name, door): name for name in plan.keys}
+    stored = {}
+    for child in children(run):
+        name = names.get(child.data.tags.get(CASE_TAG))
+        if name is not None:
+            stored[name] = StoredCase(child, journal.read(child, plan.keys[name]))
+    return _taken_up(seam.ActiveRun(run)), stored
+
+
+def shown_name(name: str, door: Door) -> str:
+    """The name of a run or a case as it is stored."""
+    return door.text(name, MAX_TAG_LENGTH)
+
+
+def find_run(run_id: Any) -> Any:
+    """MLflow's run with this id.
+
+    Raises:
+        TypeError: Where it is no text.
+        ValueError: Where there is none.
+    """
+    if not isinstance(run_id, str):
+        raise TypeError(f"a run id is a text, not {run_id!r}")
+    try:
+        return MlflowClient().get_run(export.real_id(run_id))
+    except (MlflowException, LookupError) as error:
+        raise ValueError(mask_uris(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}: {error}")) from error
+
+
+def children(run: Any) -> list[Any]:
+    """The runs directly below ``run``, oldest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = MlflowClient().search_runs(
+            [run.info.experiment_id],
+            f"tags.`{seam.MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'",
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def open_case(parent: RunHandle | None, name: str, stored: StoredCase | None) -> RunHandle | None:
+    """Create the run of a case, or take up that of an earlier process."""
+    if stored is not None:
+        return _taken_up(CaseRun(stored.run))
+    if parent is None:
+        return None
+    name = shown_name(name, parent.door)
+    handle = _created(name, parent.run, {CASE_TAG: name})
+    if handle is not None and not isinstance(handle.run, seam.PendingRun):
+        handle.run = CaseRun(handle.run)
+    return handle
+
+
+def end(handle: RunHandle | None, status: str) -> None:
+    """End a run of ``open_parent``, ``reopen_parent`` or ``open_case``."""
+    if handle is not None:
+        selection.unregister(handle)
+        handle.end(status)
+
+
+@contextlib.contextmanager
+def entered(handle: RunHandle | None) -> Iterator[None]:
+    """Make a run active for a block, as one that was opened here and that nobody is in."""
+    if handle is None:
+        yield
+        return
+    active_runs.mark_opened_here(handle.run)
+    block = active_runs.Block(handle.run, needs_stack=True)
+    try:
+        yield
+    finally:
+        block.leave()
+
+
+def _created(name: str, parent: Any | None, tags: Mapping[str, str]) -> RunHandle | None:
+    door = Door.here()
+    try:
+        handle = selection.create_or_queue(name, parent=parent, tags=tags, timeout=CREATION_SECONDS)
+        handle.door = door
+    except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
+        logger.warning("Could not create the run %r (%s); what it would hold is not logged.", name, error)
+        return None
+    selection.register(handle)
+    return handle
+
+
+def _taken_up(run: Any) -> RunHandle:
+    MlflowClient().update_run(run.info.run_id, status=RUNNING)
+    handle = RunHandle(run, is_own=True)
+    selection.register(handle, is_resumed=True)
+    return handle
+
+
+def _in_force(case: Case, name: str) -> Any:
+    """The LM or the adapter that a case runs with."""
+    own = getattr(case, name)
+    return case.settings.get(name, dspy.settings.get(name)) if own is None else own

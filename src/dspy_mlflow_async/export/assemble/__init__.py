@@ -1,0 +1,1 @@
+"""Which spans make a trace: put together, held back, shown while open, late."""

@@ -1,0 +1,472 @@
+"""Puts whole traces together: a trace is handed on when its root and every child have ended, or a bound is over."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dspy_mlflow_async.export.assemble.open_trace import Annotations, OpenTrace
+from dspy_mlflow_async.export.assemble.open_trace import named as name_it
+from dspy_mlflow_async.export.assemble.sampling import is_kept
+from dspy_mlflow_async.export.operations import Operation, SpansOperation, TraceOperation, TraceUpdate
+from dspy_mlflow_async.seams import mlflow_experiment, mlflow_store, mlflow_traces
+
+if TYPE_CHECKING:
+    from mlflow.entities import Assessment
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from dspy_mlflow_async.export.counters import TraceCounters
+    from dspy_mlflow_async.export.options import ExportOptions
+    from dspy_mlflow_async.export.spool.segments import Reference
+
+# Traces whose late spans and late feedback still find their place. MLflow's own cache is as large.
+_RECENT = 1_000
+# As many at the most, where children that outlive their traces are still open.
+_MOST_RECENT = 10_000
+# A trace whose root nobody ended is stored as it is and forgotten, after as long as MLflow's cache keeps it.
+_ABANDONED_AFTER = 3600.0
+
+
+class Outlet(Protocol):
+    """Where traces go from here."""
+
+    def emit(self, uri: str, item: Operation, is_sync: bool) -> None:
+        """Take what is to be written, at once if ``is_sync``."""
+
+    def writes_ahead(self, uri: str) -> bool:
+        """Whether what has ended goes to the disk before anything else."""
+
+    def write_ahead(self, uri: str, item: Operation) -> Reference | None:
+        """Keep a copy of what is not ready to be written."""
+
+    def discard_copy(self, uri: str, reference: Reference) -> None:
+        """Forget such a copy."""
+
+
+class TraceAssembler:
+    """The traces in flight; what is complete goes to the outlet."""
+
+    def __init__(self, options: ExportOptions, counters: TraceCounters, outlet: Outlet) -> None:
+        self.options = options
+        self._counters = counters
+        self._outlet = outlet
+        self._emit = outlet.emit
+        self._lock = threading.Lock()  # holds, and the step from in flight to handed on
+        self.entries: dict[int, OpenTrace] = {}
+        self._by_trace_id: dict[str, OpenTrace] = {}
+        self._holds: dict[str, int] = {}
+        self._said: dict[str, Annotations] = {}
+        self._recent: OrderedDict[int, OpenTrace] = OrderedDict()
+        self._recent_by_trace_id: dict[str, OpenTrace] = {}
+
+    # --- spans, in the caller's thread ---
+
+    def trace_started(self, otel_id: int, trace: Any, uri: str) -> OpenTrace:
+        """A root span began."""
+        entry = OpenTrace(otel_id, trace, uri, mlflow_traces.workspace_of(trace))
+        self.entries[otel_id] = entry
+        self._by_trace_id[entry.trace_id] = entry
+        self._counters.start()
+        return entry
+
+    def may_be_evicted(self, entry: OpenTrace) -> bool:
+        """Whether MLflow's cache of open traces (1,000, an hour) may have forgotten this one: it asks slowly."""
+        return len(self.entries) > _RECENT // 2 or time.monotonic() - entry.began > _ABANDONED_AFTER / 2
+
+    def before_child(self, otel_id: int) -> None:
+        """A child is about to begin: make sure that MLflow knows its trace, evicted or handed on as it may be."""
+        entry = self.entries.get(otel_id)
+        if entry is None:
+            old = self._recent.get(otel_id)
+            if old is None or mlflow_traces.trace_id_of(otel_id) is not None:
+                return
+            entry = self._reopen(old)
+        elif mlflow_traces.peek_trace(entry.trace_id) is not None:
+            return
+        mlflow_traces.adopt_trace(otel_id, entry.trace_id, entry.trace)
+
+    def _reopen(self, old: OpenTrace) -> OpenTrace:
+        with self._lock:
+            if known := self.entries.get(old.otel_id):
+                return known
+            entry = OpenTrace(
+                old.otel_id, mlflow_traces.InMemoryTrace(copy.copy(old.trace.info)), old.uri, old.workspace
+            )
+            entry.is_late = True
+            entry.is_sync = old.is_sync
+            entry.inherited = old.inherited
+            entry.ended_at = entry.began
+            entry.keeps, entry.is_discarded = None, old.is_discarded
+            self.entries[old.otel_id] = entry
+            self._by_trace_id[entry.trace_id] = entry
+            return entry
+
+    def child_started(self, otel_id: int, span_id: int) -> None:
+        """A child began; of interest only once its root has ended."""
+        entry = self.entries.get(otel_id)
+        if entry is not None and entry.ended_at is not None:
+            with entry.lock:
+                entry.open_ids.add(mlflow_traces.encode_span_id(span_id))
+
+    def child_ended(self, span: ReadableSpan, uri: str) -> None:
+        """A child ended. Before its root has ended there is nothing to do."""
+        entry = self.entries.get(span.context.trace_id)
+        if entry is None:
+            self._stray_ended(span, uri)
+        elif entry.inherited is not None:
+            if mlflow_traces.encode_span_id(span.context.span_id) not in entry.inherited:
+                self._emit_span(span, entry.trace, entry.uri, entry.workspace)
+        elif entry.ended_at is not None:
+            span_id = mlflow_traces.encode_span_id(span.context.span_id)
+            if entry.is_late and span_id not in entry.trace.span_dict:  # it began before the trace was handed on
+                self._stray_ended(span, uri)
+            with entry.lock:
+                entry.open_ids.discard(span_id)
+                is_complete = not entry.open_ids
+            if is_complete:
+                self.complete(entry)
+
+    def root_ended(self, entry: OpenTrace, *, is_sync: bool) -> None:
+        """The root ended: hand the trace on, or wait for the children that are still open."""
+        self._counters.end()
+        entry.is_sync = is_sync
+        with entry.showing, entry.lock:
+            # From here on a child that ends looks at `open_ids`; one that ended before is seen as ended below.
+            entry.ended_at = time.monotonic()
+            entry.open_ids = {span.span_id for span in list(entry.trace.span_dict.values()) if span.end_time_ns is None}
+            is_complete = not entry.open_ids
+        if is_complete:
+            self.complete(entry)
+        if not entry.is_handed_on and self._outlet.writes_ahead(entry.uri):
+            self._make_safe_copy(entry)
+
+    def _make_safe_copy(self, entry: OpenTrace) -> None:
+        """What has ended must survive whatever happens while it waits for its children or its feedback."""
+        reference = self._outlet.write_ahead(entry.uri, self._item(entry, entry.trace))
+        with self._lock:
+            is_needless = entry.is_handed_on
+            entry.safe_copy = reference
+        if is_needless and reference is not None:  # handed on meanwhile
+            self._outlet.discard_copy(entry.uri, reference)
+
+    def _item(self, entry: OpenTrace, trace: Any) -> TraceOperation:
+        for index, assessment in enumerate(trace.info.assessments):
+            if assessment.assessment_id is None:  # MLflow's own, said while the trace was open
+                trace.info.assessments[index] = name_it(assessment, entry.trace_id)
+        spans = [span for span in list(trace.span_dict.values()) if span.end_time_ns is not None]
+        return TraceOperation(
+            key=entry.trace_id,
+            size=2000 + mlflow_traces.weigh(spans),
+            counted=0 if entry.is_late else 1,
+            supersedes=entry.safe_copy,
+            info=trace.info,
+            spans=spans,
+            experiment_id=mlflow_traces.experiment_of(trace),
+            stage="late" if entry.is_late else "whole",
+            prompts=trace.prompts,
+            workspace=entry.workspace,
+        )
+
+    def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
+        """A span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
+        otel_id = span.context.trace_id
+        old = self._recent.get(otel_id)
+        trace_id = mlflow_traces.trace_id_of(otel_id)
+        trace = mlflow_traces.peek_trace(trace_id) if trace_id else None
+        if old is not None:
+            with old.lock:
+                old.open_ids.discard(mlflow_traces.encode_span_id(span.context.span_id))
+            if not old.is_discarded:
+                self._emit_late(old, span)
+        elif trace is not None:
+            self._emit_span(span, trace, uri, mlflow_traces.workspace_of(trace))
+
+    def _emit_late(self, entry: OpenTrace, span: ReadableSpan) -> None:
+        spans = [mlflow_traces.finished_span(span)]
+        self._emit(
+            entry.uri,
+            TraceOperation(
+                key=entry.trace_id,
+                size=mlflow_traces.weigh(spans),
+                info=copy.copy(entry.trace.info),
+                spans=spans,
+                experiment_id=mlflow_traces.experiment_of(entry.trace),
+                stage="late",
+                workspace=entry.workspace,
+            ),
+            entry.is_sync,
+        )
+
+    def _emit_span(self, span: ReadableSpan, trace: Any, uri: str, workspace: str | None) -> None:
+        live = trace.span_dict.pop(mlflow_traces.encode_span_id(span.context.span_id), None)
+        spans = [live or mlflow_traces.finished_span(span)]
+        item = SpansOperation(
+            key=trace.info.trace_id,
+            size=mlflow_traces.weigh(spans),
+            spans=spans,
+            workspace=workspace,
+            experiment_id=mlflow_traces.experiment_of(trace) or mlflow_experiment.experiment_of_trace(span, uri),
+        )
+        self._emit(uri, item, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
+
+    # --- handing on ---
+
+    def complete(self, entry: OpenTrace, *, force: bool = False) -> None:
+        """Hand a trace on, unless somebody holds it. Doing so twice does nothing."""
+        with self._lock:
+            if entry.is_handed_on or (self._holds.get(entry.trace_id) and not force):
+                return
+            entry.is_handed_on = True
+            self.entries.pop(entry.otel_id, None)
+            self._by_trace_id.pop(entry.trace_id, None)
+            said = self._said.pop(entry.trace_id, None)
+            trace = entry.trace
+            # The spans go with the item; what stays behind must not keep them alive.
+            entry.trace = mlflow_traces.InMemoryTrace(
+                replace(
+                    trace.info, request_preview=None, response_preview=None, trace_metadata={}, tags={}, assessments=[]
+                )
+            )
+            self._remember(entry)
+        mlflow_traces.pop_trace(entry.otel_id, entry.trace_id)
+        if entry.inherited is not None:
+            return
+        if self._discards(entry, trace):
+            if entry.safe_copy is not None:
+                self._outlet.discard_copy(entry.uri, entry.safe_copy)
+            return
+        if said is not None:
+            trace.info.assessments = [*trace.info.assessments, *said.assessments]
+            trace.info.trace_metadata.update(said.metadata)
+            trace.info.tags.update(said.tags)
+        item = self._item(entry, trace)
+        if not entry.is_late and mlflow_traces.displays():
+            mlflow_traces.display(trace.to_mlflow_trace())
+        self._emit(entry.uri, item, entry.is_sync)
+
+    def _discards(self, entry: OpenTrace, trace: Any) -> bool:
+        """Decide on a whole trace, once; later spans of one that was discarded go the same way."""
+        if entry.is_late or entry.is_discarded or entry.keeps is None:
+            is_discarded = entry.is_discarded
+        else:
+            is_discarded = not is_kept(entry.keeps, trace)
+        if is_discarded and not entry.is_late:
+            self._counters.move("waiting", "sampled_out")
+        entry.is_discarded = is_discarded
+        entry.keeps = None
+        return is_discarded
+
+    def _remember(self, entry: OpenTrace) -> None:
+        if (earlier := self._recent.get(entry.otel_id)) is not None:
+            entry.open_ids |= earlier.open_ids
+        self._recent[entry.otel_id] = entry
+        self._recent.move_to_end(entry.otel_id)
+        self._recent_by_trace_id[entry.trace_id] = entry
+        while len(self._recent) > _RECENT:
+            oldest_id = next(iter(self._recent))
+            oldest = self._recent[oldest_id]
+            if self._is_awaited(oldest) and len(self._recent) <= _MOST_RECENT:
+                # Look again when as many others have come.
+                self._recent.move_to_end(oldest_id)
+                break
+            del self._recent[oldest_id]
+            self._recent_by_trace_id.pop(oldest.trace_id, None)
+
+    @staticmethod
+    def _is_awaited(entry: OpenTrace) -> bool:
+        """Whether spans of a trace that was handed on are still open, and may yet end."""
+        return bool(entry.open_ids) and time.monotonic() - entry.began < _ABANDONED_AFTER
+
+    def tick(self) -> None:
+        """Look after what is overdue; about once a second, in the background."""
+        now = time.monotonic()
+        for entry in list(self.entries.values()):
+            if entry.ended_at is not None:
+                if now - entry.ended_at >= self.options.children_timeout:
+                    self.complete(entry, force=True)
+            elif entry.inherited is None and now - entry.shown_at >= self.options.visible_after:
+                self._show(entry, now)
+
+    def show_open(self, *, is_end: bool = False) -> int:
+        """Store what has ended of all open traces, as far as it is not shown yet.
+
+        Args:
+            is_end: Whether the process ends: then also traces that would be sampled by how they end.
+
+        Returns:
+            How many open traces are shown.
+        """
+        count = 0
+        for entry in list(self.entries.values()):
+            if entry.ended_at is None and entry.inherited is None:
+                count += self._show(entry, time.monotonic(), is_end=is_end)
+        return count
+
+    def count_shown(self) -> int:
+        """Count the open traces that are shown with what has ended of them."""
+        return sum(entry.ended_at is None and bool(entry.shown) for entry in list(self.entries.values()))
+
+    def is_any_unshown(self) -> bool:
+        """Whether an open trace was to be shown, and the store did not take it."""
+        return any(
+            entry.ended_at is None and entry.shown is not None and not entry.shown
+            for entry in list(self.entries.values())
+        )
+
+    def _show(self, entry: OpenTrace, now: float, *, is_end: bool = False) -> bool:
+        """Store what has ended of a trace that is still open; False where it is not shown."""
+        entry.shown_at = now
+        is_undecided = entry.keeps is not None and now - entry.began <= _ABANDONED_AFTER and not is_end
+        if is_undecided or entry.is_discarded:
+            return False  # it may yet be left out
+        if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.trace_id) is None:
+            self._counters.end()
+            self.complete(entry, force=True)
+            return False
+        with entry.showing:
+            if entry.ended_at is not None:  # all of it is on its way, and nothing may come behind that
+                return False
+            self._emit_fresh(entry)
+            return True
+
+    def _emit_fresh(self, entry: OpenTrace) -> None:
+        spans = [span for span in list(entry.trace.span_dict.values()) if span.end_time_ns is not None]
+        fresh = [span for span in spans if span.span_id not in (entry.shown or ())]
+        if entry.shown and not fresh:
+            return
+        if entry.shown is None:
+            entry.shown = set()
+        entry.shown.update([entry.trace_id, *(span.span_id for span in fresh)])
+        info = entry.trace.info
+        info = replace(info, trace_metadata=dict(info.trace_metadata), tags=dict(info.tags), assessments=[])
+        item = TraceOperation(
+            key=entry.trace_id,
+            size=2000 + mlflow_traces.weigh(fresh),
+            info=info,
+            spans=fresh,
+            stage="partial",
+            experiment_id=mlflow_traces.experiment_of(entry.trace),
+            workspace=entry.workspace,
+            shown=entry.shown,
+        )
+        self._emit(entry.uri, item, False)
+
+    def hand_on_everything(self) -> None:
+        """Hand on every trace whose root has ended, with or without its children, held or not."""
+        for entry in list(self.entries.values()):
+            if entry.ended_at is not None:
+                self.complete(entry, force=True)
+
+    # --- holds ---
+
+    def hold(self, trace_id: str) -> None:
+        """Do not hand on this trace before it is released as often as it is held."""
+        with self._lock:
+            self._holds[trace_id] = self._holds.get(trace_id, 0) + 1
+
+    def release(
+        self,
+        trace_id: str,
+        assessments: Sequence[Assessment],
+        metadata: Mapping[str, str],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Take back a hold, and say something about the trace."""
+        named = [name_it(assessment, trace_id) for assessment in assessments]
+        follow_up = None
+        uri, is_sync = None, False
+        with self._lock:
+            count = self._holds.get(trace_id, 0) - 1
+            if count > 0:
+                self._holds[trace_id] = count
+            else:
+                self._holds.pop(trace_id, None)
+            entry = self._by_trace_id.get(trace_id)
+            if entry is not None and not entry.is_late:
+                said = self._said.setdefault(trace_id, Annotations())
+                said.assessments += named
+                said.metadata.update(metadata)
+                said.tags.update(tags)
+            elif named or metadata or tags:
+                old = self._recent_by_trace_id.get(trace_id)
+                if old is not None and old.is_discarded:
+                    return
+                uri, is_sync = (old.uri, old.is_sync) if old else (None, False)
+                follow_up = TraceUpdate(
+                    key=trace_id,
+                    size=500 * (1 + len(named)),
+                    assessments=named,
+                    metadata=dict(metadata),
+                    tags=dict(tags),
+                    workspace=old.workspace if old else None,
+                )
+        if follow_up is not None:
+            self._emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
+        elif entry is not None and count <= 0:
+            with entry.lock:
+                is_complete = entry.ended_at is not None and not entry.open_ids
+            if is_complete:
+                self.complete(entry)
+
+    def note(self, uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
+        """Take an assessment along with a trace that is not handed on yet.
+
+        Returns:
+            The assessment, with an id of its own; None where there is no such trace on its way to ``uri``.
+        """
+        with self._lock:
+            entry = self._by_trace_id.get(trace_id)
+            if entry is None or entry.is_late or entry.inherited is not None or entry.uri != uri:
+                return None
+            named = name_it(assessment, trace_id)
+            self._said.setdefault(trace_id, Annotations()).assessments.append(named)
+            return named
+
+    def hand_on(self, trace_id: str) -> None:
+        """Hand on a trace whose root has ended, held or not."""
+        entry = self._by_trace_id.get(trace_id)
+        if entry is not None and entry.ended_at is not None:
+            self.complete(entry, force=True)
+
+    def discard(self, trace_id: str) -> None:
+        """Leave out a trace that is not handed on yet."""
+        with self._lock:
+            entry = self._by_trace_id.get(trace_id)
+            if entry is not None and not entry.is_late:
+                entry.is_discarded = True
+
+    # --- the assembler as a whole ---
+
+    def adopt(self, other: TraceAssembler) -> None:
+        """Take over everything another assembler has in flight."""
+        with other._lock:
+            for name in ("entries", "_by_trace_id", "_holds", "_said", "_recent", "_recent_by_trace_id"):
+                getattr(self, name).update(getattr(other, name))
+
+    def forget_open(self) -> int:
+        """Hand open traces back to MLflow.
+
+        Returns:
+            How many there were.
+        """
+        forgotten = [entry for entry in list(self.entries.values()) if entry.ended_at is None]
+        for entry in forgotten:
+            self.entries.pop(entry.otel_id, None)
+            self._by_trace_id.pop(entry.trace_id, None)
+        return len(forgotten)
+
+    def after_fork(self) -> None:
+        """In a forked child: what is in flight is the parent's to store; only new spans are ours."""
+        self._lock = threading.Lock()
+        self._holds.clear()
+        self._said.clear()
+        self._recent.clear()
+        self._recent_by_trace_id.clear()
+        for entry in list(self.entries.values()):
+            entry.lock, entry.showing = threading.Lock(), threading.Lock()
+            entry.inherited = frozenset(entry.trace.span_dict)

@@ -1,0 +1,153 @@
+"""Brings operations from memory to the disk: ahead of their writing, for lack of room, or for good at the end."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from dspy_mlflow_async.export.operations import Operation, TraceOperation
+from dspy_mlflow_async.export.spool.disk import Disk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dspy_mlflow_async.export.queue.pending import Pending, PendingOperations
+    from dspy_mlflow_async.export.spool.segments import Reference, Spool
+
+
+class Overflow:
+    """The disk beneath a list of operations that wait.
+
+    Attributes:
+        disk: What it writes to.
+        copies: Where copies go of what is not ready to be written; the same disk, unless a child drains that.
+        keeps_partial: Whether what is shown of an open trace is worth a place on disk.
+    """
+
+    def __init__(self, pending: PendingOperations, spool: Spool, copies: Spool | None = None) -> None:
+        self._pending = pending
+        self._spilling = threading.Lock()  # held while an operation goes to the disk, so that it goes there once
+        self.disk = Disk(spool)
+        self.copies = self.disk if copies is None else Disk(copies)
+        self.keeps_partial = copies is not None
+
+    def is_partial(self, item: Operation) -> bool:
+        """Whether an operation may be forgotten, since the whole of it will follow."""
+        return isinstance(item, TraceOperation) and item.stage == "partial" and not self.keeps_partial
+
+    def put(self, item: Operation) -> None:
+        """Let an operation wait on disk, for which there is no room in memory; what the disk does not take is lost."""
+        if self.is_partial(item):
+            not_shown(item)
+        elif not self.try_put(item):
+            self._pending.drop(item)
+
+    def try_put(self, item: Operation) -> bool:
+        """Let an operation wait on disk.
+
+        Returns:
+            Whether the disk took it.
+        """
+        if not self.disk.save(item):
+            return False
+        self._discard_superseded(item)
+        if item.reference is not None:
+            self._pending.add_spooled([item.reference], coming_from="waiting")
+        return True
+
+    def write_ahead(self, item: Operation, *, durable: bool) -> None:
+        """Keep a copy on disk of an operation that waits in memory.
+
+        Args:
+            item: The operation.
+            durable: Return only when the copy would survive a power cut, and warn where there can be none.
+        """
+        if not self.is_partial(item):
+            self.disk.save(item, durable=durable, is_needed=durable)
+
+    def settle_copies(self, item: Operation, *, are_wanted: bool) -> None:
+        """Discard the earlier copy of an operation, once there is a better one or none is wanted."""
+        if (item.reference is not None or not are_wanted) and not self.is_partial(item):
+            self._discard_superseded(item)
+
+    def _discard_superseded(self, item: Operation) -> None:
+        if item.supersedes is not None:
+            self.discard_copy(item.supersedes)
+            item.supersedes = None
+
+    def copy(self, item: Operation, *, durable: bool) -> Reference | None:
+        """Keep a copy on disk of what is not ready to be written yet.
+
+        Returns:
+            Where it lies, for the operation that will supersede it; None if it could not be written.
+        """
+        return item.reference if self.copies.save(item, durable=durable) else None
+
+    def discard_copy(self, reference: Reference) -> None:
+        """Forget a copy that nothing supersedes any more, and take it off the disk: it may have been sampled out."""
+        self.copies.spool.erase(reference)
+
+    def spill_all(self) -> None:
+        """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
+        self._spill_those(lambda _: True)
+        if self.disk.is_full:  # there may be room yet for what is the last to go
+            self._spill_those(lambda item: item.is_vital)
+            self.disk.is_full = True
+
+    def _spill_those(self, are_meant: Callable[[Operation], bool]) -> None:
+        self.disk.is_full = False
+        batch = self._pending.take_residents()
+        try:
+            for entry in batch:
+                item = entry.operation
+                if item is None or not are_meant(item):
+                    continue
+                is_safe = self.spill(entry)
+                if self.disk.is_full:
+                    return
+                if not is_safe:  # nobody can ever write it down
+                    self._pending.finish(entry, "dropped")
+        finally:
+            self._pending.release(batch)
+
+    def spill(self, entry: Pending) -> bool:
+        """Bring an operation from memory to the disk, in whoever's hands it is.
+
+        Returns:
+            Whether nothing is lost without the memory.
+        """
+        with self._spilling:
+            item = entry.operation
+            if item is None:
+                return True
+            if self.is_partial(item):
+                not_shown(item)
+                self._pending.finish(entry, None)
+                return True
+            if not self.disk.save(item):
+                return False
+            self._discard_superseded(item)
+            if item.reference is not None and not self._pending.spill(entry, item.reference):
+                self.disk.forget(item, stored=True)  # it has been dealt with meanwhile
+            return True
+
+    def close(self) -> None:
+        """Bring everything to the disk, whoever has it in hand, and keep nothing in memory from now on."""
+        for entry in self._pending.close():
+            if not self.spill(entry):
+                self._pending.finish(entry, "dropped")
+        self.disk.close()
+        if self.copies is not self.disk:
+            self.copies.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: what is on disk and what is locked is the parent's."""
+        self.disk.spool.after_fork()
+        if self.copies is not self.disk:
+            self.copies.spool.after_fork()
+
+
+def not_shown(item: Operation) -> None:
+    """Let the spans of a partial operation that is not written be shown again."""
+    if isinstance(item, TraceOperation) and item.shown is not None:
+        item.shown.clear()

@@ -1,0 +1,120 @@
+"""The queue's hand on the disk: saving items, loading them, burying what the store refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from dspy_mlflow_async.export.spool import codec, dead_letters
+from dspy_mlflow_async.export.write import prepare
+
+if TYPE_CHECKING:
+    from dspy_mlflow_async.export.operations import Operation
+    from dspy_mlflow_async.export.spool.segments import Reference, Spool
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+
+class Disk:
+    """Items in and out of one spool. A disk that does not work is an answer, never an error."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.is_full = False  # whether the disk did not take what it was given last
+        self._is_warned = False
+        self._is_warned_of_others = False
+
+    def save(self, item: Operation, *, durable: bool = False, is_needed: bool = True) -> bool:
+        """Write an item, unless it is there already.
+
+        Args:
+            item: What to write.
+            durable: Return only when it would survive a power cut.
+            is_needed: Whether anything is lost where the disk does not take it; else nobody is warned.
+
+        Returns:
+            Whether it is in the spool now.
+        """
+        if item.reference is None:
+            try:
+                payload = _encode(item)
+            except Exception as error:  # noqa: BLE001 - the user's values decide what it is
+                logger.warning("dspy-mlflow-async: %s cannot be kept on disk: %s", item.key, error)
+                return False
+            try:
+                item.reference = self.spool.put(
+                    payload, key=item.key, counted=item.counted, durable=durable, is_vital=item.is_vital
+                )
+                self.is_full = False
+            except OSError as error:
+                self.is_full = True
+                if is_needed and not self._is_warned:
+                    self._is_warned = True
+                    logger.warning(
+                        "dspy-mlflow-async: cannot write to the spool %s (%s: %s); what the memory cannot hold "
+                        "will be lost, see stats().dropped.",
+                        self.spool.folder,
+                        type(error).__name__,
+                        error,
+                    )
+                return False
+        return True
+
+    def load(self, reference: Reference) -> Operation | None:
+        """The item at ``reference``; None, with a warning, if the disk has lost it.
+
+        Raises:
+            UnreadableError: If it is whole, but not for this version to read; there is a warning of the first.
+        """
+        payload = self.spool.read(reference)
+        if payload is None:
+            logger.warning("dspy-mlflow-async: a record in %s is damaged, and lost", reference.segment)
+            return None
+        try:
+            item = codec.decode(payload)
+        except Exception as error:  # its checksum is right: another version wrote it so
+            if not self._is_warned_of_others:
+                self._is_warned_of_others = True
+                logger.warning("dspy-mlflow-async: left alone in %s: %s", self.spool.folder, error)
+            raise codec.UnreadableError(f"{type(error).__name__}: {error}") from error
+        item.reference, item.counted = reference, reference.counted
+        return item
+
+    def dead_letter(self, item: Operation, reason: str) -> bool:
+        """Keep what the store refuses among the dead letters.
+
+        Returns:
+            Whether the disk took it.
+        """
+        try:
+            dead_letters.append(self.spool.folder, self.spool.uri, _encode(item), reason)
+        except Exception:  # noqa: BLE001 - a full disk: nothing is left to try
+            logger.warning("dspy-mlflow-async: the store refuses %s and the disk too; lost: %s", item.key, reason)
+            return False
+        logger.warning(
+            "dspy-mlflow-async: the store refuses %s; kept in %s: %s",
+            item.key,
+            self.spool.folder / "dead.letters",
+            reason,
+        )
+        return True
+
+    def close(self) -> None:
+        """Give up the segments, so that others may send what is in them."""
+        with contextlib.suppress(OSError):
+            self.spool.close()
+
+    def forget(self, item: Operation, *, stored: bool) -> None:
+        """An item is done with: whatever the spool has of it may go."""
+        references = [reference for reference in (item.reference, item.supersedes) if reference is not None]
+        if references:
+            self.spool.done(references, stored=stored)
+
+
+def _encode(item: Operation) -> bytes:
+    try:
+        return codec.encode(item)
+    except Exception:  # noqa: BLE001 - text that no database takes: the store would get it repaired, too
+        prepare.prepare(item)
+        return codec.encode(item)

@@ -1,0 +1,1 @@
+"""Writes operations to an MLflow store, and says what its errors mean."""

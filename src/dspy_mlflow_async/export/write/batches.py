@@ -1,0 +1,49 @@
+"""Which items may be written together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dspy_mlflow_async.export.operations import Operation, SpansOperation, TraceOperation
+
+
+def is_late(item: Any) -> bool:
+    """Whether an item holds spans of a trace that was written before."""
+    return isinstance(item, TraceOperation) and item.stage == "late"
+
+
+def grouped(items: Sequence[Operation]) -> Iterable[list[Operation]]:
+    """Items in few groups of one sort each, which keep the order of what has the same key.
+
+    A trace that comes again needs another group. Late ones are by themselves, since they cannot be written in one
+    transaction; spans of a trace that others own may come one by one, and so may what is said of traces later and
+    operations on runs, each in groups of their own.
+    """
+    groups: list[tuple[str, list[Operation]]] = []
+    last: dict[str, int] = {}  # by key: the group with its latest item
+    for item in items:
+        is_trace = isinstance(item, TraceOperation)
+        sort = (
+            "late"
+            if is_late(item)
+            else "trace"
+            if is_trace or isinstance(item, SpansOperation)
+            else type(item).__name__
+        )
+        # What is said of a trace twice in one request has no order.
+        first = last[item.key] + is_trace if item.key in last else 0
+        index = next((index for index in range(first, len(groups)) if groups[index][0] == sort), len(groups))
+        if index == len(groups):
+            groups.append((sort, []))
+        groups[index][1].append(item)
+        last[item.key] = index
+    return (group for _, group in groups)
+
+
+def by_experiment(items: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
+    """The spans of all items, by the experiment that they go to."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(item.experiment_id or "0", []).extend(item.spans)
+    return groups.items()

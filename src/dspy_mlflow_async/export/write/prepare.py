@@ -1,0 +1,142 @@
+"""Makes an item fit for the store, in the writer's thread: immutable clean spans, totals, previews, sizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from mlflow.entities import Param, RunTag, Trace, TraceData
+from mlflow.tracing.constant import TraceMetadataKey
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import Status
+
+from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
+from dspy_mlflow_async.seams import mlflow_live as live_seam
+from dspy_mlflow_async.seams import mlflow_traces
+
+
+def prepare(item: Operation) -> None:
+    """Complete an item in place. Doing so twice does nothing."""
+    if isinstance(item, TraceUpdate):
+        item.assessments = [_clean_assessment(assessment) for assessment in item.assessments]
+        item.metadata, item.tags = _clean_value(dict(item.metadata)), _clean_value(dict(item.tags))
+    elif isinstance(item, RunOperation):
+        item.params = [Param(clean(param.key), clean(param.value)) for param in item.params]
+        item.tags = [RunTag(clean(tag.key), clean(tag.value)) for tag in item.tags]
+    elif isinstance(item, (TraceOperation, SpansOperation)) and not item.prepared:
+        _prepare_spans(item)
+
+
+def _prepare_spans(item: TraceOperation | SpansOperation) -> None:
+    item.spans = [_clean_span(span) for span in item.spans]
+    if isinstance(item, TraceOperation):
+        info = item.info
+        _clean_info(info)
+        if item.stage == "whole":
+            total(info, item.spans)
+            if item.spans:
+                mlflow_traces.complete_metadata(Trace(info, TraceData(list(item.spans))))
+                _clean_info(info)  # the previews are new
+    item.prepared = True
+
+
+def total(info: Any, spans: Any) -> None:
+    """Write the usage and cost of these spans into the trace."""
+    if usage := mlflow_traces.aggregate_usage_from_spans(spans):
+        info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
+    if live_seam.computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
+        info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
+
+
+def clean(text: str) -> str:
+    """Text that any database takes: no lone surrogates, which UTF-8 cannot say, and no NUL, which PostgreSQL cannot."""
+    if text.isascii():
+        return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
+
+
+def _clean_span(span: Any) -> Any:
+    """The immutable form of a span, and a repaired copy of it where it holds what no database takes."""
+    span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
+    otel = span._span
+    if (
+        all(map(_is_clean, (otel.attributes or {}).values()))
+        and _is_clean(otel.name)
+        and _is_clean(otel.status.description)
+        and all(_is_clean(v) for event in otel.events for v in (event.name, *(event.attributes or {}).values()))
+    ):
+        return span
+    status = otel.status
+    repaired = ReadableSpan(
+        name=clean(otel.name),
+        context=otel.context,
+        parent=otel.parent,
+        resource=otel.resource,
+        attributes=_clean_value(dict(otel.attributes or {})),
+        events=[Event(clean(e.name), _clean_value(dict(e.attributes or {})), e.timestamp) for e in otel.events],
+        links=otel.links,
+        kind=otel.kind,
+        start_time=otel.start_time,
+        end_time=otel.end_time,
+        status=Status(status.status_code, clean(status.description)) if status.description else status,
+    )
+    return mlflow_traces.restore_span(repaired, span._attachments, getattr(span, "_links", None))
+
+
+def _clean_info(info: Any) -> None:
+    info.trace_metadata = _clean_value(dict(info.trace_metadata))
+    info.tags = _clean_value(dict(info.tags))
+    for name in ("request_preview", "response_preview", "client_request_id"):
+        value = getattr(info, name)
+        if isinstance(value, str):
+            setattr(info, name, clean(value))
+    info.assessments = [_clean_assessment(assessment) for assessment in info.assessments]
+
+
+def _clean_value(value: Any) -> Any:
+    """JSON with clean text; the same object where all of it is clean."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        pairs = [(_clean_value(key), _clean_value(each)) for key, each in value.items()]
+        is_same = all(k is a and v is b for (k, v), (a, b) in zip(pairs, value.items(), strict=True))
+        return value if is_same else dict(pairs)
+    if isinstance(value, (list, tuple)):
+        values = [_clean_value(each) for each in value]
+        return value if all(new is old for new, old in zip(values, value, strict=True)) else values
+    return value
+
+
+def _is_clean(value: Any) -> bool:
+    return _clean_value(value) is value
+
+
+def _clean_assessment(assessment: Any) -> Any:
+    """An assessment all of whose text is clean; the same object where it is already."""
+    changes = [
+        (owner, name, cleaned)
+        for owner, names in _TEXT_OF_ASSESSMENTS.items()
+        if (part := getattr(assessment, owner) if owner else assessment) is not None
+        for name in names
+        if (cleaned := _clean_value(getattr(part, name, None))) is not getattr(part, name, None)
+    ]
+    if changes:
+        assessment = copy.deepcopy(assessment)
+        for owner, name, cleaned in changes:
+            setattr(getattr(assessment, owner) if owner else assessment, name, cleaned)
+    return assessment
+
+
+# Where an assessment has text, by the attribute that holds it; "" is the assessment itself.
+_TEXT_OF_ASSESSMENTS = {
+    "": ("name", "rationale", "metadata"),
+    "source": ("source_id",),
+    "feedback": ("value",),
+    "error": ("error_code", "error_message", "stack_trace"),
+    "expectation": ("value",),
+}

@@ -1,0 +1,147 @@
+"""A run for a block of sync or async code, safe in tasks, whose context it follows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import anyio.to_thread
+
+from dspy_mlflow_async.runs import active_runs, selection
+from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle, run_status
+from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.spans.door import Door
+
+
+class run:  # noqa: N801 - used like a function
+    """Open a run for a ``with`` or ``async with`` block, as a child of the run that is active there.
+
+    Inside it, and in all tasks and DSPy worker threads that it starts, ``mlflow.active_run()`` is this run, and
+    evaluations, compiles and traces belong to it. Tasks side by side do not see each other's::
+
+        async with run("nightly") as nightly:
+            await program.acall(question="...")
+
+    Args:
+        name: The run's name; by default one that MLflow makes up.
+        tags: Its tags.
+        description: Its description.
+        experiment_id: Its experiment; by default the parent's, or the active one.
+        parent_run_id: The run to put it under; by default the one that is active.
+
+    Yields:
+        MLflow's ``ActiveRun``. It ends FINISHED, FAILED after an exception, KILLED after a cancellation.
+
+    Raises:
+        MlflowException: Where the store refuses to create or end it.
+        RuntimeError: Where it is entered a second time: each block is a run of its own.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        tags: Mapping[str, Any] | None = None,
+        description: str | None = None,
+        experiment_id: str | None = None,
+        parent_run_id: str | None = None,
+    ) -> None:
+        self._name = name if name is None else Door.here().text(name, MAX_TAG_LENGTH)
+        door = Door.here()
+        self._tags = {key: _tag(door, key, value) for key, value in (tags or {}).items()}
+        if description is not None:
+            self._tags["mlflow.note.content"] = door.text(description, MAX_TAG_LENGTH)
+        self._experiment_id = experiment_id
+        self._parent_run_id = parent_run_id
+        self._block: active_runs.Block | None = None
+        self._lock = threading.Lock()
+        self._was_entered = False
+        self._handle: RunHandle | None = None
+        self._status: str | None = None
+
+    def __enter__(self) -> Any:
+        """Create the run and make it active."""
+        self._enter_once()
+        self._create()
+        return self._activate()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Make active what was before, and end the run."""
+        self._deactivate()
+        self._end(run_status(error))
+
+    async def __aenter__(self) -> Any:
+        """Create the run, without blocking the event loop, and make it active."""
+        self._enter_once()
+        try:
+            await anyio.to_thread.run_sync(self._create)
+        except BaseException as error:
+            self._end(run_status(error))  # cancelled while it was created: now, or when it is there
+            raise
+        return self._activate()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Make active what was before, and end the run, also when the task is being cancelled."""
+        self._deactivate()
+        status = run_status(error)
+        with anyio.CancelScope(shield=True):
+            try:
+                await anyio.to_thread.run_sync(self._end, status)
+            finally:
+                self._end(status)  # a second cancellation may have come before the thread began
+
+    def _enter_once(self) -> None:
+        with self._lock:
+            was_entered, self._was_entered = self._was_entered, True
+        if was_entered:
+            raise RuntimeError(f"run({self._name!r}) was entered before; each block needs a run() of its own")
+
+    def _create(self) -> None:
+        parent = active_runs.innermost()
+        tags, experiment_id = dict(self._tags), self._experiment_id
+        if self._parent_run_id is not None:
+            tags[seam.MLFLOW_PARENT_RUN_ID] = self._parent_run_id
+        elif parent is not None:
+            tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
+            experiment_id = experiment_id or parent.info.experiment_id
+        handle = RunHandle(seam.create_run(self._name, experiment_id, tags), is_own=True)
+        selection.register(handle)
+        with self._lock:
+            self._handle, status = handle, self._status
+        if status is not None:  # nobody waits for it any more
+            self._finish(handle, status)
+
+    def _activate(self) -> Any:
+        assert self._handle is not None  # noqa: S101 - _create has raised otherwise
+        created = self._handle.run
+        active_runs.mark_opened_here(created)
+        self._block = active_runs.Block(created, needs_stack=True)
+        return created
+
+    def _deactivate(self) -> None:
+        if self._block is not None:
+            self._block.leave()
+
+    def _end(self, status: str) -> None:
+        """End the run, if nobody has, or have it ended as soon as it is created."""
+        with self._lock:
+            is_first, self._status = self._status is None, self._status or status
+            handle = self._handle
+        if is_first and handle is not None:
+            self._finish(handle, status)
+
+    @staticmethod
+    def _finish(handle: RunHandle, status: str) -> None:
+        selection.unregister(handle)
+        handle.end(status)
+
+
+def _tag(door: Door, key: str, value: Any) -> str:
+    """What the user says; MLflow's own keys point to runs and sources."""
+    return str(value) if key.startswith("mlflow.") else door.text(value, MAX_TAG_LENGTH, name=key)

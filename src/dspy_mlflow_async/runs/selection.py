@@ -1,0 +1,238 @@
+"""Which run an evaluation or a compile logs into: its own, the user's, or a child of one that is taken."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dspy_mlflow_async import export
+from dspy_mlflow_async.export import before_leaving
+from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.runs import active_runs
+from dspy_mlflow_async.runs.bounded import TIMEOUT, ask
+from dspy_mlflow_async.runs.handle import KILLED, RunHandle
+from dspy_mlflow_async.seams import mlflow_runs as seam
+
+logger = logging.getLogger("dspy_mlflow_async")
+
+
+def create(name: str | None, *, parent: Any | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
+    """Create a run of our own, under ``parent`` where there is one.
+
+    Where the store does not answer within a bound, the run is created in the background, under the same name and
+    parent and with the time at which it began.
+
+    Raises:
+        Exception: Where the store refuses to create it.
+    """
+    return _owned(create_or_queue(name, parent=parent, tags=tags))
+
+
+def create_or_queue(
+    name: str | None, *, parent: Any | None = None, tags: Mapping[str, str] | None = None, timeout: float | None = None
+) -> RunHandle:
+    """Create a run, or let the queue do it later where the store does not do it within ``timeout`` seconds.
+
+    Raises:
+        Exception: Where the store refuses.
+    """
+    tags = seam.resolve_tags(tags or {})
+    experiment_id, experiment_name = None if parent is None else parent.info.experiment_id, None
+    if isinstance(parent, seam.PendingRun):
+        experiment_id = parent.known_experiment_id
+    if experiment_id is None:
+        experiment_id, experiment_name = seam.experiment_here()
+    start_time_ms, stand_in = int(time.time() * 1000), export.new_id()
+    is_below_pending = False
+    if parent is not None:
+        tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
+        is_below_pending = export.is_stand_in(parent.info.run_id)
+    writer, attempt = export.run_writer(None), _Attempt()
+    creation = export.Creation(
+        name=name,
+        experiment_id=experiment_id,
+        experiment_name=experiment_name,
+        tags=tags,
+        start_time_ms=start_time_ms,
+    )
+    marked = tags | {export.CREATION_TAG: stand_in}
+    try:
+        if not is_below_pending:
+            return ask(
+                lambda: RunHandle(seam.create_run(name, experiment_id, marked, start_time_ms), is_own=True),
+                discard=lambda late: attempt.came_late(late, lambda: writer.keep(stand_in, late.run, creation)),
+                timeout=TIMEOUT if timeout is None else timeout,
+            )
+    except Exception as error:
+        if export.is_refusal(error):
+            raise
+        logger.info("The run %r is created in the background (%s).", name, error)
+    except BaseException:
+        attempt.give_up()
+        raise
+    writer.create(stand_in, creation)
+    return RunHandle(seam.PendingRun(stand_in, experiment_id, name, start_time_ms, export.known), is_own=True)
+
+
+class _Attempt:
+    """An attempt to create a run whose answer may come when nobody waits for it. ``lock`` guards who ends the run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_given_up = False
+        self._late: RunHandle | None = None
+
+    def came_late(self, handle: RunHandle, keep: Callable[[], None]) -> None:
+        """Keep the run for those who go on without, or end it where they were interrupted."""
+        with self._lock:
+            self._late, is_given_up = handle, self._is_given_up
+        if is_given_up:
+            handle.end(KILLED)
+        else:
+            keep()
+
+    def give_up(self) -> None:
+        """Nobody wants the run any more."""
+        with self._lock:
+            self._is_given_up, late = True, self._late
+        if late is not None:
+            late.end(KILLED)
+
+
+def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> RunHandle:
+    """Take up a run that ends with what begins here, as ``mlflow.start_run`` does with ``MLFLOW_RUN_ID``."""
+    begun = int(time.time() * 1000)
+    try:
+        handle = ask(lambda: RunHandle(seam.resume_run(run_id, name, tags or {}), is_own=True, is_new=False))
+    except Exception as error:
+        if export.is_refusal(error):
+            raise
+        handle = RunHandle(
+            seam.PendingRun(run_id, seam.experiment_here()[0], name, begun, export.known), is_own=True, is_new=False
+        )
+        handle.tags(dict(tags or {}) | ({} if name is None else {"mlflow.runName": name}))
+    return _owned(handle)
+
+
+def _owned(handle: RunHandle) -> RunHandle:
+    active_runs.notes(handle.run).is_ours = True
+    _occupancy.claim(handle.key)  # it is this one's, in whichever thread and task
+    register(handle)
+    return handle
+
+
+class Occupancy:
+    """Which runs somebody logs into now. ``lock`` guards the set."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._run_ids: set[str] = set()
+
+    def claim(self, run_id: str) -> bool:
+        """Take a run for oneself; False where somebody else has it."""
+        with self._lock:
+            if run_id in self._run_ids:
+                return False
+            self._run_ids.add(run_id)
+            return True
+
+    def release(self, run_id: str) -> None:
+        """Give it back."""
+        with self._lock:
+            self._run_ids.discard(run_id)
+
+
+_occupancy = Occupancy()
+
+
+def find_run(
+    name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None
+) -> RunHandle | Callable[[], RunHandle]:
+    """The run that an evaluation or a compile which begins here logs into, or what opens it, in whichever thread.
+
+    None open: its own, or the one that ``mlflow run`` has made for this process. One that the user opened in this
+    thread and task, and nobody else is in: that one, as MLflow does. One that was inherited, or that somebody is in:
+    a child of it.
+
+    Args:
+        name: The name of a run of its own, or None for one that MLflow makes up.
+        child_name: The name of a child run; by default ``name``.
+        tags: Tags of a run that is created.
+
+    Returns:
+        A run that is there, and taken from now on; or a function that asks the store for one, and raises where it
+        refuses.
+    """
+    run = active_runs.innermost()
+    if run is None:
+        run_id = seam.take_run_id()
+        if run_id is None:
+            return functools.partial(create, name, tags=tags)
+        return functools.partial(_resume, run_id, name, tags)
+    handle = RunHandle(run, is_own=False)
+    if active_runs.was_opened_here(run) and _occupancy.claim(handle.key):
+        return handle
+    return functools.partial(create, child_name or name, parent=run, tags=tags)
+
+
+def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
+    """The run of ``find_run``, opened.
+
+    Raises:
+        Exception: Where one has to be created, and the store refuses.
+    """
+    found = find_run(name, child_name=child_name, tags=tags)
+    return found if isinstance(found, RunHandle) else found()
+
+
+def close(handle: RunHandle, status: str) -> None:
+    """End the run of ``open_run`` or ``create``, or give it back, with everything that was logged into it stored."""
+    _occupancy.release(handle.key)
+    unregister(handle)
+    handle.end(status)
+
+
+# --- the end of the process ---------------------------------------------------------------------------------------
+
+_open: dict[str, RunHandle] = {}  # single operations on a dict are atomic
+
+
+def register(handle: RunHandle, *, is_resumed: bool = False) -> None:
+    """Note a run of ours that is open: it has system metrics if MLflow's runs do, and a process that ends kills it."""
+    _open[handle.key] = handle
+    handle.start_system_metrics(is_resumed=is_resumed)
+
+
+def unregister(handle: RunHandle) -> None:
+    """It ends in another way."""
+    _open.pop(handle.key, None)
+
+
+@guarded
+def end_open_runs() -> None:
+    """End what is open as KILLED, the innermost first. For the end of the process."""
+    while _open:
+        try:
+            _, handle = _open.popitem()
+        except KeyError:  # another thread was faster
+            return
+        active_runs.forget(handle.run)  # lest MLflow's own exit handler ends it once more, FINISHED
+        handle.end(KILLED, is_leaving=True)
+
+
+before_leaving(end_open_runs)
+
+
+def _start_afresh() -> None:
+    """In a forked child: what is open is the parent's, and nobody holds a lock."""
+    _open.clear()
+    _occupancy.__init__()  # type: ignore[misc]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)

@@ -1,0 +1,46 @@
+"""Who is told what happens inside of it: an evaluation's example, a request of a service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from dspy_mlflow_async.settings import Settings
+
+
+class LmCall(NamedTuple):
+    """One LM call that has ended.
+
+    Attributes:
+        model: The model's name, as the LM has it.
+        began: When it began, in seconds of ``time.perf_counter()``.
+        latency: How long it took, in seconds.
+        tokens: ``input_tokens``, ``output_tokens``, ``total_tokens`` and, where reported, the cached ones; empty
+            where no provider reported any, as for an answer from DSPy's cache.
+        cache_hit: Whether the answer came from DSPy's cache; None where that is not known.
+        outcome: ``ok``, ``error``, ``cancelled`` or ``abandoned``.
+    """
+
+    model: str
+    began: float
+    latency: float
+    tokens: Mapping[str, int]
+    cache_hit: bool | None
+    outcome: str
+
+
+class Observer(Protocol):
+    """What an evaluation's example is to the calls inside of it."""
+
+    def on_span_start(self, span: Any) -> None:
+        """A span begins."""
+
+
+class RequestObserver(Observer, Protocol):
+    """What a request is to the calls inside of it."""
+
+    def lm_call_ended(self, call: LmCall) -> None:
+        """An LM call has ended, with a span of its own or not."""
+
+    def adapt(self, settings: Settings) -> Settings:
+        """The settings for a span that begins here, given the tracer's."""
