@@ -1,4 +1,4 @@
-"""Does it arrive whole? Traces and run results on their way to the MLflow store."""
+"""Export of traces and run results: from ended spans to the MLflow store, through a queue and a spool on disk."""
 
 from dspy_mlflow_async.export.assemble.sampling import KEEPS
 from dspy_mlflow_async.export.counters import ExportStats

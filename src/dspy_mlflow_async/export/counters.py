@@ -1,4 +1,4 @@
-"""The counters: every trace is in exactly one place, and the sum is always right."""
+"""Counters of traces: every trace is in exactly one place, and the sum is always right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Event = Literal["started", "ended", "left out"]
 
 @dataclass(frozen=True, slots=True)
 class ExportStats:
-    """Where the traces of this process are; ``started`` is always the sum of all but ``ended`` and ``in_progress``.
+    """Counts of the traces of this process; ``started`` is always the sum of all but ``ended`` and ``in_progress``.
 
     Attributes:
         started: Traces that began.
@@ -61,26 +61,26 @@ class TraceCounters:
         )
 
     def start(self) -> None:
-        """A trace began."""
+        """Count a trace that began."""
         self._noted.append("started")
 
     def end(self) -> None:
-        """The root of an open trace ended."""
+        """Count an open trace whose root ended."""
         self._noted.append("ended")
 
     def leave_out(self) -> None:
-        """A trace was left out before its first span."""
+        """Count a trace that was left out before its first span."""
         self._noted.append("left out")
 
     def forget(self, count: int) -> None:
-        """Open traces were handed back to MLflow, and are no longer ours to count."""
+        """Take open traces off the counters that were handed back to MLflow, and are no longer ours to count."""
         with self._lock:
             self._add_up()
             self._started -= count
             self._places["open"] -= count
 
     def move(self, source: Place, target: Place, count: int = 1) -> None:
-        """Traces went from one place to another."""
+        """Count traces that went from one place to another."""
         if count and source != target:
             with self._lock:
                 self._add_up()
@@ -88,7 +88,7 @@ class TraceCounters:
                 self._places[target] += count
 
     def stats(self) -> ExportStats:
-        """All counters at one moment."""
+        """Return all counters at one moment."""
         with self._lock:
             self._add_up()
             return ExportStats(started=self._started, ended=self._ended, **self._places)

@@ -1,4 +1,4 @@
-"""Puts the pipeline into MLflow and takes it out again; the functions that everybody calls."""
+"""Installation of the pipeline in MLflow and its removal, with the functions that everybody calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _books = TraceCounters()  # one for the process, whatever is installed
 
 
 def pipeline() -> Pipeline:
-    """The pipeline of this process; made with the default options if nobody has installed one."""
+    """Return the pipeline of this process; made with the default options if nobody has installed one."""
     global _pipeline  # noqa: PLW0603 - one per process, like MLflow's provider
     with _lock:
         if _pipeline is None and _retiring is not None:
@@ -126,7 +126,7 @@ def _retire_later(mine: Pipeline) -> None:
 
 
 def _unbind_after(thread: threading.Thread) -> None:
-    """Let MLflow's requests be as they were, once nobody writes any more."""
+    """Restore MLflow's own requests, once nobody writes any more."""
     global _unbind_http
     thread.join()
     with _lock:
@@ -136,7 +136,7 @@ def _unbind_after(thread: threading.Thread) -> None:
 
 
 def _take_retiring() -> Pipeline | None:
-    """The pipeline that has been undone and has open traces, to go on in another."""
+    """Take the pipeline that has been undone and has open traces, to go on in another."""
     global _retiring
     retiring, _retiring = _retiring, None
     return retiring
@@ -149,7 +149,7 @@ def _close(old: Pipeline, successor: Pipeline | None = None) -> threading.Thread
 
 
 def _make_processor(tracking_uri: str, original: Callable[[str], Any]) -> Any:
-    """What MLflow's provider gets: our processor, but for Databricks MLflow's own."""
+    """Make what MLflow's provider gets: our processor, but for Databricks MLflow's own."""
     current = _pipeline
     if current is None or mlflow_store.is_databricks_uri(mlflow_store.resolve_tracking_uri(tracking_uri)):
         return original(tracking_uri)
@@ -242,14 +242,14 @@ def secure(timeout: float) -> bool:
 
 
 def stats() -> ExportStats:
-    """Where the traces of this process are."""
+    """Return the counters of this process's traces."""
     current, counted = _pipeline, _books.stats()
     return counted if current is None else replace(counted, in_progress=current.assembler.count_shown())
 
 
 @guarded
 def hold(trace_id: str) -> None:
-    """Do not write a trace before it is released: something is still to be said about it.
+    """Keep a trace from being written before it is released: something is still to be said about it.
 
     Args:
         trace_id: MLflow's id, ``tr-...``. Held twice, it must be released twice.
@@ -279,7 +279,7 @@ def release(
 
 
 class _OnTheirWay:
-    """What the pipeline has of the traces that users name to MLflow, see ``seams.mlflow_by_id``."""
+    """Access to the pipeline's traces that users name to MLflow by id, see ``seams.mlflow_by_id``."""
 
     @guarded
     def note(self, uri: str, trace_id: str, assessment: Assessment) -> Assessment | None:
@@ -299,7 +299,7 @@ class _OnTheirWay:
 
 @guarded
 def discard(trace_id: str) -> None:
-    """Do not write a trace that is not written yet. It counts as ``sampled_out``.
+    """Leave out a trace that is not written yet. It counts as ``sampled_out``.
 
     Args:
         trace_id: MLflow's id, ``tr-...``.

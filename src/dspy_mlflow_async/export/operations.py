@@ -1,4 +1,4 @@
-"""What waits in a queue: one operation on a store, with what it takes to repeat it."""
+"""Operations that wait in a queue: one on a store each, with what it takes to repeat it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Operation:
-    """One operation. Those with the same ``key`` (a trace id, a run id) are written in the order they came.
+    """One operation on a store. Those with the same ``key`` (a trace id, a run id) are written in the order they came.
 
     Attributes:
         key: The trace or the run it belongs to.
@@ -33,7 +33,7 @@ class Operation:
 
     @property
     def is_vital(self) -> bool:
-        """Whether it is among the last to go when the disk is full: results of evaluations, traces with errors."""
+        """Return whether it is among the last to go when the disk is full: evaluation results, traces with errors."""
         return False
 
 
@@ -42,12 +42,12 @@ class TraceOperation(Operation):
     """A trace, or what of it is new.
 
     Attributes:
-        info: What ``start_trace`` is given; of a late item, what has been added to it.
+        info: What ``start_trace`` is given; of a late operation, what has been added to it.
         spans: Live spans from the caller, or immutable ones once ``prepared``.
         stage: "whole", "partial" (still open, so that it can be watched) or "late" (spans after the fact).
         experiment_id: Where the spans go.
         prepared: Whether spans are immutable and clean, and the metadata complete.
-        shown: Of a partial item, the ids of all that is shown so far; emptied where it is not written after all.
+        shown: Of a partial operation, the ids of all that is shown so far; emptied where it is not written after all.
     """
 
     info: TraceInfo
@@ -61,7 +61,7 @@ class TraceOperation(Operation):
 
     @property
     def is_vital(self) -> bool:
-        """Whether the trace has failed."""
+        """Return whether the trace has failed."""
         return self.info.state.value == "ERROR"
 
 
@@ -77,7 +77,7 @@ class SpansOperation(Operation):
 
 @dataclass(slots=True, kw_only=True)
 class TraceUpdate(Operation):
-    """What was said about a trace after it was written."""
+    """Annotations of a trace that came after it was written."""
 
     assessments: Sequence[Assessment] = ()
     metadata: dict[str, str] = field(default_factory=dict)
@@ -86,13 +86,13 @@ class TraceUpdate(Operation):
 
     @property
     def is_vital(self) -> bool:
-        """Feedback is: somebody has judged the trace."""
+        """Return True for feedback: somebody has judged the trace."""
         return True
 
 
 @dataclass(slots=True)
 class WriteStatus:
-    """What became of the operations on a run.
+    """Outcome so far of the operations on a run.
 
     Attributes:
         was_refused: Whether the store has refused one of them.
@@ -103,7 +103,7 @@ class WriteStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Creation:
-    """What a run is created with, whenever that is.
+    """Attributes that a run is created with, whenever that is.
 
     Attributes:
         name: Its name; None for one that MLflow makes up.
@@ -142,7 +142,7 @@ class RunOperation(Operation):
 
     @property
     def is_vital(self) -> bool:
-        """What an evaluation or a compile has found out is."""
+        """Return True: it may carry what an evaluation or a compile has found out."""
         return True
 
     def __post_init__(self) -> None:

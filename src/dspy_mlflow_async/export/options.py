@@ -1,4 +1,4 @@
-"""The settings of the export pipeline, and where its spool lies."""
+"""Settings of the export pipeline, and the location of its spool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from platformdirs import user_state_dir
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """How traces travel to the store.
+    """Settings of how traces travel to the store.
 
     Attributes:
         durable: Write each finished trace to the spool before anything else, and sync it to the disk.
@@ -36,7 +36,7 @@ class ExportOptions:
 
 
 def spool_root(folder: Path | None = None) -> Path:
-    """The folder that holds one spool per tracking URI; the environment variable wins over ``folder``."""
+    """Return the folder that holds one spool per tracking URI; the environment variable wins over ``folder``."""
     if named := os.environ.get("DSPY_MLFLOW_ASYNC_SPOOL"):
         return Path(named)
     return folder or Path(user_state_dir("dspy-mlflow-async")) / "spool"

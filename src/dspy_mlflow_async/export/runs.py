@@ -1,4 +1,4 @@
-"""Operations on runs: queued like traces, and brought to the store together and at once where somebody waits."""
+"""Operations on MLflow runs: queued like traces, and brought to the store together and at once where somebody waits."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class RunWriter:
             self.create(stand_in, creation)
 
     def may_ask(self) -> bool:
-        """Whether the store is worth a wait now: it was not away a moment ago."""
+        """Return whether the store is worth a wait now: it was not away a moment ago."""
         return self._queue().availability.may_wait()
 
     def note_wait(self, begun: float) -> None:
-        """Let nobody wait for a while, after a long wait in vain since ``begun`` (monotonic)."""
+        """Note a long wait in vain since ``begun`` (monotonic): nobody waits for a while."""
         self._queue().availability.note_wait(begun)
 
     def log(
@@ -109,7 +109,7 @@ class RunWriter:
 
 
 def run_writer(tracking_uri: str | None) -> RunWriter:
-    """A writer for the runs of a store.
+    """Return a writer for the runs of a store.
 
     Args:
         tracking_uri: The store; None for the one that MLflow uses now.
@@ -118,12 +118,12 @@ def run_writer(tracking_uri: str | None) -> RunWriter:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error of the store says that it will never do what it was asked for."""
+    """Return whether an error of the store says that it will never do what it was asked for."""
     return classify(error) is Verdict.REFUSED
 
 
 def real_id(run_id: str) -> str:
-    """The id in the current store of the run that a stand-in id stands for; any other id as it is.
+    """Return the id in the current store of the run that a stand-in id stands for; any other id as it is.
 
     Raises:
         LookupError: Where the run has not been created yet.

@@ -1,4 +1,4 @@
-"""The end of the process: wait for the store for a bounded time, bring the rest to the disk, and say so."""
+"""End of the process: wait for the store for a bounded time, bring the rest to the disk, and say so."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _at_exit_of_interpreter(function: Callable[[], None]) -> None:
 
 
 def _may_hold_a_lock(frame: FrameType | None) -> bool:
-    """Whether code that holds locks for moments is being run: ours, or what it calls."""
+    """Return whether code that holds locks for moments is being run: ours, or what it calls."""
     for _ in range(_NEAREST_FRAMES):
         if frame is None:
             return False
@@ -110,7 +110,7 @@ def _may_hold_a_lock(frame: FrameType | None) -> bool:
 
 
 class _Handler:
-    """A signal handler that runs a function, and then lets the signal end the process."""
+    """Signal handler that runs a function, and then lets the signal end the process."""
 
     def __init__(self, function: Callable[[], None], timeout: float) -> None:
         self._function = function

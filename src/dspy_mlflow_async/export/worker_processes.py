@@ -1,4 +1,4 @@
-"""Worker processes: whether this is one, and how those of pools tell that they end."""
+"""Worker processes: detection of this one as such, and the end of those in pools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _kept: list[Callable[..., None]] = []
 
 
 def may_end_unheard() -> bool:
-    """Whether this process may end by ``os._exit``, or be killed by its pool: then nothing is left in memory alone.
+    """Return whether this process may end by ``os._exit``, or be killed by its pool: then nothing is in memory alone.
 
     That is so for every fork, whoever made it and when, and for the processes of ``multiprocessing``.
     """
@@ -28,7 +28,7 @@ def may_end_unheard() -> bool:
 
 
 def _is_fork_of_linux() -> bool:
-    """Whether this process was forked before this module was imported, as far as Linux tells."""
+    """Return whether this process was forked before this module was imported, as far as Linux tells."""
     try:
         flags = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[_FLAGS]
         return bool(int(flags) & _FORKED_WITHOUT_EXEC)
@@ -55,7 +55,7 @@ def at_exit_of_workers(function: Callable[[], None]) -> None:
 
 
 def hear_of_celery() -> None:
-    """Let Celery's pool say when one of its processes ends, if Celery is here by now. Doing so twice does nothing."""
+    """Register for the end of the processes of Celery's pool, if Celery is imported. Doing so twice does nothing."""
     if (signals := sys.modules.get("celery.signals")) is not None:
         signals.worker_process_shutdown.connect(_leave, weak=False, dispatch_uid=__name__)
 

@@ -1,1 +1,1 @@
-"""Every private name of DSPy and MLflow that we touch, each with its reason; ``doctor`` checks them one by one."""
+"""Private names of DSPy and MLflow that we touch, each with its reason; ``doctor`` checks them one by one."""

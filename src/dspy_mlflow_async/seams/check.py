@@ -1,4 +1,4 @@
-"""The list of all names of DSPy and MLflow that this package touches and that they do not document, with the reasons.
+"""Check of the undocumented names of DSPy and MLflow that this package touches, each with its reason.
 
 ``dspy-mlflow-async doctor`` shows which of them the installed versions have. It imports the standard library alone,
 so that it can still speak where a name has gone.
@@ -19,7 +19,7 @@ from dspy_mlflow_async.seams.instances import instance_of
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A name that is not ours, and why we need it.
+    """Name that is not ours, with the reason we need it.
 
     Attributes:
         path: ``module:name`` or ``module:Class.attribute``.
@@ -39,16 +39,16 @@ class Seam:
 
     @property
     def module(self) -> str:
-        """The module that it is in."""
+        """Module that it is in."""
         return self.path.partition(":")[0]
 
     @property
     def is_present(self) -> bool:
-        """Whether the installed version has it."""
+        """Return whether the installed version has it."""
         return _exists(self.path)
 
     def value_or(self, otherwise: Any) -> Any:
-        """What stands there, or ``otherwise`` where it is not as we know it."""
+        """Return the object at the path, or ``otherwise`` where it is not as we know it."""
         value = _find(self.path)
         return value if value is not _ABSENT and fits(value, self.shape) else otherwise
 
@@ -99,7 +99,7 @@ def _whole_of(root: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A name that is not as we know it.
+    """Name that is not as we know it.
 
     Attributes:
         seam: The name.
@@ -111,7 +111,7 @@ class Fault:
 
     @property
     def matters(self) -> bool:
-        """Whether anything is lost. What may be absent is not missed; where it is another than we know, it is off."""
+        """Return whether anything is lost. What may be absent is not missed; if it is other than we know, it is off."""
         return not self.seam.is_optional or self.text != "has gone"
 
     def __str__(self) -> str:
@@ -120,13 +120,13 @@ class Fault:
 
 
 def faults(seams: Iterable[Seam]) -> list[Fault]:
-    """Those of the seams that are not as we know them, and that are missed."""
+    """Return those of the seams that are not as we know them, and that are missed."""
     found = (Fault(seam, text) for seam in seams if (text := seam.fault) is not None)
     return [fault for fault in found if fault.matters]
 
 
 def fits(value: Any, shape: str) -> bool:
-    """Whether a value can be used as a shape says, see ``Seam``."""
+    """Return whether a value can be used as a shape says, see ``Seam``."""
     if "|" in shape:
         return any(fits(value, each.strip()) for each in shape.split("|"))
     if shape.startswith("?") and value is None:
@@ -157,7 +157,7 @@ _ABSENT = object()
 
 
 def _find(path: str, *, on_instance: bool = False) -> Any:
-    """What stands at a path, on a class or on an instance of it, as far as one can be had."""
+    """Find the object at a path, on a class or on an instance of it, as far as one can be had."""
     module, _, names = path.partition(":")
     owner_names, _, last = names.rpartition(".")
     try:
@@ -182,7 +182,7 @@ def _submodule(name: str) -> Any:
 
 
 def missing(seams: Iterable[Seam]) -> list[Seam]:
-    """Those of the seams that the installed DSPy and MLflow do not have."""
+    """Return those of the seams that the installed DSPy and MLflow do not have."""
     return [seam for seam in seams if not seam.is_present and seam.needs is None]
 
 
@@ -201,7 +201,7 @@ def _exists(path: str) -> bool:
 
 
 def has_attribute(owner: Any, name: str) -> bool:
-    """Whether a module, a class or the instances of a class have an attribute."""
+    """Return whether a module, a class or the instances of a class have an attribute."""
     return hasattr(owner, name) or (inspect.isclass(owner) and _uses(owner, name))
 
 
@@ -214,7 +214,7 @@ def _is_module(name: str) -> bool:
 
 
 def _uses(owner: type, name: str) -> bool:
-    """Whether the methods of a class or of its bases speak of an attribute that only its instances have."""
+    """Return whether the methods of a class or of its bases speak of an attribute that only its instances have."""
     functions = (value for base in owner.__mro__ for value in vars(base).values())
     return any(name in _names(code) for code in map(_code, functions) if code is not None)
 

@@ -1,4 +1,4 @@
-"""DSPy's side: settings that only their owner may configure, worker threads, and the usage tracker."""
+"""Access to DSPy: settings that only their owner may configure, worker threads, and the usage tracker."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if taken("dspy.utils.parallelizer:ParallelExecutor.execute") is None:
 
 
 def global_callbacks() -> list[Any]:
-    """The callbacks of ``dspy.configure``, whatever a ``dspy.context`` around us says."""
+    """Return the callbacks of ``dspy.configure``, whatever a ``dspy.context`` around us says."""
     return list(main_thread_config["callbacks"])
 
 
 def change_callbacks(change: Callable[[list[Any]], list[Any]]) -> None:
-    """``dspy.configure(callbacks=...)`` from any thread or task, without becoming the owner of the settings.
+    """Change the callbacks of ``dspy.configure`` in any thread or task, without becoming the owner of the settings.
 
     ``dspy.configure`` raises in every thread and task but the first that called it, and a call from here would
     make this one the first.
@@ -56,7 +56,7 @@ def change_callbacks(change: Callable[[list[Any]], list[Any]]) -> None:
 
 
 def overrides() -> Any:
-    """The settings that ``dspy.context`` has changed here."""
+    """Return the settings that ``dspy.context`` has changed here."""
     return thread_local_overrides.get()
 
 
@@ -66,26 +66,26 @@ def restore_overrides(before: Any) -> None:
 
 
 def usage_tracker() -> UsageTracker | None:
-    """The tracker in force here: that of ``dspy.context``, or else of ``dspy.configure``."""
+    """Return the tracker in force here: that of ``dspy.context``, or else of ``dspy.configure``."""
     here = thread_local_overrides.get()
     tracker: UsageTracker | None = (here if "usage_tracker" in here else main_thread_config).get("usage_tracker")
     return tracker
 
 
 def flattened(tracker: UsageTracker, entry: Any) -> dict[str, Any]:
-    """A usage entry as DSPy keeps it: nested models as plain dicts."""
+    """Return a usage entry as DSPy keeps it: nested models as plain dicts."""
     flat: dict[str, Any] = tracker._flatten_usage_entry(entry)
     return flat
 
 
 def override_usage_tracker(tracker: UsageTracker | None) -> None:
-    """``dspy.context(usage_tracker=...)`` from here on, without a block and without freezing other settings."""
+    """Set the usage tracker from here on, as ``dspy.context`` in no block, without freezing other settings."""
     before = thread_local_overrides.get()
     thread_local_overrides.set(dotdict({**before, "usage_tracker": tracker}))
 
 
 def is_tracking_usage() -> bool:
-    """Whether the user has switched on ``track_usage`` here."""
+    """Return whether the user has switched on ``track_usage`` here."""
     return bool(dspy.settings.track_usage)
 
 
@@ -94,7 +94,7 @@ def with_program_and_metric(
     run_program: Callable[[Any, dict[str, Any]], Any],
     run_metric: Callable[..., Any],
 ) -> Callable[[Any], Any]:
-    """``Evaluate``'s function for one example, with its program and its metric called through these.
+    """Return ``Evaluate``'s function for one example, with its program and its metric called through these.
 
     ``Evaluate.__call__`` defines ``process_item`` over ``program`` and ``metric``; a copy of the function over other
     cells leaves both of them, and everything that reads their names, as they are.
@@ -126,7 +126,7 @@ def with_program_and_metric(
 
 
 def scores_by_program(data: Any, results: Any) -> list[list[float]]:
-    """What a pool of ``SIMBA``'s has scored: one list for each program, in the order in which it was given them.
+    """Return what a pool of ``SIMBA``'s has scored: one list for each program, in the order in which it was given them.
 
     It gives ``dspy.Parallel`` pairs of a function over ``program`` and ``metric`` and an example, and gets back dicts.
     Source: ``dspy.teleprompt.simba_utils.wrap_program``. Any other pool gives an empty list.

@@ -1,4 +1,4 @@
-"""The arguments that DSPy tells its callbacks of, found without a signature object for each call."""
+"""Arguments that DSPy tells its callbacks of, found without a signature object for each call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def patch_arguments() -> Callable[[], None]:
 
 
 class _Inspect:
-    """The module ``inspect``, with ``getcallargs`` of ours."""
+    """Module ``inspect``, with ``getcallargs`` of ours."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(inspect, name)
@@ -43,13 +43,13 @@ class _Inspect:
 
     @staticmethod
     def getcallargs(func: Any, /, *positional: Any, **named: Any) -> dict[str, Any]:
-        """``inspect.getcallargs``: the arguments by parameter; TypeError where they do not fit."""
+        """Return the arguments by parameter, as ``inspect.getcallargs`` does; TypeError where they do not fit."""
         found = _arguments_of(func, positional, named)
         return inspect.getcallargs(func, *positional, **named) if found is None else found
 
 
 class _Parameters(NamedTuple):
-    """A function's parameters, read from its code.
+    """Parameters of a function, read from its code.
 
     Attributes:
         code: What they were read from.
@@ -86,7 +86,7 @@ def _parameters_of(func: FunctionType) -> _Parameters:
 
 
 def _arguments_of(func: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a plain function, or None where they do not fit or where it is something else."""
+    """Return the arguments of a plain function, or None where they do not fit or where it is something else."""
     if type(func) is not FunctionType or not _OVERRIDES.isdisjoint(func.__dict__):
         return None
     _, parameters, count, rest, kwargs = _parameters_of(func)

@@ -1,4 +1,4 @@
-"""What ``dspy.Evaluate`` does inside itself, for evaluations that run in tasks instead of its worker threads."""
+"""Internals of ``dspy.Evaluate``, for evaluations that run in tasks instead of its worker threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def isolate_settings() -> None:
 
 
 def result_rows(results: list[Any], metric: Any) -> tuple[list[dict[str, Any]], str]:
-    """The rows that ``dspy.Evaluate`` writes to files, and the name of the score's column."""
+    """Return the rows that ``dspy.Evaluate`` writes to files, and the name of the score's column."""
     name = metric.__name__ if isinstance(metric, types.FunctionType) else metric.__class__.__name__
     return dspy.Evaluate._prepare_results_output(results, name), name
 

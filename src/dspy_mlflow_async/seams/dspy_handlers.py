@@ -1,4 +1,4 @@
-"""Which handler DSPy calls: chosen once for each type, and told of the end of what an interrupt has cut off."""
+"""Choice of the handler that DSPy calls: made once for each type, and told of what an interrupt has cut off."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Choose = Callable[[Any, Any, Any], Any]
 
 
 class _Names:
-    """A callback whose handlers are their own names."""
+    """Callback whose handlers are their own names."""
 
     def __getattr__(self, name: str) -> str:
         return name
@@ -61,7 +61,7 @@ def patch_handlers() -> Callable[[], None]:
 
 
 def _remembering(choose: _Choose) -> _Choose:
-    """DSPy's own choice, asked once for each type and function."""
+    """Wrap DSPy's own choice, to be asked once for each type and function."""
     names_of: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
 
     def remembered(callback: Any, instance: Any, fn: Any) -> Any:

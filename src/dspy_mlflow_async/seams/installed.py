@@ -1,4 +1,4 @@
-"""How much of MLflow is installed, and what to say where it is not enough."""
+"""Extent of the MLflow that is installed, and the sentences to say where it is not enough."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # mlflow.store.db.db_ty
 
 
 def has_runs() -> bool:
-    """Whether this MLflow has runs: ``mlflow`` or ``mlflow-skinny``, not ``mlflow-tracing`` alone."""
+    """Return whether this MLflow has runs: ``mlflow`` or ``mlflow-skinny``, not ``mlflow-tracing`` alone."""
     return hasattr(mlflow, "start_run")
 
 
@@ -32,7 +32,7 @@ def missing_for(uri: str) -> str | None:
 
 
 def require_for(uri: str) -> None:
-    """Let nobody try to open the store of a URI that what is installed cannot open.
+    """Require that what is installed can open the store of a URI.
 
     Raises:
         ImportError: With a sentence that says what is missing.

@@ -1,4 +1,4 @@
-"""One instance of each class of theirs whose instances have attributes that we touch, as far as it costs nothing."""
+"""Instances, one of each class of MLflow and DSPy that has instance attributes we touch, as far as it costs nothing."""
 
 from __future__ import annotations
 

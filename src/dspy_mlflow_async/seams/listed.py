@@ -1,4 +1,4 @@
-"""Every name of DSPy, MLflow and OpenTelemetry that this package touches without their having documented it.
+"""List of every undocumented name of DSPy, MLflow and OpenTelemetry that this package touches.
 
 A test holds this list against the source, so that no name is touched in silence.
 """
@@ -377,7 +377,7 @@ _BY_PATH = {seam.path: seam for seam in SEAMS}
 
 
 def taken(path: str, otherwise: Any = None) -> Any:
-    """Take what stands at a listed path, so that the module that takes it can be imported in any case.
+    """Take the object at a listed path, so that the module that takes it can be imported in any case.
 
     Args:
         path: As on the list.
@@ -388,25 +388,25 @@ def taken(path: str, otherwise: Any = None) -> Any:
 
 @functools.cache
 def is_known(path: str) -> bool:
-    """Whether what stands at a listed path, on instances of a class too, is there and as we know it."""
+    """Return whether the object at a listed path, on instances of a class too, is there and as we know it."""
     seam = _BY_PATH[path]
     return seam.is_present and seam.fault is None
 
 
 @functools.cache
 def lost_features() -> tuple[Fault, ...]:
-    """What is not as we know it, so that what it is for is off, as far as its module has been imported by anybody."""
+    """Return the names whose features are off, being not as we know them, in modules that anybody has imported."""
     return tuple(faults(seam for seam in SEAMS if (seam.is_optional or seam.is_feature) and seam.module in sys.modules))
 
 
 @functools.cache
 def lost_ground() -> tuple[Fault, ...]:
-    """What is not as we know it, and nothing can be traced without. Looked up once: it imports MLflow's modules."""
+    """Return the names, not as we know them, that tracing needs. Looked up once: it imports MLflow's modules."""
     return tuple(faults(seam for seam in SEAMS if not (seam.is_optional or seam.is_feature)))
 
 
 @functools.cache
 def missing_packages() -> tuple[str, ...]:
-    """Packages that MLflow wants for what nothing can be traced without, and that are not installed."""
+    """Return the packages that MLflow wants for what nothing can be traced without, and that are not installed."""
     ground = (seam for seam in SEAMS if not (seam.is_optional or seam.is_feature or seam.is_present))
     return tuple(sorted({seam.needs or "" for seam in ground} - {""}))

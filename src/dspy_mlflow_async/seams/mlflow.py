@@ -1,4 +1,4 @@
-"""MLflow's spans by hand, and the context they are current in."""
+"""Span operations on MLflow by hand, and the context that spans are current in."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ TRACE_CONTEXT = _USER_TRACE_CONTEXT
 
 
 def _optional_variables() -> list[Any]:
-    """Variables that decide where a trace goes and whether it is sampled, as far as this MLflow has them."""
+    """Return the variables that decide where a trace goes and whether it is sampled, as far as this MLflow has them."""
     found = [
         getattr(trace_sampling, "_SAMPLING_RATIO_OVERRIDE", None),
         getattr(trace_provider._MLFLOW_TRACE_USER_DESTINATION, "_context_local_value", None),
@@ -83,13 +83,13 @@ TRACING_VARIABLES: tuple[Any, ...] = (
 
 
 def is_context_enabled() -> bool:
-    """Whether ``mlflow.tracing.context(enabled=False)`` is not in force here."""
+    """Return whether ``mlflow.tracing.context(enabled=False)`` is not in force here."""
     configured = TRACE_CONTEXT.get()
     return configured is None or configured.enabled is not False
 
 
 def disabled_context() -> Any:
-    """What ``mlflow.tracing.context(enabled=False)`` would set, for a scope that has no ``with`` block."""
+    """Return what ``mlflow.tracing.context(enabled=False)`` would set, for use without a ``with`` block."""
     configured = TRACE_CONTEXT.get()
     return _UserTraceContext(
         metadata=configured.metadata if configured else {},
@@ -99,7 +99,7 @@ def disabled_context() -> Any:
 
 
 def extended_context(*, metadata: Mapping[str, str], tags: Mapping[str, str]) -> Any:
-    """What ``mlflow.tracing.context(metadata=..., tags=...)`` would set, for a scope that has no ``with`` block."""
+    """Return what ``mlflow.tracing.context(metadata=..., tags=...)`` would set, for use without a ``with`` block."""
     configured = TRACE_CONTEXT.get()
     return _UserTraceContext(
         metadata={**(configured.metadata if configured else {}), **metadata},
@@ -112,7 +112,7 @@ INVALID_SPAN = otel.INVALID_SPAN
 
 
 class TracingContext(NamedTuple):
-    """MLflow's tracing context where it was asked for.
+    """MLflow's tracing context at the point where it was asked for.
 
     Attributes:
         is_isolated: Whether MLflow has a provider and a context of its own.
@@ -128,7 +128,7 @@ class TracingContext(NamedTuple):
 
 
 def current_context() -> TracingContext:
-    """MLflow's tracing context at this point."""
+    """Return MLflow's tracing context at this point."""
     is_isolated, runtime, shared = live_seam.is_isolated(), RUNTIME_CONTEXT.get(), otel_context.get_current()
     return TracingContext(is_isolated, runtime, shared, otel.get_current_span(runtime if is_isolated else shared))
 
@@ -156,7 +156,7 @@ def reattach(before: TracingContext) -> None:
 
 
 def without_span(where: TracingContext) -> TracingContext:
-    """The same context with no span current in it."""
+    """Return the same context with no span current in it."""
     return where._replace(
         runtime=otel.set_span_in_context(otel.INVALID_SPAN, where.runtime),
         shared=otel.set_span_in_context(otel.INVALID_SPAN, where.shared),
@@ -179,17 +179,17 @@ def detach() -> TracingContext:
 
 
 def is_live(span: Any) -> bool:
-    """Whether a span may have children: it was begun by an SDK and has not ended."""
+    """Return whether a span may have children: it was begun by an SDK and has not ended."""
     return isinstance(span, OtelSpan) and span.end_time is None
 
 
 def has_ended(span: Any) -> bool:
-    """Whether a span of an SDK has ended. One that records nothing never does."""
+    """Return whether a span of an SDK has ended. One that records nothing never does."""
     return isinstance(span, OtelSpan) and span.end_time is not None
 
 
 class OpenSpan:
-    """A span that has begun: MLflow's live span, the OpenTelemetry span under it, and the root of its trace."""
+    """Span that has begun: MLflow's live span, the OpenTelemetry span under it, and the root of its trace."""
 
     __slots__ = ("level", "live", "otel", "root")
 
@@ -206,7 +206,7 @@ class OpenSpan:
 
 
 class Unsampled(NamedTuple):
-    """A span that the sampler has left out: nothing below it is recorded either.
+    """Span that the sampler has left out: nothing below it is recorded either.
 
     Attributes:
         otel: OpenTelemetry's span; it records nothing, and must be current for its children to be left out.
@@ -216,7 +216,7 @@ class Unsampled(NamedTuple):
 
 
 class _Tracer:
-    """The tracer of MLflow's provider, fetched once per provider."""
+    """Tracer of MLflow's provider, fetched once per provider."""
 
     def __init__(self) -> None:
         self._known: tuple[Any, Any] = (None, None)
@@ -237,7 +237,7 @@ _tracer = _Tracer()
 
 
 def current_tracer(where: TracingContext) -> Any:
-    """The tracer of MLflow's provider."""
+    """Return the tracer of MLflow's provider."""
     if provider_seam.DISABLED.get():
         return provider_seam.no_op_tracer()
     return _tracer.get(is_isolated=where.is_isolated)
@@ -290,7 +290,7 @@ def start_span(
 
 
 def _registered(span: Any) -> Any | None:
-    """MLflow's span for one that a processor of MLflow's own has registered."""
+    """Return MLflow's span for one that a processor of MLflow's own has registered."""
     request_id = span.attributes.get(SpanAttributeKey.REQUEST_ID)
     if request_id is None:
         return None
@@ -306,7 +306,7 @@ def _root_of(trace_id: str, span: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _level_of(span_type: str) -> str | None:
-    """The log level that ``LiveSpan.end`` gives a span of this type, as JSON text."""
+    """Return the log level that ``LiveSpan.end`` gives a span of this type, as JSON text."""
     if default_log_level_for_span_type is None:
         return None
     return str(int(default_log_level_for_span_type(span_type)))

@@ -1,4 +1,4 @@
-"""MLflow's artifacts, read without the progress bars that its fluent functions print."""
+"""Artifacts of MLflow's runs, read without the progress bars that its fluent functions print."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 
 def names(run: Any, folder: str) -> list[str]:
-    """The paths of the files in a folder of a run's artifacts, in order; empty where there is none."""
+    """Return the paths of the files in a folder of a run's artifacts, in order; empty where there is none."""
     listed = get_artifact_repository(run.info.artifact_uri).list_artifacts(folder)
     return sorted(file.path for file in listed if not file.is_dir)
 
 
 def read(run: Any, path: str) -> bytes | None:
-    """The content of an artifact of a run, or None where there is none, or where it cannot be read."""
+    """Return the content of an artifact of a run, or None where there is none, or where it cannot be read."""
     repository = get_artifact_repository(run.info.artifact_uri)
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "artifact"

@@ -1,4 +1,4 @@
-"""MLflow's own DSPy integration: what ours takes the place of, and what others know it by."""
+"""MLflow's own DSPy integration: the parts that ours replaces, and the names that others know it by."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class StatelessCallback(MlflowCallback):
-    """MLflow's callback, by which its ``autolog`` and model serving find their tracer, less its state.
+    """Stateless form of MLflow's callback, by which its ``autolog`` and model serving find their tracer.
 
     Others read these names; the state behind them lives in the context of the calls.
     """
@@ -41,7 +41,7 @@ class StatelessCallback(MlflowCallback):
 
     @property
     def dependencies_schema(self) -> dict[str, Any] | None:
-        """What a served model's traces are tagged with; MLflow's ``load_model`` sets it."""
+        """Dependencies schema of a served model, a tag of its traces; MLflow's ``load_model`` sets it."""
         return self._dependencies_schema
 
     @dependencies_schema.setter
@@ -50,7 +50,7 @@ class StatelessCallback(MlflowCallback):
 
 
 class _Call:
-    """A call that is made when this is unpickled; of the class itself nothing is in the pickle."""
+    """Call that is made when this is unpickled; of the class itself nothing is in the pickle."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self._reduced = function, args
@@ -78,7 +78,7 @@ def portable(ours: tuple[Callable[..., Any], tuple[Any, ...]], schema: dict[str,
 
 
 def is_own_autolog_on() -> bool:
-    """Whether ``mlflow.dspy.autolog()`` is on."""
+    """Return whether ``mlflow.dspy.autolog()`` is on."""
     from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 
     config = AUTOLOGGING_INTEGRATIONS.get(FLAVOR)
@@ -86,7 +86,7 @@ def is_own_autolog_on() -> bool:
 
 
 def turn_own_autolog_off() -> None:
-    """What ``mlflow.dspy.autolog(disable=True)`` does, less ``dspy.configure``, which other threads may not call."""
+    """Do as ``mlflow.dspy.autolog(disable=True)``, less ``dspy.configure``, which other threads may not call."""
     from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
     from mlflow.utils.autologging_utils.safety import revert_patches
 
@@ -140,7 +140,7 @@ def _exchange(old: Any, new: Any) -> None:
 
 
 def own_autolog_module() -> Any:
-    """The module behind ``mlflow.dspy.autolog``, whose name the function of that name hides."""
+    """Return the module behind ``mlflow.dspy.autolog``, whose name the function of that name hides."""
     return importlib.import_module("mlflow.dspy.autolog")
 
 

@@ -1,4 +1,4 @@
-"""What users do by id with a trace that has ended and is not stored yet: with MLflow's exporter it might be there."""
+"""Requests by id for a trace that has ended and is not stored yet: with MLflow's exporter it might be there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OF_RUNS = ("link_traces_to_run", "unlink_traces_from_run")
 
 
 class OnTheirWay(Protocol):
-    """The traces that have ended, and that the store has not got yet."""
+    """Access to the traces that have ended, and that the store has not got yet."""
 
     def note(self, uri: str, trace_id: str, assessment: Any) -> Any | None:
         """Take an assessment along with a trace that is not handed on yet, as MLflow does with the active one.
@@ -76,7 +76,7 @@ def patch_by_id(traces: OnTheirWay) -> Callable[[], None]:
 
 
 def _other_clients() -> list[tuple[Any, tuple[str, ...]]]:
-    """What links traces to runs and to prompts; installs without MLflow's stores lack the second."""
+    """Return the clients that link traces to runs and to prompts; installs without MLflow's stores lack the second."""
     clients = (
         (taken("mlflow.tracking._tracking_service.client:TrackingServiceClient"), _OF_RUNS),
         (taken("mlflow.tracking._model_registry.client:ModelRegistryClient"), ("link_prompt_versions_to_trace",)),
@@ -85,7 +85,7 @@ def _other_clients() -> list[tuple[Any, tuple[str, ...]]]:
 
 
 def _replacements(owner: Any, names: tuple[str, ...], wrap: Callable[[Any], Any]) -> Mapping[str, Any]:
-    """The methods of these names, as far as this MLflow has them, wrapped."""
+    """Return the methods of these names, as far as this MLflow has them, wrapped."""
     return {name: wrap(getattr(owner, name)) for name in names if hasattr(owner, name)}
 
 
@@ -108,7 +108,7 @@ def _noting(original: Any, traces: OnTheirWay) -> Any:
 
 
 def _by_id(original: Any, traces: OnTheirWay, *, unless_in_memory: bool = False) -> Any:
-    """A method that finds the traces which its arguments name."""
+    """Wrap a method so that it finds the traces which its arguments name."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -135,7 +135,7 @@ def _ids_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping
 
 
 def _over_all(original: Any, traces: OnTheirWay) -> Any:
-    """A method that looks through all traces of the store."""
+    """Wrap a method that looks through all traces of the store."""
 
     @functools.wraps(original)
     def over_all(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,9 +23,9 @@ from dspy_mlflow_async.seams.patching import over
 
 
 class _MemoryExporter(SpanExporter):
-    """Hands each trace on when its root and all other spans of it have ended.
+    """Exporter that hands each trace on when its root and all other spans of it have ended.
 
-    There is no lock: the collector may run in here, and end the span of a generator that nobody has finished.
+    There is no lock: the garbage collector may run in here, and end the span of a generator that nobody has finished.
     """
 
     def __init__(self, keep: Callable[[Trace], None]) -> None:

@@ -47,13 +47,13 @@ if TYPE_CHECKING or has_runs():
 else:
 
     class MlflowClient(TrackingServiceClient):
-        """The part of MLflow's client that ``mlflow-tracing`` brings, by the same names."""
+        """Part of MLflow's client that ``mlflow-tracing`` brings, by the same names."""
 
         def __init__(self, tracking_uri: str | None = None, registry_uri: str | None = None) -> None:  # noqa: ARG002
             super().__init__(_resolve_tracking_uri(tracking_uri))
 
         def __getattr__(self, name: str) -> Any:
-            """Whatever it lacks."""
+            """Refuse whatever it lacks."""
             if name.startswith("_"):
                 raise AttributeError(name)
             raise ImportError(needs_whole(f"MlflowClient.{name}"))

@@ -1,4 +1,4 @@
-"""The experiment of what begins here, told without asking the store: where only that can tell, by a stand-in.
+"""Experiment of what begins here, told without asking the store: where only that can tell, by a stand-in.
 
 MLflow looks up ``MLFLOW_EXPERIMENT_NAME`` at the start of each trace, which opens the store in the caller's thread.
 """
@@ -46,7 +46,7 @@ is_in_notebook_of_databricks = functools.cache(
 
 
 def experiment_here() -> tuple[str | None, str | None]:
-    """The id and the name of the experiment that a run gets here, as far as that is known without the store."""
+    """Return the id and the name of the experiment that a run gets here, as far as that is known without the store."""
     if fluent._active_experiment_id:
         return str(fluent._active_experiment_id), None
     if name := MLFLOW_EXPERIMENT_NAME.get():
@@ -55,7 +55,7 @@ def experiment_here() -> tuple[str | None, str | None]:
 
 
 def default_experiment_id() -> str | None:
-    """The experiment where nobody has set one. Plugins are asked every time, as MLflow does."""
+    """Return the experiment where nobody has set one. Plugins are asked every time, as MLflow does."""
     # The one that MLflow brings is for notebooks of Databricks.
     if default_registry is None or (len(list(_registered)) == 1 and not is_in_notebook_of_databricks()):
         return str(DEFAULT_EXPERIMENT_ID)
@@ -64,13 +64,13 @@ def default_experiment_id() -> str | None:
 
 
 def store_experiment_id(client: Any) -> str | None:
-    """The experiment that a run gets here, by asking the store where only that can tell."""
+    """Return the experiment that a run gets here, by asking the store where only that can tell."""
     experiment_id, name = experiment_here()
     return look_up(client, name) if name is not None else experiment_id or default_experiment_id()
 
 
 def experiment_of_trace(root: Any, uri: str) -> str | None:
-    """The experiment of a trace that begins with this root, or a stand-in: ``get_experiment_id_for_trace``."""
+    """Return the experiment of a trace that begins with this root, or a stand-in: ``get_experiment_id_for_trace``."""
     if experiment_id := get_otel_attribute(root, SpanAttributeKey.EXPERIMENT_ID):
         return str(experiment_id)
     if experiment_id := getattr(_MLFLOW_TRACE_USER_DESTINATION.get(), "experiment_id", None):
@@ -86,12 +86,12 @@ def experiment_of_trace(root: Any, uri: str) -> str | None:
 
 
 def is_stand_in(experiment_id: Any) -> bool:
-    """Whether only the store can tell which experiment this is."""
+    """Return whether only the store can tell which experiment this is."""
     return isinstance(experiment_id, str) and experiment_id.startswith(_STAND_IN)
 
 
 def real_experiment_id(client: Any, experiment_id: str, workspace: str | None) -> str:
-    """The store's id of an experiment, which is made if there is none of its name.
+    """Return the store's id of an experiment, which is made if there is none of its name.
 
     Args:
         client: MLflow's client of the store, called in the scope of the workspace.
@@ -107,7 +107,7 @@ def real_experiment_id(client: Any, experiment_id: str, workspace: str | None) -
 
 
 def look_up(client: Any, name: str) -> str:
-    """The id of the experiment of this name, which is made if there is none."""
+    """Return the id of the experiment of this name, which is made if there is none."""
     found = client.get_experiment_by_name(name)
     if found is None:
         try:

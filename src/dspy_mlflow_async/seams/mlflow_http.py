@@ -36,7 +36,7 @@ __all__ = [
 
 
 class Status(int):
-    """The HTTP status of an answer.
+    """HTTP status of an answer.
 
     Attributes:
         is_mlflows: Whether MLflow itself refused, in JSON with one of its error codes. A page, and JSON of another
@@ -46,18 +46,18 @@ class Status(int):
     is_mlflows: bool
 
     def __new__(cls, status: int, *, is_mlflows: bool = False) -> Status:  # noqa: PYI034 - typing has Self from 3.11 on
-        """Make one of a number."""
+        """Make a status of a number."""
         self = super().__new__(cls, status)
         self.is_mlflows = is_mlflows
         return self
 
 
 class NoAnswerError(OSError):
-    """Something answered with success, and it was not an MLflow server."""
+    """Error of an answer with success that came from no MLflow server."""
 
 
 class _Known:
-    """What need not be found out for each request of a block, and of the blocks inside it.
+    """Facts that need not be found out for each request of a block, and of the blocks inside it.
 
     MLflow asks every header provider for every request, and Databricks' tries some imports that fail. Requests goes
     through the whole environment three times to learn of proxies. Together a quarter of what a request costs.
@@ -69,7 +69,7 @@ class _Known:
 
 
 class _Block:
-    """What holds for the requests of one ``limited_http`` block."""
+    """Settings of the requests of one ``limited_http`` block."""
 
     def __init__(self, seconds: float, known: _Known) -> None:
         self.seconds = seconds
@@ -87,7 +87,7 @@ _block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default
 
 
 def bound_http() -> Callable[[], None]:
-    """Let ``limited_http`` work: MLflow's retries (7, up to some minutes) are set per process, not per call.
+    """Make ``limited_http`` work: MLflow's retries (7, up to some minutes) are set per process, not per call.
 
     Returns:
         The undo.
@@ -147,7 +147,7 @@ def _is_refusal(response: Any) -> bool:
 
 
 def _is_answer(method: str, path: str, response: Any) -> bool:
-    """Whether a success is one of MLflow's: maintenance pages and captive portals say 200, too.
+    """Return whether a success is one of MLflow's: maintenance pages and captive portals say 200, too.
 
     Sources: mlflow.server.otel_api (protobuf, before 3.5 JSON), mlflow.server.handlers (JSON objects).
     """
@@ -185,7 +185,7 @@ def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _asking_those_present(resolve: Callable[..., Any]) -> Callable[..., Any]:
-    """MLflow's function without the provider of Databricks' headers, where this is no Databricks.
+    """Return MLflow's function without the provider of Databricks' headers, where this is no Databricks.
 
     Each time that is asked, it tries some imports, and would wait for whatever other threads import.
     """
@@ -215,7 +215,7 @@ def _looking_once(find: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def limited_http(seconds: float) -> Iterator[list[Status]]:
-    """One attempt for each request inside, bounded in time, with headers and proxies found out once.
+    """Make one attempt for each request inside, bounded in time, with headers and proxies found out once.
 
     Inside another block, and in threads that work for it, what is known already is not found out again.
 
@@ -232,7 +232,7 @@ def limited_http(seconds: float) -> Iterator[list[Status]]:
 
 
 def is_limited() -> bool:
-    """Tell whether a ``limited_http`` block is open here: the exporter is at work."""
+    """Return whether a ``limited_http`` block is open here: the exporter is at work."""
     return _block.get() is not None
 
 

@@ -34,7 +34,7 @@ _LIVE = "_dspy_mlflow_live"
 
 
 def live_span(span: Span, trace_id: str) -> LiveSpan:
-    """``create_mlflow_span(span, trace_id)``."""
+    """Make the same span as ``create_mlflow_span(span, trace_id)``."""
     if not _is_as_known:
         return create_mlflow_span(span, trace_id)
     live: LiveSpan = LiveSpan.__new__(LiveSpan)
@@ -51,7 +51,7 @@ def live_span(span: Span, trace_id: str) -> LiveSpan:
 
 
 def write(span: Span, attributes: dict[str, str]) -> None:
-    """``span.set_attributes`` for texts, which need no checks: a lock for all of them instead of one for each.
+    """Set attributes that are texts, which need no checks, as ``span.set_attributes`` does, under one lock for all.
 
     Where OpenTelemetry is told to limit attributes, or keeps them elsewhere, it does the work itself.
     """
@@ -67,7 +67,7 @@ def write(span: Span, attributes: dict[str, str]) -> None:
 
 
 def attributes_of(span: Any) -> Mapping[str, Any]:
-    """The attributes of an OpenTelemetry span; to iterate over its own mapping copies them, under a lock."""
+    """Return the attributes of an OpenTelemetry span; to iterate over its own mapping copies them, under a lock."""
     held = span._attributes
     return held._dict if _has_open_dict and isinstance(held, BoundedAttributes) else held or {}
 
@@ -81,12 +81,12 @@ def register(span: Span, trace_id: str, trace: Any) -> None:
 
 
 def live_span_of(span: Span) -> LiveSpan | None:
-    """MLflow's span for one that is being recorded, without asking the trace manager; None where it must be asked."""
+    """Return MLflow's span for one that is being recorded, without its trace manager; None where that must be asked."""
     return span.__dict__.get(_LIVE)
 
 
 class UsageSpan(NamedTuple):
-    """An LM call that somebody has recorded below a span of ours.
+    """LM call that somebody has recorded below a span of ours.
 
     Attributes:
         span_id: OpenTelemetry's id of the span.
@@ -104,7 +104,7 @@ class UsageSpan(NamedTuple):
 
 
 def usage_spans_below(top: Span, trace_id: str, ours: Collection[int]) -> list[UsageSpan]:
-    """The outermost spans below ``top`` that bear usage and are not ours.
+    """Return the outermost spans below ``top`` that bear usage and are not ours.
 
     As MLflow adds usage up, what is below one that bears some is in it already, so that below an LM call of ours
     (LiteLLM's span below ``dspy.LM``'s) there is none.
@@ -132,7 +132,7 @@ def usage_spans_below(top: Span, trace_id: str, ours: Collection[int]) -> list[U
 
 
 def _is_outermost(span: Any, top_id: int, began: Mapping[int, Any]) -> bool:
-    """Whether the parents of a span lead to that one past no usage."""
+    """Return whether the parents of a span lead to that one past no usage."""
     while span is not None and span.parent is not None:
         if span.parent.span_id == top_id:
             return True
@@ -167,12 +167,12 @@ _PROPAGATE = _encode("MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT")
 
 
 def is_isolated() -> bool:
-    """Whether MLflow keeps a tracer provider of its own (``MLFLOW_USE_DEFAULT_TRACER_PROVIDER``, its default)."""
+    """Return whether MLflow has a tracer provider of its own (``MLFLOW_USE_DEFAULT_TRACER_PROVIDER``, its default)."""
     return _USE_DEFAULT not in _environment or bool(MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get())
 
 
 def propagates_to_opentelemetry() -> bool:
-    """Whether MLflow's current span is OpenTelemetry's too (``MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT``)."""
+    """Return whether MLflow's current span is OpenTelemetry's too (``MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT``)."""
     if _PROPAGATE not in _environment or MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT is None:
         return False
     return bool(MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT.get())
@@ -182,7 +182,7 @@ _computing: dict[str, bool] = {}  # by tracking URI; a program has few
 
 
 def computes_cost() -> bool:
-    """Whether the client is the one to compute the cost of an LM call (Databricks, SageMaker), as MLflow decides it.
+    """Return whether the client computes the cost of an LM call (Databricks, SageMaker), as MLflow decides it.
 
     Where no store is set it is a local one, and those compute the cost themselves.
     """
@@ -198,7 +198,7 @@ def computes_cost() -> bool:
 
 
 def _probe() -> bool:
-    """Whether this MLflow's constructor leaves just what ``live_span`` makes."""
+    """Return whether this MLflow's constructor leaves just what ``live_span`` makes."""
     try:
         span: Any = TracerProvider(resource=Resource({})).get_tracer(__name__).start_span("probe")
         made = create_mlflow_span(span, "tr-probe")

@@ -1,4 +1,4 @@
-"""MLflow's attachments: what it keeps beside a trace in place of pictures, recordings and files in a span's values."""
+"""MLflow's attachments: pictures, recordings and files kept beside a trace, in place of those in a span's values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ATTACHED = "_dspy_mlflow_attached"
 
 
 def extract_attachments(span: OpenSpan, plain: Any) -> Any:
-    """Inputs or outputs with references in place of their media, each kept once for a trace, however often it shows."""
+    """Replace media in inputs or outputs by references, each kept once for a trace, however often it shows."""
     if not CAN_ATTACH or MLFLOW_TRACE_EXTRACT_ATTACHMENTS is None or not MLFLOW_TRACE_EXTRACT_ATTACHMENTS.get():
         return plain
     before = set(span.live._attachments)

@@ -1,4 +1,4 @@
-"""What MLflow reckons that tokens cost, without importing LiteLLM in a thread that the user does not know of.
+"""Prices of tokens as MLflow reckons them, without importing LiteLLM in a thread that the user does not know of.
 
 The import takes seconds of CPU, and a thread that imports may wait for ever for one that holds MLflow's import hooks.
 """
@@ -26,13 +26,13 @@ __all__ = ["cost_in_usd", "patch_prices"]
 
 
 def is_imported(name: str) -> bool:
-    """Whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
+    """Return whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
     module = sys.modules.get(name)
     return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
-    """What MLflow reckons that these tokens cost, or None for a model without a known price."""
+    """Return what MLflow reckons that these tokens cost, or None for a model without a known price."""
     provider, _, name = model.rpartition("/")
     calculate = taken(_CALCULATE)
     if calculate is not None and is_imported("litellm"):
@@ -54,7 +54,7 @@ def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
 
 
 def patch_prices() -> Callable[[], None]:
-    """Let our own writes price spans by LiteLLM where the program has imported it, else by MLflow.
+    """Price the spans of our own writes by LiteLLM where the program has imported it, else by MLflow.
 
     Everybody else's calls are as they were.
 
@@ -90,7 +90,7 @@ def _without_import(original: Any, providers: ModuleType) -> Any:
 
 
 def _offline(original: FunctionType, providers: ModuleType) -> Any:
-    """MLflow's function as it is where LiteLLM is not installed and no catalog of prices is in the network."""
+    """Return MLflow's function as it is where LiteLLM is not installed and no catalog of prices is in the network."""
     prices = ModuleType(_PROVIDERS)
     # A write holds the database; MLflow would look for the catalog of a provider on the internet meanwhile.
     vars(prices).update(vars(providers), _fetch_remote_provider=lambda _provider: None)

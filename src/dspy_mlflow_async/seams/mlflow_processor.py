@@ -1,4 +1,4 @@
-"""MLflow's span processor and exporter: where ours takes their place, and gives it back.
+"""MLflow's span processor and exporter: the points where ours takes their place, and gives it back.
 
 For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 """
@@ -51,7 +51,7 @@ should_export_otlp_metrics: Any = taken("mlflow.tracing.utils.otlp:should_export
 
 
 class _LaterClient:
-    """MLflow's client of a store, which is opened by the first who asks the client something.
+    """Client of an MLflow store, which is opened by the first who asks the client something.
 
     Args:
         tracking_uri: The store; None for MLflow's current one.
@@ -62,7 +62,7 @@ class _LaterClient:
         self._opened: TracingClient | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever MLflow's own exporter asks for, where it writes."""
+        """Return whatever MLflow's own exporter asks for, where it writes."""
         if self._opened is None:
             self._opened = TracingClient(self.tracking_uri)
         return getattr(self._opened, name)
@@ -108,19 +108,19 @@ class SpanProcessor(MlflowV3SpanProcessor):
 
     @property
     def asks_store(self) -> bool:
-        """Whether the store is asked for the experiment when a trace begins, as by MLflow's own."""
+        """Return whether the store is asked for the experiment when a trace begins, as by MLflow's own."""
         return True
 
     def trace_started(self, root: Any, info: Any) -> None:
         """Take note of a trace that MLflow has begun with this root span."""
 
     def start_trace(self, root: Any) -> Any:
-        """Begin a trace with this root span, as MLflow does; what MLflow knows of it, or None where it does not."""
+        """Begin a trace with this root span, as MLflow does, and return its info; None where MLflow has none."""
         return self._start_trace(root)
 
     @property
     def records_metrics(self) -> bool:
-        """Whether each span is counted for OpenTelemetry's metrics."""
+        """Return whether each span is counted for OpenTelemetry's metrics."""
         return bool(self._export_metrics)
 
     def record_metrics(self, span: Any) -> None:
@@ -138,7 +138,7 @@ class SpanProcessor(MlflowV3SpanProcessor):
 
 
 def tracking_uri_of(processor: Any) -> str:
-    """The store that a processor of MLflow's writes to."""
+    """Return the store that a processor of MLflow's writes to."""
     exporter = processor.span_exporter
     if isinstance(exporter, SpanExporter):
         return exporter.uri
@@ -146,7 +146,7 @@ def tracking_uri_of(processor: Any) -> str:
 
 
 def finish_root(processor: Any, trace: _Trace, root: Any) -> None:
-    """``BaseMlflowSpanProcessor._update_trace_info`` without its totals, which are computed when written."""
+    """Finish a trace as ``BaseMlflowSpanProcessor._update_trace_info`` does; its totals are computed when written."""
     info = trace.info
     info.request_time = root.start_time // 1_000_000
     info.execution_duration = (root.end_time - root.start_time) // 1_000_000
@@ -179,7 +179,7 @@ def patch_processor_factory(make: Callable[[str, Callable[[str], Any]], Any]) ->
 
 
 def is_replaceable(processor: Any) -> bool:
-    """Whether this is MLflow's own processor for a tracking server: Databricks, UC and serving are left alone."""
+    """Return whether this is MLflow's own processor for a tracking server, not for Databricks, UC or serving."""
     return (
         type(processor) is MlflowV3SpanProcessor
         and type(processor.span_exporter) is MlflowV3SpanExporter
@@ -248,7 +248,7 @@ def flush(processor: Any, *, terminate: bool) -> None:
 
 
 def reset_processor_locks(processor: Any) -> None:
-    """After ``fork``: another thread of the parent may have held them."""
+    """Reset the processor's locks after ``fork``: another thread of the parent may have held them."""
     if hasattr(processor, "_deduplication_lock"):
         processor._deduplication_lock = threading.RLock()
     if hasattr(processor, "_pending_on_end_condition"):
@@ -257,12 +257,12 @@ def reset_processor_locks(processor: Any) -> None:
 
 
 def exports_metrics() -> bool:
-    """Whether MLflow's processor would export OpenTelemetry metrics."""
+    """Return whether MLflow's processor would export OpenTelemetry metrics."""
     return bool(should_export_otlp_metrics())
 
 
 def original_processor(tracking_uri: str) -> Any:
-    """MLflow's own processor, to be put back; it opens the store when it first writes, and not here."""
+    """Return MLflow's own processor, to be put back; it opens the store when it first writes, and not here."""
     undo = patch(inspect.getmodule(MlflowV3SpanExporter), TracingClient=_LaterClient)  # serves others, too, meanwhile
     try:
         return tracing_provider._get_mlflow_span_processor(tracking_uri)

@@ -1,4 +1,4 @@
-"""A current span that begins when somebody begins a child of it: the root of a request that may need none."""
+"""Lazy span: a current span that begins with its first child, as the root of a request that may need none."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 
 class Promise(Protocol):
-    """Who keeps a promise: begins the span when it is wanted."""
+    """Promise of a span, kept by beginning it when it is wanted."""
 
     @property
     def span(self) -> Any | None:
-        """The span, if it has begun."""
+        """Span, if it has begun."""
 
     def begin(self) -> Any:
-        """The span, begun now if it was not; INVALID_SPAN once it is too late."""
+        """Begin the span now if it was not; INVALID_SPAN once it is too late."""
 
 
 class LazySpan(otel.Span):
-    """Stands where MLflow and OpenTelemetry look for the current span.
+    """Lazy span that stands where MLflow and OpenTelemetry look for the current span.
 
     Both ask the current span for its ``get_span_context()`` when they begin a child, and only then: that is when
     the span begins. Until then it passes for the ``NonRecordingSpan`` that MLflow sees where nothing is current.
@@ -41,7 +41,7 @@ class LazySpan(otel.Span):
 
     @property
     def __class__(self) -> Any:
-        """What ``isinstance`` is told; MLflow's ``get_current_active_span`` sorts spans by it."""
+        """Class that ``isinstance`` is told; MLflow's ``get_current_active_span`` sorts spans by it."""
         span = self._promise.span
         return otel.NonRecordingSpan if span is None or isinstance(span, otel.NonRecordingSpan) else LazySpan
 
@@ -50,11 +50,11 @@ class LazySpan(otel.Span):
         raise TypeError("the class of a promised span is its own affair")
 
     def begun(self) -> Any:
-        """The span itself, begun now if it was not."""
+        """Return the span itself, begun now if it was not."""
         return self._promise.begin()
 
     def get_span_context(self) -> otel.SpanContext:
-        """What a child needs of its parent."""
+        """Return the span context that a child needs of its parent."""
         context: otel.SpanContext = self.begun().get_span_context()
         return context
 
@@ -62,38 +62,38 @@ class LazySpan(otel.Span):
         return self._promise.span or otel.INVALID_SPAN
 
     def __getattr__(self, name: str) -> Any:
-        """``attributes``, ``context`` and whatever else there is: the span's, once it has begun."""
+        """Return ``attributes``, ``context`` and whatever else there is: the span's, once it has begun."""
         return getattr(self._span(), name)
 
     def end(self, end_time: int | None = None) -> None:
-        """Nothing: who has promised the span ends it."""
+        """Do nothing: who has promised the span ends it."""
 
     def is_recording(self) -> bool:
-        """Whether the span has begun, and records."""
+        """Return whether the span has begun, and records."""
         return bool(self._span().is_recording())
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """The span's own, as the rest of them."""
+        """Set attributes of the span."""
         self._span().set_attributes(attributes)
 
     def set_attribute(self, key: str, value: Any) -> None:
-        """The span's."""
+        """Set an attribute of the span."""
         self._span().set_attribute(key, value)
 
     def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
-        """The span's."""
+        """Add an event to the span."""
         self._span().add_event(name, attributes, timestamp)
 
     def update_name(self, name: str) -> None:
-        """The span's."""
+        """Rename the span."""
         self._span().update_name(name)
 
     def set_status(self, status: Any, description: str | None = None) -> None:
-        """The span's."""
+        """Set the status of the span."""
         self._span().set_status(status, description)
 
     def record_exception(self, exception: BaseException, *args: Any, **kwargs: Any) -> None:
-        """The span's."""
+        """Record an exception in the span."""
         self._span().record_exception(exception, *args, **kwargs)
 
 
@@ -116,13 +116,13 @@ class _PromisedIds(IdGenerator):
 
 
 def new_trace_id(tracer: Any) -> int:
-    """An id for a trace that ``tracer`` will begin."""
+    """Make an id for a trace that ``tracer`` will begin."""
     ids = getattr(tracer, "id_generator", None) or RandomIdGenerator()
     return int(ids.generate_trace_id())
 
 
 def with_trace_id(tracer: Any, trace_id: int) -> Any:
-    """A tracer whose next trace has this id; ``start_span`` takes none."""
+    """Make a tracer whose next trace has this id; ``start_span`` takes none."""
     ids = getattr(tracer, "id_generator", None)
     if ids is None:  # no SDK: tracing is disabled
         return tracer
@@ -132,7 +132,7 @@ def with_trace_id(tracer: Any, trace_id: int) -> Any:
 
 
 def leaves_out(tracer: Any, trace_id: int) -> bool:
-    """Whether the sampler would leave out a trace with this id that began here."""
+    """Return whether the sampler would leave out a trace with this id that began here."""
     sampler = getattr(tracer, "sampler", None)
     if sampler is None:
         return False
@@ -140,7 +140,7 @@ def leaves_out(tracer: Any, trace_id: int) -> bool:
 
 
 def mlflow_trace_id(otel_trace_id: int) -> str:
-    """MLflow's id of a trace, ``tr-`` and 32 hexadecimal digits."""
+    """Return MLflow's id of a trace, ``tr-`` and 32 hexadecimal digits."""
     return str(generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id))
 
 
@@ -148,7 +148,7 @@ def mlflow_trace_id(otel_trace_id: int) -> str:
 
 
 def remote_parent(headers: Sequence[tuple[str, str]]) -> Any | None:
-    """The caller's span as the W3C headers ``traceparent`` and ``tracestate`` name it.
+    """Return the caller's span as the W3C headers ``traceparent`` and ``tracestate`` name it.
 
     Returns:
         OpenTelemetry's span, or None where the headers are not there or malformed (the W3C has them ignored).
@@ -165,7 +165,7 @@ def remote_parent(headers: Sequence[tuple[str, str]]) -> Any | None:
 
 
 class _RemoteTraces:
-    """Traces of other processes that spans of ours belong to. ``lock`` guards how many requests each has."""
+    """Remote traces that spans of ours belong to. ``lock`` guards how many requests each has."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -196,7 +196,7 @@ class _RemoteTraces:
             return otel_trace_id
 
     def release(self, otel_trace_id: int) -> None:
-        """A request of the trace is over; with the last one MLflow forgets the trace."""
+        """Release a trace whose request is over; with the last one MLflow forgets the trace."""
         with self._lock:
             self._requests[otel_trace_id] -= 1
             if not self._requests[otel_trace_id]:

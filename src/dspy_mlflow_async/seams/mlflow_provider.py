@@ -1,4 +1,4 @@
-"""MLflow's way to switch tracing off for one function, in the context of the call and not for all threads.
+"""MLflow's provider: tracing switched off for one function in the context of the call, not for all threads.
 
 ``trace_disabled`` swaps the provider of the whole process while ``log_model``, ``load_model`` or the check of a
 ``predict_fn`` runs: whatever others trace meanwhile is lost. Checked on mlflow 3.11.1, 3.17.2 and 3.18.0.
@@ -29,7 +29,7 @@ def no_op_tracer() -> Any:
 
 
 def patch_trace_disabled() -> Callable[[], None]:
-    """Let ``trace_disabled`` hold in the context of the call alone, for all functions that MLflow has decorated so.
+    """Make ``trace_disabled`` hold in the context of the call alone, for all functions that MLflow has decorated so.
 
     Returns:
         The undo.
@@ -95,7 +95,7 @@ _CODE = _wrapper_code(_trace_disabled)
 
 
 def _functions_with(code: CodeType) -> list[Any]:
-    """The functions in MLflow's modules that run this code.
+    """Find the functions in MLflow's modules that run this code.
 
     They stay the objects that they are, so that who has imported one before has the change, too, and pickles it by its
     name.

@@ -1,4 +1,4 @@
-"""MLflow's runs: the stack behind ``mlflow.active_run()``, and what its DSPy flavor logs into a run."""
+"""MLflow's runs: the stack behind ``mlflow.active_run()``, and the values that its DSPy flavor logs into a run."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ STACK_NAME = "_active_run_stack"
 
 
 def has_run_stack() -> bool:
-    """Whether this MLflow keeps its active runs where ``runs.active`` replaces them."""
+    """Return whether this MLflow keeps its active runs where ``runs.active`` replaces them."""
     stack = getattr(fluent, STACK_NAME, None)
     return all(hasattr(stack, name) for name in ("get", "get_all_thread_values"))
 
 
 def run_stack() -> Any:
-    """The object in which MLflow keeps the active runs of every thread."""
+    """Return the object in which MLflow keeps the active runs of every thread."""
     return getattr(fluent, STACK_NAME)
 
 
@@ -74,7 +74,7 @@ def create_run(
 
 
 def resolve_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """These tags, and those that MLflow gives every run: user, source, commit."""
+    """Return these tags, and those that MLflow gives every run: user, source, commit."""
     absent = _absent_contexts()
     if "IPython" not in sys.modules:  # no notebook, and each look would try to import it
         absent = [*absent, context_registry.JupyterNotebookRunContext]
@@ -83,7 +83,7 @@ def resolve_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def _absent_contexts() -> list[Any]:
-    """Databricks' sources of tags where this is no Databricks, which a process does not move to.
+    """Return Databricks' sources of tags where this is no Databricks, which a process does not move to.
 
     Each look there tries some imports, and waits for whatever other threads import.
     """
@@ -134,18 +134,18 @@ class PendingRun(ActiveRun):
 
     @property
     def info(self) -> RunInfo:
-        """What is known of the run."""
+        """Info of the run, as far as it is known."""
         found = self._find(self._stand_in.run_id)
         return self._stand_in if found is None else found.info
 
     @property
     def known_experiment_id(self) -> str | None:
-        """Its experiment, or None where only the store can tell."""
+        """Experiment of the run, or None where only the store can tell."""
         return self._experiment_id if not self.is_there else self.info.experiment_id
 
     @property
     def is_there(self) -> bool:
-        """Whether the store has it, as far as this process knows."""
+        """Return whether the store has it, as far as this process knows."""
         return self._find(self._stand_in.run_id) is not None
 
 
@@ -164,7 +164,7 @@ def wait_in_fluent_calls(wait: Callable[[], None]) -> Callable[[], None]:
 
 
 def take_run_id() -> str | None:
-    """The run in ``MLFLOW_RUN_ID``, which ``mlflow run`` sets for its process. Taken out: the first gets it."""
+    """Take the run out of ``MLFLOW_RUN_ID``, which ``mlflow run`` sets for its process: the first who asks gets it."""
     try:
         return os.environ.pop(MLFLOW_RUN_ID.name, None) or None
     except KeyError:  # another thread was faster
@@ -190,7 +190,7 @@ def resume_run(run_id: str, name: str | None, tags: Mapping[str, str]) -> Active
 
 
 def remember_last_run(run_id: str) -> None:
-    """What ``mlflow.end_run`` notes for ``mlflow.last_active_run``."""
+    """Note a run for ``mlflow.last_active_run``, as ``mlflow.end_run`` does."""
     fluent._last_active_run_id.set(run_id)
 
 
@@ -232,6 +232,6 @@ def log_dummy_model(run_id: str, flavor: str) -> None:
 
 
 def program_params(program: Any) -> dict[str, Any]:
-    """The state of a program as flat params. Source: ``mlflow.dspy.util.log_dspy_module_params``."""
+    """Return the state of a program as flat params. Source: ``mlflow.dspy.util.log_dspy_module_params``."""
     flat = _flatten_dspy_module_state(program.dump_state(), exclude_keys=("metadata", "lm", "traces", "train"))
     return {f"{type(program).__name__}.{key}": value for key, value in flat.items()}

@@ -1,4 +1,4 @@
-"""What holds for the traces that begin in a scope: destination, sampling, session and user, all context-local."""
+"""Context-local settings of the traces that begin in a scope: destination, sampling, session and user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
 
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams.mlflow import forget_tracer
 from dspy_mlflow_async.seams.patching import patch
 
 SESSION = TraceMetadataKey.TRACE_SESSION
@@ -31,12 +31,12 @@ RATIO: ContextVar[float | None] = trace_sampling._SAMPLING_RATIO_OVERRIDE
 
 
 def destination(experiment_id: str) -> Any:
-    """The experiment as ``DESTINATION`` holds it."""
+    """Return the experiment as ``DESTINATION`` holds it."""
     return MlflowExperimentLocation(experiment_id)
 
 
 def why_not(experiment_id: str) -> str | None:
-    """Why traces cannot go to an experiment, or None where they can.
+    """Return why traces cannot go to an experiment, or None where they can.
 
     Raises:
         Exception: Whatever the store raises that does not answer the question.
@@ -56,7 +56,7 @@ def why_not(experiment_id: str) -> str | None:
 
 
 class RatioSampler(Sampler):
-    """Decides the roots of traces for which ``RATIO`` is set, and leaves all else to the sampler that was there.
+    """Sampler of the roots of traces for which ``RATIO`` is set; it leaves all else to the sampler that was there.
 
     Args:
         inner: The sampler that was there.
@@ -70,7 +70,7 @@ class RatioSampler(Sampler):
     def should_sample(
         self, parent_context: Context | None, trace_id: int, name: str, *args: Any, **kwargs: Any
     ) -> SamplingResult:
-        """By the trace's id: the same trace is in or out wherever it is asked."""
+        """Decide by the trace's id: the same trace is in or out wherever it is asked."""
         ratio = RATIO.get()
         if ratio is None or otel.get_current_span(parent_context).get_span_context().is_valid:
             return self.inner.should_sample(parent_context, trace_id, name, *args, **kwargs)
@@ -80,12 +80,12 @@ class RatioSampler(Sampler):
         return result
 
     def get_description(self) -> str:
-        """The inner sampler's."""
+        """Return the inner sampler's description."""
         return f"RatioSampler({self.inner.get_description()})"
 
 
 def has_sampler() -> bool:
-    """Whether ``RATIO`` counts in the provider that MLflow has now."""
+    """Return whether ``RATIO`` counts in the provider that MLflow has now."""
     provider = trace_provider.provider.get()
     return not isinstance(provider, TracerProvider) or isinstance(provider.sampler, RatioSampler)
 
@@ -127,4 +127,4 @@ def _exchange(replacement: Callable[[Sampler], Sampler] | None) -> None:
     # OpenTelemetry keeps the tracers that it has handed out, each with the sampler of then (1.40 and later).
     for tracer in list(getattr(provider, "_tracers", {}).values()):
         tracer.sampler = new
-    seam.forget_tracer()
+    forget_tracer()

@@ -1,4 +1,4 @@
-"""The store of a tracking URI: what it takes, many traces in one transaction, and what MLflow keeps beside traces.
+"""Store of a tracking URI: its abilities, many traces in one transaction, and what MLflow keeps beside traces.
 
 For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 """
@@ -65,12 +65,12 @@ _can_skip_answer = None not in (
 
 
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
-    """The URI as MLflow will use it: one queue and one spool per *resolved* URI. There is no public resolver."""
+    """Return the URI as MLflow will use it: one queue and one spool per *resolved* URI. There is no public resolver."""
     return str(_resolve_tracking_uri(tracking_uri))
 
 
 def absolute_uri(uri: str) -> str:
-    """A resolved URI that means the same store from every working directory; files and folders may be relative."""
+    """Return a URI that means the same store from every working directory; files and folders may be relative."""
     driver, separator, path = uri.partition(":///")
     if driver.startswith("sqlite") and separator:
         is_relative = path and not path.startswith(("/", ":memory:", "file:"))
@@ -81,7 +81,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def tracing_client(uri: str) -> TracingClient:
-    """MLflow's client for the traces of a resolved URI, which opens a store that is not open yet.
+    """Return MLflow's client for the traces of a resolved URI, which opens a store that is not open yet.
 
     Raises:
         ImportError: Where what is installed cannot open it, with a sentence that says what does.
@@ -92,7 +92,7 @@ def tracing_client(uri: str) -> TracingClient:
 
 @functools.cache
 def client_of(uri: str) -> Any:
-    """MLflow's client for the runs of a resolved URI: one for the process, which opens a store that is not open yet.
+    """Return MLflow's client for the runs of a resolved URI: one for the process, which opens a store if need be.
 
     A new one asks Spark where the models are registered, unless it is told, by an import that fails every time. Nothing
     here asks for models.
@@ -123,12 +123,12 @@ def workspace_scope(workspace: str | None) -> Iterator[None]:
 
 
 def upload_spans_as_artifact(client: TracingClient, info: Any, data: Any) -> None:
-    """The way for stores without ``log_spans`` (file store, servers before 3.4)."""
+    """Upload spans to stores without ``log_spans`` (file store, servers before 3.4)."""
     client._upload_trace_data(info, data)
 
 
 def upload_attachments(client: TracingClient, info: Any, attachments: dict[str, Any]) -> None:
-    """Attachments go to the artifact store, wherever the spans are."""
+    """Upload attachments to the artifact store, wherever the spans are."""
     client._upload_attachments(info, attachments)
 
 
@@ -141,7 +141,7 @@ _FINALIZES = hasattr(TraceMetadataKey, "TRACE_INFO_FINALIZED")
 
 
 def supports_span_batches(client: TracingClient) -> bool | None:
-    """Whether ``start_trace`` may come first, and spans of many traces together; None where the server has not said.
+    """Return whether spans of many traces go together after ``start_trace``; None where the server has not said.
 
     MLflow would keep that answer for as long as the process lives, and take no spans: it is asked again.
 
@@ -159,7 +159,7 @@ def supports_span_batches(client: TracingClient) -> bool | None:
 
 
 def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
-    """``client.start_trace``. To read a server's answer takes as long as to write the request.
+    """Call ``client.start_trace``. To read a server's answer takes as long as to write the request.
 
     Args:
         client: The client of the store.
@@ -179,7 +179,7 @@ def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
 
 
 class _OneSession:
-    """A session shared by several writes: a rollback by one of them must not silently undo the others."""
+    """Session shared by several writes: a rollback by one of them must not silently undo the others."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -192,14 +192,14 @@ class _OneSession:
 
 
 def _writes_by_one_call(store: Any) -> bool:
-    """Whether a SQL store writes a trace as we know it; a plugin's store may have a method of its own."""
+    """Return whether a SQL store writes a trace as we know it; a plugin's store may have a method of its own."""
     of_mlflow = taken("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._start_trace_once")
     return of_mlflow is not None and hasattr(store, "_start_trace_once")
 
 
 @contextlib.contextmanager
 def one_transaction(client: TracingClient) -> Iterator[Any | None]:
-    """A view of a SQL store in which everything is one transaction and an experiment is read once.
+    """Yield a view of a SQL store in which everything is one transaction and an experiment is read once.
 
     ``start_trace`` opens two sessions, reads the experiment and commits each time: two thirds of its 6 ms.
     Whatever goes wrong undoes the whole transaction and is raised; the caller then writes one by one.
@@ -234,7 +234,7 @@ def one_transaction(client: TracingClient) -> Iterator[Any | None]:
 
 
 def abandon_connections(tracking_uri: str) -> None:
-    """After ``fork``: SQL connections belong to the parent. They are forgotten here, not closed."""
+    """Forget SQL connections after ``fork``: they belong to the parent, and are not closed here."""
     with contextlib.suppress(Exception):  # a store without an engine, or one that cannot be reached
         _get_store(tracking_uri).engine.dispose(close=False)
 
@@ -250,12 +250,12 @@ def renew_connections(tracking_uri: str) -> None:
 
 
 def is_unsupported(error: Exception) -> bool:
-    """Whether the store says that it does not take spans (file store, also behind a server)."""
+    """Return whether the store says that it does not take spans (file store, also behind a server)."""
     return isinstance(error, NotImplementedError) or (
         isinstance(error, RestException) and "REST OTLP span logging is not supported" in error.message
     )
 
 
 def request_workspace() -> str | None:
-    """The workspace of the current request, if there is one."""
+    """Return the workspace of the current request, if there is one."""
     return get_request_workspace()

@@ -1,4 +1,4 @@
-"""MLflow's traces in memory and the spans in them, and what MLflow does besides storing them.
+"""MLflow's traces in memory and the spans in them, and the steps that MLflow takes besides storing them.
 
 For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 """
@@ -70,12 +70,12 @@ InMemoryTrace = _Trace
 
 
 def trace_id_of(otel_trace_id: int) -> str | None:
-    """MLflow's id of the trace, if the manager knows it."""
+    """Return MLflow's id of the trace, if the manager knows it."""
     return InMemoryTraceManager.get_instance().get_mlflow_trace_id_from_otel_id(otel_trace_id)
 
 
 def peek_trace(trace_id: str) -> _Trace | None:
-    """The in-memory record of a trace. ``get_trace`` is public but holds the manager's lock while one looks."""
+    """Return the in-memory record of a trace. ``get_trace`` is public but holds the manager's lock while one looks."""
     manager = InMemoryTraceManager.get_instance()
     with manager._lock:
         trace: _Trace | None = manager._traces.get(trace_id)
@@ -100,12 +100,12 @@ def adopt_trace(otel_trace_id: int, trace_id: str, trace: _Trace) -> None:
 
 
 def manager_lock() -> Any:
-    """The manager's lock, taken around ``fork`` so that the child does not inherit it locked."""
+    """Return the manager's lock, taken around ``fork`` so that the child does not inherit it locked."""
     return InMemoryTraceManager.get_instance()._lock
 
 
 def experiment_of(trace: _Trace) -> str | None:
-    """The experiment of a trace; None for a remote one, whose location is None."""
+    """Return the experiment of a trace; None for a remote one, whose location is None."""
     try:
         return trace.info.experiment_id
     except AttributeError:
@@ -120,13 +120,13 @@ def move_to_experiment(item: Any, experiment_id: str) -> None:
 
 
 def ended_root(trace: _Trace) -> ReadableSpan | None:
-    """OpenTelemetry's span at the root of a trace, which MLflow's span keeps to itself; None while it is open."""
+    """Return OpenTelemetry's root span of a trace, which MLflow's span keeps to itself; None while it is open."""
     root = next((span for span in list(trace.span_dict.values()) if span.parent_id is None), None)
     return None if root is None or root.end_time_ns is None else root._span
 
 
 def workspace_of(trace: _Trace | None) -> str | None:
-    """The workspace the trace began in (from mlflow 3.12 on it is kept with the trace)."""
+    """Return the workspace the trace began in (from mlflow 3.12 on it is kept with the trace)."""
     if trace is None:
         return None
     return getattr(trace, "workspace", None) or get_request_workspace()
@@ -137,7 +137,7 @@ _SPAN_BYTES = 4_000
 
 
 def weigh(spans: Iterable[Any]) -> int:
-    """About how many bytes these spans hold."""
+    """Return about how many bytes these spans hold."""
     size = 0
     for span in spans:
         size += _SPAN_BYTES
@@ -148,19 +148,19 @@ def weigh(spans: Iterable[Any]) -> int:
 
 
 def wants_async() -> bool:
-    """``MlflowV3SpanExporter._should_enable_async_logging`` of 3.17; 3.11 is synchronous unless told otherwise."""
+    """Decide as ``MlflowV3SpanExporter._should_enable_async_logging`` of 3.17; 3.11 is synchronous by default."""
     if MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set():
         return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get())
     return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get()) and not is_in_notebook_of_databricks()
 
 
 def is_evaluating() -> bool:
-    """Whether MLflow's evaluation harness waits for this very trace."""
+    """Return whether MLflow's evaluation harness waits for this very trace."""
     return bool(maybe_get_request_id(is_evaluate=True))
 
 
 def displays() -> bool:
-    """Whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
+    """Return whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
     if "IPython" in sys.modules and get_display_handler is not None and not type(get_display_handler()).disabled:
         return bool(sys.modules["IPython"].get_ipython())
     return "IS_IN_DB_MODEL_SERVING_ENV" in os.environ
@@ -175,13 +175,13 @@ def display(trace: Any) -> None:
 
 
 def complete_metadata(trace: Any) -> None:
-    """Previews and size statistics, as MLflow adds them at export."""
+    """Add previews and size statistics, as MLflow does at export."""
     set_request_response_preview(trace.info, trace.data)
     add_size_stats_to_trace_metadata(trace)
 
 
 def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: list[Any] | None) -> Span:
-    """A span from its parts; ``Span.from_dict`` differs between versions and loses attachments."""
+    """Make a span from its parts; ``Span.from_dict`` differs between versions and loses attachments."""
     span = Span(otel_span)
     span._attachments = attachments
     if links:
@@ -190,12 +190,12 @@ def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: li
 
 
 def restore_attachment(attachment_id: str, content_type: str, content: bytes) -> Attachment:
-    """An attachment with the id that the span's text refers to; the constructor makes a new one."""
+    """Make an attachment with the id that the span's text refers to; the constructor makes a new one."""
     attachment = Attachment(content_type=content_type, content_bytes=content)
     attachment._id = attachment_id
     return attachment
 
 
 def finished_span(span: ReadableSpan) -> Span:
-    """MLflow's view of a span that its trace manager no longer knows."""
+    """Return MLflow's view of a span that its trace manager no longer knows."""
     return Span(span)

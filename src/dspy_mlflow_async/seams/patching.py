@@ -1,4 +1,4 @@
-"""Puts functions of ours in the place of others, and takes them out again."""
+"""Patches that put functions of ours in the place of others, and their undo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def patch(owner: Any, **replacements: Any) -> Callable[[], None]:
 
 
 def over(function: FunctionType, names: dict[str, Any]) -> FunctionType:
-    """A copy of a function over other globals, for what it is to find there in our case alone."""
+    """Copy a function over other globals, for what it is to find there in our case alone."""
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -1,1 +1,1 @@
-"""Which spans make a trace: put together, held back, shown while open, late."""
+"""Assembly of whole traces from spans, with sampling, open traces and late spans."""

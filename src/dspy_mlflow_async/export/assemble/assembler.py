@@ -1,4 +1,4 @@
-"""Puts whole traces together: a trace is handed on when its root and every child have ended, or a bound is over."""
+"""Assembler of whole traces: hands a trace on when its root and every child have ended, or a bound is over."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _ABANDONED_AFTER = 3600.0
 
 
 class Outlet(Protocol):
-    """Where traces go from here."""
+    """Destination of assembled traces."""
 
     def emit(self, uri: str, item: Operation, is_sync: bool) -> None:
         """Take what is to be written, at once if ``is_sync``."""
 
     def writes_ahead(self, uri: str) -> bool:
-        """Whether what has ended goes to the disk before anything else."""
+        """Return whether what has ended goes to the disk before anything else."""
 
     def write_ahead(self, uri: str, item: Operation) -> Reference | None:
         """Keep a copy of what is not ready to be written."""
@@ -49,7 +49,7 @@ class Outlet(Protocol):
 
 
 class TraceAssembler:
-    """The traces in flight; what is complete goes to the outlet."""
+    """Assembles the traces in flight, and gives those that are complete to the outlet."""
 
     def __init__(self, options: ExportOptions, counters: TraceCounters, outlet: Outlet) -> None:
         self.options = options
@@ -67,7 +67,7 @@ class TraceAssembler:
     # --- spans, in the caller's thread ---
 
     def trace_started(self, otel_id: int, trace: Any, uri: str) -> OpenTrace:
-        """A root span began."""
+        """Note that a root span began."""
         entry = OpenTrace(otel_id, trace, uri, mlflow_traces.workspace_of(trace))
         self.entries[otel_id] = entry
         self._by_trace_id[entry.trace_id] = entry
@@ -75,11 +75,11 @@ class TraceAssembler:
         return entry
 
     def may_be_evicted(self, entry: OpenTrace) -> bool:
-        """Whether MLflow's cache of open traces (1,000, an hour) may have forgotten this one: it asks slowly."""
+        """Return whether MLflow's cache of open traces (1,000, an hour) may have forgotten this one: it asks slowly."""
         return len(self.entries) > _RECENT // 2 or time.monotonic() - entry.began > _ABANDONED_AFTER / 2
 
     def before_child(self, otel_id: int) -> None:
-        """A child is about to begin: make sure that MLflow knows its trace, evicted or handed on as it may be."""
+        """Make sure that MLflow knows the trace of a child about to begin, evicted or handed on as it may be."""
         entry = self.entries.get(otel_id)
         if entry is None:
             old = self._recent.get(otel_id)
@@ -107,14 +107,14 @@ class TraceAssembler:
             return entry
 
     def child_started(self, otel_id: int, span_id: int) -> None:
-        """A child began; of interest only once its root has ended."""
+        """Note that a child began; of interest only once its root has ended."""
         entry = self.entries.get(otel_id)
         if entry is not None and entry.ended_at is not None:
             with entry.lock:
                 entry.open_ids.add(mlflow_traces.encode_span_id(span_id))
 
     def child_ended(self, span: ReadableSpan, uri: str) -> None:
-        """A child ended. Before its root has ended there is nothing to do."""
+        """Note that a child ended. Before its root has ended there is nothing to do."""
         entry = self.entries.get(span.context.trace_id)
         if entry is None:
             self._stray_ended(span, uri)
@@ -132,7 +132,7 @@ class TraceAssembler:
                 self.complete(entry)
 
     def root_ended(self, entry: OpenTrace, *, is_sync: bool) -> None:
-        """The root ended: hand the trace on, or wait for the children that are still open."""
+        """Hand on the trace whose root ended, or wait for the children that are still open."""
         self._counters.end()
         entry.is_sync = is_sync
         with entry.showing, entry.lock:
@@ -146,7 +146,7 @@ class TraceAssembler:
             self._make_safe_copy(entry)
 
     def _make_safe_copy(self, entry: OpenTrace) -> None:
-        """What has ended must survive whatever happens while it waits for its children or its feedback."""
+        """Keep a copy of what has ended: it must survive while it waits for its children or its feedback."""
         reference = self._outlet.write_ahead(entry.uri, self._item(entry, entry.trace))
         with self._lock:
             is_needless = entry.is_handed_on
@@ -173,7 +173,7 @@ class TraceAssembler:
         )
 
     def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
-        """A span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
+        """Take a span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
         otel_id = span.context.trace_id
         old = self._recent.get(otel_id)
         trace_id = mlflow_traces.trace_id_of(otel_id)
@@ -226,7 +226,7 @@ class TraceAssembler:
             self._by_trace_id.pop(entry.trace_id, None)
             said = self._said.pop(entry.trace_id, None)
             trace = entry.trace
-            # The spans go with the item; what stays behind must not keep them alive.
+            # The spans go with the operation; what stays behind must not keep them alive.
             entry.trace = mlflow_traces.InMemoryTrace(
                 replace(
                     trace.info, request_preview=None, response_preview=None, trace_metadata={}, tags={}, assessments=[]
@@ -279,7 +279,7 @@ class TraceAssembler:
 
     @staticmethod
     def _is_awaited(entry: OpenTrace) -> bool:
-        """Whether spans of a trace that was handed on are still open, and may yet end."""
+        """Return whether spans of a trace that was handed on are still open, and may yet end."""
         return bool(entry.open_ids) and time.monotonic() - entry.began < _ABANDONED_AFTER
 
     def tick(self) -> None:
@@ -312,7 +312,7 @@ class TraceAssembler:
         return sum(entry.ended_at is None and bool(entry.shown) for entry in list(self.entries.values()))
 
     def is_any_unshown(self) -> bool:
-        """Whether an open trace was to be shown, and the store did not take it."""
+        """Return whether an open trace was to be shown, and the store did not take it."""
         return any(
             entry.ended_at is None and entry.shown is not None and not entry.shown
             for entry in list(self.entries.values())
@@ -365,7 +365,7 @@ class TraceAssembler:
     # --- holds ---
 
     def hold(self, trace_id: str) -> None:
-        """Do not hand on this trace before it is released as often as it is held."""
+        """Keep this trace from being handed on before it is released as often as it is held."""
         with self._lock:
             self._holds[trace_id] = self._holds.get(trace_id, 0) + 1
 
@@ -461,7 +461,7 @@ class TraceAssembler:
         return len(forgotten)
 
     def after_fork(self) -> None:
-        """In a forked child: what is in flight is the parent's to store; only new spans are ours."""
+        """Leave what is in flight to the parent, in a forked child; only new spans are ours."""
         self._lock = threading.Lock()
         self._holds.clear()
         self._said.clear()

@@ -1,7 +1,7 @@
-"""Spans that end while Python's garbage assembler runs: a generator that nobody finished may hold one.
+"""Deferral of spans that end while Python's garbage collector runs: a generator that nobody finished may hold one.
 
-The assembler runs wherever something is made, and so while its thread may hold any lock of this room. What ends in
-there waits until somebody else ends a span, flushes, or looks after what is overdue.
+The garbage collector runs wherever something is made, and so while its thread may hold any lock of this room. What
+ends in there waits until somebody else ends a span, flushes, or looks after what is overdue.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from threading import get_ident
 from typing import Any
 
 waiting: deque[tuple[Callable[[Any], None], Any]] = deque()
-_thread: int | None = None  # where the assembler runs
+_thread: int | None = None  # where the garbage collector runs
 
 
 def watch() -> Callable[[], None]:
-    """Know from now on where the assembler runs.
+    """Track from now on where the garbage collector runs.
 
     Returns:
         The undo.
@@ -26,7 +26,7 @@ def watch() -> Callable[[], None]:
     gc.callbacks.append(_note)
 
     def undo() -> None:
-        global _thread  # noqa: PLW0603 - there is one assembler
+        global _thread  # noqa: PLW0603 - there is one garbage collector
         with contextlib.suppress(ValueError):  # somebody has cleared the list
             gc.callbacks.remove(_note)
         _thread = None
@@ -41,7 +41,7 @@ def _note(phase: str, info: dict[str, int]) -> None:  # noqa: ARG001 - Python's 
 
 
 def is_running_here() -> bool:
-    """Whether this thread is in the middle of a collection."""
+    """Return whether this thread is in the middle of a collection."""
     return _thread is not None and _thread == get_ident()
 
 

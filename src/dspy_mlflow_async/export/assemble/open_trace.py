@@ -1,4 +1,4 @@
-"""One trace in flight, and what is said about it before it is handed on."""
+"""State of one trace in flight, with the annotations to add before it is handed on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Annotations:
-    """What callers of ``release`` said about a trace that is not handed on yet."""
+    """Annotations that callers of ``release`` gave a trace that is not handed on yet."""
 
     __slots__ = ("assessments", "metadata", "tags")
 
@@ -28,7 +28,7 @@ class Annotations:
 
 
 class OpenTrace:
-    """One trace in flight. Its lock is held for bookkeeping alone, never for work."""
+    """State of one trace in flight. Its lock is held for bookkeeping alone, never for work."""
 
     __slots__ = (
         "began",
@@ -74,7 +74,7 @@ class OpenTrace:
 
 
 def named(assessment: Assessment, trace_id: str) -> Assessment:
-    """A copy with an id of its own, by which the store recognises it when it is sent twice."""
+    """Copy an assessment, with an id of its own, by which the store recognises it when it is sent twice."""
     assessment = copy.copy(assessment)
     assessment.trace_id = trace_id
     assessment.assessment_id = assessment.assessment_id or mlflow_traces.generate_assessment_id()

@@ -1,4 +1,4 @@
-"""Decides on whole traces: who sets ``KEEPS`` is asked about each trace that began in that context, at its end."""
+"""Sampling of whole traces: a predicate in ``KEEPS`` decides, at its end, on each trace that began in that context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEEPS: ContextVar[Keeps | None] = ContextVar("dspy_mlflow_async_keeps", default=
 
 
 def is_kept(keeps: Keeps, trace: Any) -> bool:
-    """Whether ``keeps`` wants this trace. One whose root has not ended is stored, as is one that it fails on."""
+    """Return whether ``keeps`` wants this trace. One whose root has not ended is stored, as is one that it fails on."""
     root = mlflow_traces.ended_root(trace)
     return root is None or _ask(keeps, root) is not False
 

@@ -1,4 +1,4 @@
-"""MLflow's span processor and exporter, with whole traces instead of single spans."""
+"""Span processor and exporter for MLflow's provider, with whole traces instead of single spans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ processors: weakref.WeakSet[WholeTraceProcessor] = weakref.WeakSet()
 
 
 class Queue:
-    """What MLflow's flush functions and exit handlers look for as ``exporter._async_queue``.
+    """Queue that MLflow's flush functions and exit handlers find as ``exporter._async_queue``.
 
     Args:
         pipeline: Ours.
@@ -42,10 +42,10 @@ class Queue:
             mlflow_processor.flush(self._theirs, terminate=terminate)
 
     def activate(self) -> None:
-        """MLflow's queue starts threads here; ours start when there is something to do."""
+        """Do nothing: MLflow's queue starts threads here; ours start when there is something to do."""
 
     def is_active(self) -> bool:
-        """MLflow's exit handler flushes an active queue; ours has its own."""
+        """Return True: MLflow's exit handler flushes an active queue; ours has its own."""
         return True
 
 
@@ -93,7 +93,7 @@ class WholeTraceExporter(mlflow_processor.SpanExporter):
             assembler.root_ended(entry, is_sync=mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
 
     def shutdown(self) -> None:
-        """A provider is put away; its traces stay in flight, for others may still end in them."""
+        """Put a provider away; its traces stay in flight, for others may still end in them."""
 
 
 class WholeTraceProcessor(mlflow_processor.SpanProcessor):
@@ -108,7 +108,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
 
     @property
     def asks_store(self) -> bool:
-        """Whether MLflow's exporter writes the traces; for ours, the writer asks."""
+        """Return whether MLflow's exporter writes the traces; for ours, the writer asks."""
         return self._pipeline.is_closed
 
     def trace_started(self, root: Span, info: Any) -> None:
@@ -123,7 +123,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
             self._pipeline.assembler.trace_started(otel_id, trace, self.span_exporter.uri)
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        """A span began."""
+        """Take a span that began."""
         if self._pipeline.is_closed:
             super().on_start(span, parent_context)
         elif span.parent is None:
@@ -155,7 +155,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         self._pipeline.assembler.before_child(span.context.trace_id)
 
     def on_end(self, span: ReadableSpan) -> None:
-        """A span ended."""
+        """Take a span that ended."""
         if deferred.is_running_here():
             deferred.put_off(self._end, span)
             return
@@ -201,23 +201,23 @@ class RetiringProcessor(WholeTraceProcessor):
         return not self._pipeline.is_closed and span.context.trace_id in self._pipeline.assembler.entries
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        """A span began, of one of our open traces or not."""
+        """Take a span that began, of one of our open traces or not."""
         if span.parent is not None and self._is_ours(span):
             super().on_start(span, parent_context)
         else:
             self.theirs.on_start(span, parent_context)
 
     def on_end(self, span: ReadableSpan) -> None:
-        """A span ended."""
+        """Take a span that ended."""
         if self._is_ours(span):
             super().on_end(span)
         else:
             self.theirs.on_end(span)
 
     def shutdown(self) -> None:
-        """The provider is put away."""
+        """Put the provider away."""
         self.theirs.shutdown()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        """As MLflow's own; ours is flushed by its queue."""
+        """Flush MLflow's own processor; ours is flushed by its queue."""
         return bool(self.theirs.force_flush(timeout_millis))

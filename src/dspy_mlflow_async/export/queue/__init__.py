@@ -1,1 +1,1 @@
-"""What waits for a store, in memory and on disk, and who brings it there."""
+"""Queues of operations for a store, in memory and on disk, with the threads and processes that empty them."""

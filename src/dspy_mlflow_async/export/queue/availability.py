@@ -1,4 +1,4 @@
-"""Whether a store is there: one circuit breaker for the writer, for callers who wait, and for the child process."""
+"""Availability of a store: one circuit breaker for the writer, for callers who wait, and for the child process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WAITS_AGAIN = 30.0
 
 
 class Availability:
-    """What attempts to write have shown of a store. Safe for threads.
+    """Circuit breaker of one store, set by attempts to write to it. Safe for threads.
 
     Attributes:
         attempts: How many attempts have begun.
@@ -37,16 +37,16 @@ class Availability:
 
     @property
     def away_until(self) -> float:
-        """When the next attempt may be made, by the monotonic clock."""
+        """Time of the next attempt, by the monotonic clock."""
         return self._away_until
 
     @property
     def is_away(self) -> bool:
-        """Whether no attempt is worth it now."""
+        """Return whether no attempt is worth it now."""
         return time.monotonic() < self._away_until
 
     def may_wait(self) -> bool:
-        """Whether a caller may wait for the store: it was not found away a moment ago."""
+        """Return whether a caller may wait for the store: it was not found away a moment ago."""
         return self.lets_wait and time.monotonic() >= max(self._waits_again_at, self._away_until)
 
     def note_wait(self, begun: float) -> None:
@@ -77,7 +77,7 @@ class Availability:
             return self._backoff.pause()
 
     def pause(self, seconds: float) -> None:
-        """Make no attempt for so long, unless somebody who asked for one came while the last one was under way."""
+        """Pause attempts for so long, unless somebody who asked for one came while the last one was under way."""
         with self._lock:
             self._away_until = 0.0 if self._hurried == self.attempts else time.monotonic() + seconds
 

@@ -1,4 +1,4 @@
-"""Writes from a child process: the program only appends to the spool, the child brings it to the store. Both halves."""
+"""Export from a child process, both halves: the program only appends to the spool, the child sends it to the store."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Child:
         return not is_free
 
     def failure(self) -> str:
-        """Which failure to reach the store whoever drains has noted last; empty if there was none."""
+        """Return the failure to reach the store that the draining process has noted last; empty if there was none."""
         try:
             return read_file(self._lock_file).decode("utf-8", "replace")
         except OSError:
@@ -116,7 +116,7 @@ class Child:
                 process.stdin.close()
 
     def worked(self) -> None:
-        """It brought something to the store: the next one may be started at once."""
+        """Note that it brought something to the store: the next one may be started at once."""
         self._backoff.reset()
         self._not_before = 0.0
 
@@ -132,12 +132,12 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The process id, once started."""
+        """Process id, once started."""
         return self._process.pid if self._process is not None else None
 
 
 class ProcessQueue(StoreQueue):
-    """A queue whose store is the spool; the child's notes say what has arrived."""
+    """Queue whose store is the spool; the child's notes say what has arrived."""
 
     def __init__(self, options: ExportOptions, counters: TraceCounters, uri: str, spool: Spool) -> None:
         # Copies are not shared: the child would send them.
@@ -179,7 +179,7 @@ class ProcessQueue(StoreQueue):
         self._notify()
 
     def _write_around(self) -> None:
-        """The spool takes nothing, and the store may be well: write from this thread, as ``export="thread"`` does."""
+        """Write from this thread, as ``export="thread"`` does: the spool takes nothing, and the store may be well."""
         if not self._is_writing_around:
             self._is_writing_around = True
             logger.warning(
@@ -197,7 +197,7 @@ class ProcessQueue(StoreQueue):
             self.child.nudge(hurry=False)
 
     def next_wait(self) -> float | None:
-        """Seconds until there may be something to do; None to wait until woken."""
+        """Return the seconds until there may be something to do; None to wait until woken."""
         return _LOOK if len(self.pending) else None
 
     def hurry(self) -> None:

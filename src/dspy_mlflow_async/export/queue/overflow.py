@@ -1,4 +1,4 @@
-"""Brings operations from memory to the disk: ahead of their writing, for lack of room, or for good at the end."""
+"""Overflow from memory to disk: ahead of writing, for lack of room, or for good at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Overflow:
-    """The disk beneath a list of operations that wait.
+    """Disk beneath a list of operations that wait.
 
     Attributes:
         disk: What it writes to.
@@ -32,7 +32,7 @@ class Overflow:
         self.keeps_partial = copies is not None
 
     def is_partial(self, item: Operation) -> bool:
-        """Whether an operation may be forgotten, since the whole of it will follow."""
+        """Return whether an operation may be forgotten, since the whole of it will follow."""
         return isinstance(item, TraceOperation) and item.stage == "partial" and not self.keeps_partial
 
     def put(self, item: Operation) -> None:
@@ -141,7 +141,7 @@ class Overflow:
             self.copies.close()
 
     def after_fork(self) -> None:
-        """In a forked child: what is on disk and what is locked is the parent's."""
+        """Leave what is on disk and what is locked to the parent, in a forked child."""
         self.disk.spool.after_fork()
         if self.copies is not self.disk:
             self.copies.spool.after_fork()

@@ -1,4 +1,4 @@
-"""Operations that wait for one store, in memory or on disk: one list, in the order in which they came."""
+"""Pending operations of one store, in memory or on disk: one list, in the order in which they came."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ class Pending:
 
     @property
     def place(self) -> Place:
-        """Where the counters have it."""
+        """Place that the counters have it in."""
         return "spooled" if self.operation is None else "waiting"
 
     @property
     def run(self) -> str | None:
-        """The run that it is an operation on, as far as that is known without the disk."""
+        """Run that it is an operation on, as far as that is known without the disk."""
         return self.key if isinstance(self.operation, RunOperation) else None
 
 
 class PendingOperations:
-    """What waits for one store. Safe for threads; nothing here does I/O.
+    """Pending operations of one store. Safe for threads; nothing here does I/O.
 
     Entries of the same key are taken in the order in which they came, wherever they lie. Spilling drops the operation
     from memory and keeps the entry: its number and its key do not change.
@@ -89,38 +89,38 @@ class PendingOperations:
 
     @property
     def spooled(self) -> int:
-        """How many lie on disk alone."""
+        """Number of entries on disk alone."""
         return len(self._spooled)
 
     @property
     def resident(self) -> int:
-        """How many are in memory."""
+        """Number of entries in memory."""
         return len(self._resident)
 
     def has(self, key: str) -> bool:
-        """Whether something of this trace or run is here, in anybody's hands or not."""
+        """Return whether something of this trace or run is here, in anybody's hands or not."""
         return key in self._by_key
 
     def is_spooled(self, key: str) -> bool:
-        """Whether some of this trace or run lies on disk alone."""
+        """Return whether some of this trace or run lies on disk alone."""
         if key not in self._by_key:
             return False
         with self._lock:
             return any(entry.operation is None for entry in self._by_key.get(key, ()))
 
     def is_done_with(self, number: int) -> bool:
-        """Whether nothing is left of the entries up to a number."""
+        """Return whether nothing is left of the entries up to a number."""
         with self._lock:
             return next(iter(self._all), number + 1) > number
 
     def has_only_suspects(self, number: int) -> bool:
-        """Whether all that is left up to a number has failed for no clear reason."""
+        """Return whether all that is left up to a number has failed for no clear reason."""
         with self._lock:
             left = itertools.takewhile(lambda entry: entry.number <= number, self._all.values())
             return all(entry.key in self._suspicions for entry in left)
 
     def due(self, not_before: float) -> float | None:
-        """When the next attempt is due (monotonic), no earlier than ``not_before``; None if nothing is here."""
+        """Return when the next attempt is due (monotonic), no earlier than ``not_before``; None if nothing is here."""
         with self._lock:
             is_any_suspect = False
             for entry in self._all.values():
@@ -322,18 +322,18 @@ class PendingOperations:
             return True
 
     def behind(self, key: str) -> list[Pending]:
-        """All of one trace or run that is in memory."""
+        """Return all of one trace or run that is in memory."""
         with self._lock:
             return [entry for entry in self._by_key.get(key, ()) if entry.operation is not None]
 
     def at(self, segment: Path, offsets: Iterable[int]) -> list[Pending]:
-        """The entries whose records lie at these places of a segment, as far as they are in nobody's hands."""
+        """Return the entries whose records lie at these places of a segment, as far as they are in nobody's hands."""
         with self._lock:
             found = (self._spooled.get((segment, offset)) for offset in offsets)
             return [entry for entry in found if entry is not None and not entry.is_taken]
 
     def close(self) -> list[Pending]:
-        """Keep nothing in memory from now on.
+        """Close the memory: keep nothing in it from now on.
 
         Returns:
             What is in memory, in whoever's hands; it is theirs to say what becomes of it, until it is spilled.
@@ -355,7 +355,7 @@ class PendingOperations:
             return self._suspicions.note_failure(entry.key)
 
     def tries_of_suspects(self) -> int:
-        """How often each of the suspects has been tried at least."""
+        """Return how often each of the suspects has been tried at least."""
         with self._lock:
             return min(map(self._suspicions.tries_of, self._suspicions), default=0)
 
@@ -372,7 +372,7 @@ class PendingOperations:
 
 @dataclass(slots=True)
 class _Suspicion:
-    """What is known against a key.
+    """Failures counted against a key.
 
     Attributes:
         tries: How often its first operation has failed.

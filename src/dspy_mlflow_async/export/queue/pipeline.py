@@ -1,4 +1,4 @@
-"""The pipeline as a whole: assembler, one queue per store, one thread that looks after what is overdue."""
+"""Export pipeline as a whole: assembler, one queue per store, one thread that looks after what is overdue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dspy_mlflow_async.seams import mlflow_store
 
 
 class Pipeline:
-    """From ended spans to stored traces. Threads start when there is something to do."""
+    """Pipeline from ended spans to stored traces. Threads start when there is something to do."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class Pipeline:
         self._stop = threading.Event()
 
     def current(self) -> Pipeline:
-        """This pipeline, or the one that has replaced it."""
+        """Return this pipeline, or the one that has replaced it."""
         pipeline = self
         while pipeline._successor is not None:
             pipeline = pipeline._successor
         return pipeline
 
     def queue(self, uri: str) -> StoreQueue:
-        """The queue of a (resolved) tracking URI."""
+        """Return the queue of a (resolved) tracking URI."""
         if queue := self.queues.get(uri):
             return queue
         with self._lock:
@@ -78,7 +78,7 @@ class Pipeline:
         return queue
 
     def emit(self, uri: str, item: Operation, is_sync: bool) -> None:
-        """Bring an item on its way; with ``is_sync``, to the store before returning."""
+        """Bring an operation on its way; with ``is_sync``, to the store before returning."""
         queue = self.queue(uri)
         if is_sync:
             queue.synchronous.write_now(item)
@@ -86,11 +86,11 @@ class Pipeline:
             queue.put(item)
 
     def writes_ahead(self, uri: str) -> bool:
-        """Whether what has ended goes to the disk before anything else."""
+        """Return whether what has ended goes to the disk before anything else."""
         return self.queue(uri).writes_ahead
 
     def write_ahead(self, uri: str, item: Operation) -> Reference | None:
-        """Keep a copy of an item on disk until the item itself comes."""
+        """Keep a copy of an operation on disk until the operation itself comes."""
         return self.queue(uri).overflow.copy(item, durable=self.options.durable)
 
     def discard_copy(self, uri: str, reference: Reference) -> None:
@@ -143,11 +143,11 @@ class Pipeline:
 
     @guarded
     def look_after(self) -> None:
-        """Whatever is overdue."""
+        """Look after whatever is overdue."""
         self.assembler.tick()
 
     def keep_house(self) -> None:
-        """What the assembler has ended, and the caller's own chores, which may end spans."""
+        """End the spans deferred from garbage collection, and do the caller's own chores, which may end spans."""
         deferred.take_up()
         if self._housekeeping is not None:
             self._housekeeping()
@@ -180,11 +180,11 @@ class Pipeline:
         return all(results) and not self.assembler.is_any_unshown()
 
     def has_open(self) -> bool:
-        """Whether a trace is open here that began here."""
+        """Return whether a trace is open here that began here."""
         return any(entry.inherited is None for entry in list(self.assembler.entries.values()))
 
     def is_empty(self) -> bool:
-        """Whether nothing waits here, in memory or on disk."""
+        """Return whether nothing waits here, in memory or on disk."""
         return all(queue.is_empty() for queue in list(self.queues.values()))
 
     def save_everything(self) -> dict[str, int]:
@@ -246,7 +246,7 @@ class Pipeline:
         return thread
 
     def _bequeath(self, successor: Pipeline) -> None:
-        """Queues that would be made alike go on as they are, so that what follows in them keeps its order."""
+        """Hand over queues that would be made alike, so that what follows in them keeps its order."""
         if self.options.mode != successor.options.mode:
             return
         root = spool_root(successor.options.spool_dir)
@@ -256,7 +256,7 @@ class Pipeline:
                 successor.queues[uri] = self.queues.pop(uri)
 
     def after_fork(self) -> None:
-        """In a forked child: no threads, nothing waiting, and the parent's traces are the parent's."""
+        """Begin anew in a forked child: no threads, nothing waiting, and the parent's traces are the parent's."""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ticker = None

@@ -1,4 +1,4 @@
-"""Sends what lies in spools: from the command line, and for processes that ended before their store came back."""
+"""Replay of spools: from the command line, and for processes that ended before their store came back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ATTEMPTS = 4
 
 @dataclass(frozen=True, slots=True)
 class SpoolInfo:
-    """What lies in one spool.
+    """Contents of one spool.
 
     Attributes:
         folder: Where.
@@ -55,13 +55,13 @@ class SpoolInfo:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing that anybody should care about."""
+        """Return whether there is nothing that anybody should care about."""
         return not (self.records or self.damaged or self.dead or self.refused)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayProgress:
-    """How far a replay has come.
+    """Progress of a replay.
 
     Attributes:
         folder: The spool being sent.
@@ -78,7 +78,7 @@ class ReplayProgress:
 
 @dataclass(frozen=True, slots=True)
 class ReplaySummary:
-    """What a replay has done, over all spools.
+    """Result of a replay, over all spools.
 
     Attributes:
         stored: Records that the store has now (those it had already included).
@@ -100,7 +100,7 @@ class ReplaySummary:
 
 
 def spools(root: Path | None = None) -> list[SpoolInfo]:
-    """What lies in the spools under a folder, by default the configured one."""
+    """Return the contents of the spools under a folder, by default the configured one."""
     return [_info(folder) for folder in _folders(spool_root(root))]
 
 
@@ -206,7 +206,7 @@ def _info(folder: Path) -> SpoolInfo:
 
 
 def pending(segment: Path) -> Iterator[tuple[int, bytes | None]]:
-    """The records of a segment that are not done with, and its damaged stretches as None."""
+    """Yield the records of a segment that are not done with, and its damaged stretches as None."""
     done = segments.done_offsets(segment)
     try:
         data = read_file(segment)
@@ -245,7 +245,7 @@ def _sum(one: ReplaySummary, other: ReplaySummary) -> ReplaySummary:
 
 
 class _ReplayQueue(StoreQueue):
-    """A queue over what others have left in a spool, written in the thread of whoever asks for it."""
+    """Queue over what others have left in a spool, written in the thread of whoever asks for it."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         self._tail = SegmentFollower(folder, counts=True, follows_living=False)
@@ -259,7 +259,7 @@ class _ReplayQueue(StoreQueue):
 
     @property
     def done(self) -> int:
-        """How many records have been dealt with."""
+        """Number of records dealt with."""
         return self._stored + self._dead
 
     def find(self) -> None:
@@ -307,7 +307,7 @@ class _ReplayQueue(StoreQueue):
         self.availability.pause(self.availability.fail())
 
     def summary(self) -> ReplaySummary:
-        """What has been done so far."""
+        """Return what has been done so far."""
         reasons = sorted({reason for key, reason in self._reasons.items() if self.pending.has(key)})
         return ReplaySummary(
             stored=self._stored,

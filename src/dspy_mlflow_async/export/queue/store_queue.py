@@ -1,4 +1,4 @@
-"""The queue of one store: bounded in memory, emptied by one thread, overflowing to the spool."""
+"""Queue of one store: bounded in memory, emptied by one thread, overflowing to the spool."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class StoreQueue:
 
     @property
     def spool(self) -> Spool:
-        """Where it overflows to."""
+        """Spool that it overflows to."""
         return self.overflow.disk.spool
 
     @property
     def writes_ahead(self) -> bool:
-        """Whether what has ended goes to the disk before anything else."""
+        """Return whether what has ended goes to the disk before anything else."""
         return self.options.durable or worker_processes.may_end_unheard()
 
     # --- the caller's side ---
@@ -118,7 +118,7 @@ class StoreQueue:
     # --- the writer's thread ---
 
     def next_wait(self) -> float | None:
-        """Seconds until something is due that nobody will wake us for."""
+        """Return the seconds until something is due that nobody will wake us for."""
         due = self.pending.due(self.availability.away_until)
         return None if due is None else max(0.0, due - time.monotonic())
 
@@ -237,7 +237,7 @@ class StoreQueue:
         self.pending.add_spooled(references)
 
     def _adopt(self) -> None:
-        """Now and then, while the store takes what it is given: what ended processes have left behind."""
+        """Adopt now and then, while the store takes what it is given, what ended processes have left behind."""
         if time.monotonic() >= self._adopt_at and not self.worker.is_stopped:
             self._adopt_at = time.monotonic() + _ADOPT_EVERY
             self.enqueue_spooled(self.spool.adopt())
@@ -253,7 +253,7 @@ class StoreQueue:
     # --- the end ---
 
     def is_empty(self) -> bool:
-        """Whether nothing of this process waits, in memory or on disk."""
+        """Return whether nothing of this process waits, in memory or on disk."""
         return not len(self.pending)
 
     def flush(self, deadline: float | None) -> bool:
@@ -319,5 +319,5 @@ class StoreQueue:
         return self.pending.spooled
 
     def after_fork(self) -> None:
-        """In a forked child: what is on disk and what is locked is the parent's."""
+        """Leave what is on disk and what is locked to the parent, in a forked child."""
         self.overflow.after_fork()

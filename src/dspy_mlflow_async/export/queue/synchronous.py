@@ -1,4 +1,4 @@
-"""Writes in the thread of a caller who waits, ahead of all that waits in the background."""
+"""Synchronous writes, in the thread of a caller who waits, ahead of all that waits in the background."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that empties a queue."""
+"""Worker thread that empties a queue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINGER = 0.5
 
 
 class Worker:
-    """A daemon thread that works when there is something to do, and takes its time unless somebody is in a hurry.
+    """Daemon thread that works when there is something to do, and takes its time unless somebody is in a hurry.
 
     Args:
         work: Does what there is to do; called in the thread.
@@ -36,17 +36,17 @@ class Worker:
 
     @property
     def thread(self) -> threading.Thread | None:
-        """The thread, once there was something to do."""
+        """Thread, once there was something to do."""
         return self._thread
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread lives."""
+        """Return whether the thread lives."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the thread shall do nothing further."""
+        """Return whether the thread shall do nothing further."""
         return self._stop.is_set()
 
     def start(self) -> None:

@@ -1,1 +1,1 @@
-"""Records on disk that outlive their process."""
+"""Spool: records on disk that outlive their process."""

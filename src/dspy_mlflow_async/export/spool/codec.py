@@ -1,4 +1,4 @@
-"""Items as JSON and back, complete enough to write them from another process, another day."""
+"""Operations as JSON and back, complete enough to write them from another process, another day."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _READABLE = frozenset({1, 2})
 
 
 class UnreadableError(ValueError):
-    """A whole record that this version cannot decode: another one wrote it, and will know what to do with it."""
+    """Error of a whole record that this version cannot decode: another one wrote it, and can read it."""
 
 
 def encode(item: Operation) -> bytes:
-    """One line of JSON, without the line's end."""
+    """Encode an operation as one line of JSON, without the line's end."""
     record: dict[str, Any] = {"v": VERSION if is_stand_in(item.key) else 1, "kind": _KINDS[type(item)], "key": item.key}
     record["counted"] = item.counted
     if isinstance(item, TraceOperation):
@@ -93,7 +93,7 @@ def peek(data: bytes) -> tuple[str, int]:
 
 
 def decode(data: bytes) -> Operation:
-    """The item of a line.
+    """Decode the operation of a line.
 
     Raises:
         UnreadableError: If the line is of another version.
@@ -148,7 +148,7 @@ _KINDS: dict[type[Operation], str] = {
 
 
 def dumps(value: Any) -> bytes:
-    """JSON by orjson, or by the standard library where that refuses (lone surrogates, huge integers)."""
+    """Encode as JSON by orjson, or by the standard library where that refuses (lone surrogates, huge integers)."""
     try:
         return orjson.dumps(value, default=_plain)
     except TypeError:
@@ -156,7 +156,7 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-    """The inverse of ``dumps``."""
+    """Decode what ``dumps`` made."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:

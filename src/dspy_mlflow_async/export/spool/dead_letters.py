@@ -1,4 +1,4 @@
-"""Records that the store has refused for good, with its reasons; and their way back into the spool."""
+"""Dead letters: records that the store has refused for good, with its reasons; and their way back into the spool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = "dead.letters"
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A record that was refused.
+    """Record that was refused.
 
     Attributes:
         reason: Why, in the store's words.
@@ -90,7 +90,7 @@ def revive(folder: Path, uri: str, is_wanted: Callable[[DeadLetter], bool]) -> i
 
 
 def _letters(data: bytes) -> Iterator[tuple[bytes, DeadLetter | None]]:
-    """The lines of the file, each with what it says; None for one that is damaged."""
+    """Yield the lines of the file, each with what it says; None for one that is damaged."""
     for (offset, payload), (end, _) in pairwise([*segments.scan(data), (len(data), None)]):
         letter = None
         if payload is not None:
@@ -116,7 +116,7 @@ def _replace(path: Path, data: bytes, locked: int) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """The file, open for appending and locked: nobody writes to one that is just being replaced."""
+    """Open the file for appending, and lock it: nobody writes to one that is just being replaced."""
     while True:
         handle = open_file(folder / _NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:

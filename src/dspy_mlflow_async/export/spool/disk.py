@@ -1,4 +1,4 @@
-"""The queue's hand on the disk: saving items, loading them, burying what the store refuses."""
+"""Disk access of the queue: saves operations, loads them, and dead-letters what the store refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 
 class Disk:
-    """Items in and out of one spool. A disk that does not work is an answer, never an error."""
+    """Moves operations in and out of one spool. A disk that does not work is an answer, never an error."""
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
@@ -26,7 +26,7 @@ class Disk:
         self._is_warned_of_others = False
 
     def save(self, item: Operation, *, durable: bool = False, is_needed: bool = True) -> bool:
-        """Write an item, unless it is there already.
+        """Write an operation, unless it is there already.
 
         Args:
             item: What to write.
@@ -62,7 +62,7 @@ class Disk:
         return True
 
     def load(self, reference: Reference) -> Operation | None:
-        """The item at ``reference``; None, with a warning, if the disk has lost it.
+        """Load the operation at ``reference``; None, with a warning, if the disk has lost it.
 
         Raises:
             UnreadableError: If it is whole, but not for this version to read; there is a warning of the first.
@@ -106,7 +106,7 @@ class Disk:
             self.spool.close()
 
     def forget(self, item: Operation, *, stored: bool) -> None:
-        """An item is done with: whatever the spool has of it may go."""
+        """Forget an operation that is done with: whatever the spool has of it may go."""
         references = [reference for reference in (item.reference, item.supersedes) if reference is not None]
         if references:
             self.spool.done(references, stored=stored)

@@ -1,4 +1,4 @@
-"""The folder of a spool: where it is, which store it is for, whose it is, and that a power cut leaves it its names."""
+"""Folder of a spool: its place, its store, its owner, and that a power cut leaves it its names."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def make_folder(folder: Path, uri: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a power cut, as far as its file system can."""
+    """Sync the names in a folder so that they survive a power cut, as far as its file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Follows segments that other processes wrote: those of the dead, and, for a draining child, of its living parent."""
+"""Follower of segments of other processes: those of the dead, and, for a draining child, of its living parent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Followed:
 
 
 class SegmentFollower:
-    """What others have left in a spool, record by record.
+    """Follows what others have left in a spool, record by record.
 
     Args:
         folder: The spool.
@@ -47,12 +47,12 @@ class SegmentFollower:
 
     @property
     def damaged(self) -> int:
-        """How many stretches could not be read so far."""
+        """Number of stretches that could not be read so far."""
         with self._lock:
             return self._damaged + sum(followed.damaged for followed in self._followed.values())
 
     def poll(self, is_mine: Callable[[Path], bool]) -> list[segments.Reference]:
-        """Records that have come since the last time, oldest first.
+        """Return the records that have come since the last time, oldest first.
 
         Args:
             is_mine: Whether a segment is one that this process writes itself, and not to be followed.
@@ -109,7 +109,7 @@ class SegmentFollower:
         return found
 
     def done(self, segment: Path, offsets: list[int], *, stored: bool) -> None:
-        """Records are done with."""
+        """Note that records are done with."""
         with contextlib.suppress(OSError):  # then they are sent twice, which the store does not mind
             segments.mark_done(segment, offsets, stored=stored)
         with self._lock:

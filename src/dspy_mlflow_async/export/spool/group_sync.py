@@ -1,4 +1,4 @@
-"""One caller syncs for all who wait: a disk that takes 10 ms for a sync holds up nobody for longer than two of them."""
+"""Group sync: one caller syncs for all who wait, so that slow syncs hold up nobody for longer than two of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GroupSync:
         self._is_taken = False
 
     def until(self, is_safe: Callable[[], bool], sync: Callable[[], None]) -> None:
-        """Return when ``is_safe``, after a turn of another or one of one's own, in which ``sync`` is called.
+        """Return once ``is_safe``, after a turn of another or one of one's own, in which ``sync`` is called.
 
         Args:
             is_safe: Whether there is nothing to wait for; asked at first, and when a turn is over. What it raises is
@@ -40,7 +40,7 @@ class GroupSync:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """A turn for something else, in which nobody syncs."""
+        """Take a turn for something else, in which nobody syncs."""
         is_mine = False
         try:
             with self._changed:

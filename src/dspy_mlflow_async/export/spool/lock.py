@@ -11,7 +11,7 @@ from dspy_mlflow_async.export.spool.folder import open_file
 
 
 class Lock:
-    """A file lock that belongs to this open file, not to the process; it ends with the process, however that ends."""
+    """File lock that belongs to this open file, not to the process; it ends with the process, however that ends."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""How much of a disk a spool may take."""
+"""Quota of a spool: the share of a disk that it may take."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MEASURE_EVERY = 1.0  # seconds
 
 
 class SpoolFullError(OSError):
-    """The spool may not grow."""
+    """Error of a spool that may not grow."""
 
     def __init__(self, reason: str, folder: Path) -> None:
         super().__init__(errno.EDQUOT, reason, str(folder))
 
 
 class Quota:
-    """The bound on the bytes of one spool, all processes that write to it together. Safe for threads.
+    """Bound on the bytes of one spool, all processes that write to it together. Safe for threads.
 
     The folder is measured once a second at most; in between, what this process writes is added up.
 
@@ -74,5 +74,5 @@ class Quota:
         self._free = int((disk.f_bavail - disk.f_blocks * _FREE_SHARE) * disk.f_frsize)
 
     def after_fork(self) -> None:
-        """In a forked child: a lock of its own."""
+        """Make a new lock, in a forked child."""
         self._lock = threading.Lock()

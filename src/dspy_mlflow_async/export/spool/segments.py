@@ -1,4 +1,4 @@
-"""What is on disk: one folder per tracking URI, segments of checksummed lines, and a list of what is done with.
+"""Record format and segments on disk: one folder per tracking URI, checksummed lines, and notes of what is done with.
 
 The format is described in ``docs/export.md``.
 """
@@ -41,7 +41,7 @@ _sync_file = getattr(os, "fdatasync", os.fsync)
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Where a record lies."""
+    """Location of a record."""
 
     segment: Path
     offset: int
@@ -51,12 +51,12 @@ class Reference:
 
 
 def frame(payload: bytes) -> bytes:
-    """One line: checksum, length, payload."""
+    """Frame a payload as one line: checksum, length, payload."""
     return b"%08x %d %s\n" % (zlib.crc32(payload), len(payload), payload)
 
 
 def scan(data: bytes) -> Iterator[tuple[int, bytes | None]]:
-    """The records of a segment.
+    """Read the records of a segment.
 
     Yields:
         Offset and payload; the payload is None for a damaged stretch (flipped bits, a torn end).
@@ -80,7 +80,7 @@ def scan(data: bytes) -> Iterator[tuple[int, bytes | None]]:
 
 
 def done_offsets(segment: Path) -> dict[int, bool]:
-    """The offsets in a segment that are done with, and whether their record is stored (else it is dead).
+    """Return the offsets in a segment that are done with, and whether their record is stored (else it is dead).
 
     A line that is damaged counts as not written: then a record is sent twice, which the store does not mind.
     """
@@ -88,7 +88,7 @@ def done_offsets(segment: Path) -> dict[int, bool]:
 
 
 def read_notes(segment: Path, start: int) -> tuple[dict[int, bool], int]:
-    """As `done_offsets`, of the notes from a position on; and the position behind them."""
+    """Read the same as `done_offsets` from a position of the notes on, and return the position behind them, too."""
     try:
         data = read_file(segment.with_suffix(".done"), start)
     except OSError:
@@ -118,7 +118,7 @@ def mark_done(segment: Path, offsets: list[int], *, stored: bool = True) -> None
 
 
 class Spool:
-    """The spool of one tracking URI, as one process writes it. Safe for threads."""
+    """Spool of one tracking URI, as one process writes it. Safe for threads."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class Spool:
             self.tail.close()
 
     def _retire_segment(self) -> None:
-        """Write no more to the current segment. It stays locked, and so ours, while its records are not done with."""
+        """Close the current segment to writes. It stays locked, and so ours, while its records are not done with."""
         with self._syncs.turn():  # nobody syncs a handle that is closed, or is another file's by then
             segment, handle = self._segment, self._handle
             if segment is None:
@@ -248,7 +248,7 @@ class Spool:
         self._live.pop(segment, None)
 
     def read(self, reference: Reference) -> bytes | None:
-        """The payload of a record; None if the disk has lost it."""
+        """Return the payload of a record; None if the disk has lost it."""
         try:
             data = read_file(reference.segment, reference.offset, reference.length)
         except OSError:
@@ -256,7 +256,7 @@ class Spool:
         return next((payload for offset, payload in scan(data) if offset == 0), None)
 
     def done(self, references: list[Reference], *, stored: bool = True, noted: bool = False) -> None:
-        """Records are done with; a segment of ours that has no others goes away.
+        """Note that records are done with; a segment of ours that has no others goes away.
 
         Args:
             references: The records.
@@ -303,20 +303,20 @@ class Spool:
         self.done([reference])
 
     def adopt(self) -> list[Reference]:
-        """Records of others that are now ours to send."""
+        """Adopt records of others that are now ours to send."""
         return [] if self.tail is None else self.tail.poll(self.is_mine)
 
     def written(self) -> list[Path]:
-        """The segments of this object in which something is still needed."""
+        """Return the segments of this object in which something is still needed."""
         with self._append:
             return list(self._live)
 
     def is_mine(self, segment: Path) -> bool:
-        """Whether this object has written the segment, and it is still needed."""
+        """Return whether this object has written the segment, and it is still needed."""
         return segment == self._segment or segment in self._live
 
     def after_fork(self) -> None:
-        """In a forked child: the parent's segment is the parent's."""
+        """Leave the parent's segment to the parent, in a forked child."""
         self._append, self._syncs = threading.Lock(), GroupSync()
         if self.quota is not None:
             self.quota.after_fork()
@@ -334,7 +334,7 @@ def remove(segment: Path) -> None:
 
 
 def begun(segment: Path) -> int:
-    """When a segment was begun, nanoseconds since the epoch."""
+    """Return when a segment was begun, nanoseconds since the epoch."""
     stamp = segment.name.partition("-")[0]
     return int(stamp) if stamp.isdecimal() else 0
 

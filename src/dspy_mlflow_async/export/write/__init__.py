@@ -1,1 +1,1 @@
-"""Writes operations to an MLflow store, and says what its errors mean."""
+"""Writing of operations to an MLflow store, and the meaning of its errors."""

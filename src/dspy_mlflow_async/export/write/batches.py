@@ -1,4 +1,4 @@
-"""Which items may be written together."""
+"""Grouping of operations into batches that may be written together."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dspy_mlflow_async.export.operations import Operation, SpansOperation, Trace
 
 
 def is_late(item: Any) -> bool:
-    """Whether an item holds spans of a trace that was written before."""
+    """Return whether an operation holds spans of a trace that was written before."""
     return isinstance(item, TraceOperation) and item.stage == "late"
 
 
 def grouped(items: Sequence[Operation]) -> Iterable[list[Operation]]:
-    """Items in few groups of one sort each, which keep the order of what has the same key.
+    """Group operations in few groups of one sort each, which keep the order of what has the same key.
 
     A trace that comes again needs another group. Late ones are by themselves, since they cannot be written in one
     transaction; spans of a trace that others own may come one by one, and so may what is said of traces later and
     operations on runs, each in groups of their own.
     """
     groups: list[tuple[str, list[Operation]]] = []
-    last: dict[str, int] = {}  # by key: the group with its latest item
+    last: dict[str, int] = {}  # by key: the group with its latest operation
     for item in items:
         is_trace = isinstance(item, TraceOperation)
         sort = (
@@ -42,7 +42,7 @@ def grouped(items: Sequence[Operation]) -> Iterable[list[Operation]]:
 
 
 def by_experiment(items: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
-    """The spans of all items, by the experiment that they go to."""
+    """Return the spans of all operations, by the experiment that they go to."""
     groups: dict[str, list[Any]] = {}
     for item in items:
         groups.setdefault(item.experiment_id or "0", []).extend(item.spans)

@@ -1,4 +1,4 @@
-"""Several requests at once, for a server that is far away: what takes long is the way, not the work."""
+"""Concurrent requests, for a server that is far away: what takes long is the way, not the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When to try again, and what is not worth it."""
+"""Classification of store errors: retry, back off, or refuse for good."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _random = random.Random()  # noqa: S311 - no secret
 
 
 class Verdict(enum.Enum):
-    """What became of one operation on the store."""
+    """Verdict on one operation on the store."""
 
     STORED = "stored"
     AWAY = "away"  # the store cannot be reached, is overloaded, or does not know us: try everything later
@@ -30,7 +30,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one item."""
+    """Outcome of one operation: its verdict, and the error if there was one."""
 
     item: Operation
     verdict: Verdict
@@ -56,18 +56,18 @@ _SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any
 
 
 def is_away(status: int) -> bool:
-    """Whether an HTTP status says that the server, or what is before it, is not there for us now."""
+    """Return whether an HTTP status says that the server, or what is before it, is not there for us now."""
     return status in _AWAY_STATUSES
 
 
 def cannot_write_now(error: BaseException) -> bool:
-    """Whether a database says that it may only be read, or that a connection to it is lost."""
+    """Return whether a database says that it may only be read, or that a connection to it is lost."""
     said, _, _ = str(error).partition("[SQL:")  # behind that stands what was to be written
     return _CANNOT_WRITE_NOW.search(said) is not None
 
 
 def classify(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
-    """What to do about an error of the store. Only MLflow itself can refuse for good.
+    """Decide what to do about an error of the store. Only MLflow itself can refuse for good.
 
     Args:
         error: What was raised.
@@ -93,7 +93,7 @@ def classify(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
 
 
 def blocked_by(item: Operation, earlier: Iterable[Outcome]) -> Outcome | None:
-    """What becomes of an item that comes after others: None where it may be tried.
+    """Return the outcome of an operation that comes after others: None where it may be tried.
 
     Where the store is away nothing further is. What follows an operation on the same trace or run that must be tried
     again would be refused, or come too early.
@@ -105,7 +105,7 @@ def blocked_by(item: Operation, earlier: Iterable[Outcome]) -> Outcome | None:
 
 
 class Backoff:
-    """Growing pauses with full jitter, so that many processes do not come back at once."""
+    """Backoff by growing pauses with full jitter, so that many processes do not come back at once."""
 
     def __init__(self, first: float = 0.25, longest: float = 30.0) -> None:
         self._first = first
@@ -113,11 +113,11 @@ class Backoff:
         self._ceiling = first
 
     def reset(self) -> None:
-        """Something worked."""
+        """Note that something worked."""
         self._ceiling = self._first
 
     def pause(self) -> float:
-        """Seconds to wait before the next attempt."""
+        """Return the seconds to wait before the next attempt."""
         ceiling = self._ceiling
         self._ceiling = min(self._longest, ceiling * 2)
         return ceiling * _random.uniform(0.5, 1.0)

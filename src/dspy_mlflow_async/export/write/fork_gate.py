@@ -1,4 +1,4 @@
-"""Keeps `fork` out of the middle of a write: SQLite's locks, copied into the child, would never be released there."""
+"""Gate that keeps `fork` out of a write: SQLite's locks, copied into the child, would never be released there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LONGEST_WAIT = 20.0  # as long as MLflow lets SQLite wait for a lock
 
 
 class ForkGate:
-    """Any number of writes may be inside at once; a fork waits until none is, for a bounded time."""
+    """Gate between writes and forks: any number of writes may be inside; a fork waits, bounded, until none is."""
 
     def __init__(self) -> None:
         self.reset()
@@ -34,13 +34,13 @@ class ForkGate:
             self._condition.notify_all()
 
     def close(self) -> None:
-        """Let nobody in, and wait until nobody is inside."""
+        """Close the gate, and wait until nobody is inside."""
         with self._condition:
             self._is_closed = True
             self._condition.wait_for(lambda: self._inside == 0, _LONGEST_WAIT)
 
     def open(self) -> None:
-        """Let everybody in again."""
+        """Open the gate again."""
         with self._condition:
             self._is_closed = False
             self._condition.notify_all()

@@ -24,7 +24,7 @@ _runs: dict[str, Run] = {}  # by stand-in id; single operations on a dict are at
 
 
 class RunNotThereError(LookupError):
-    """The run has not been created yet."""
+    """Error of a run that has not been created yet."""
 
 
 def new_id() -> str:
@@ -33,7 +33,7 @@ def new_id() -> str:
 
 
 def is_stand_in(run_id: Any) -> bool:
-    """Whether an id stands for a run that was not there when it was given."""
+    """Return whether an id stands for a run that was not there when it was given."""
     return isinstance(run_id, str) and run_id.startswith(PREFIX)
 
 
@@ -124,7 +124,7 @@ def link_since(client: MlflowClient, item: TraceOperation, link: Callable[[str, 
 
 
 def has_stand_in(item: Any) -> bool:
-    """Whether the metadata of a trace names a run by a stand-in id."""
+    """Return whether the metadata of a trace names a run by a stand-in id."""
     if isinstance(item, TraceOperation):
         metadata = item.info.trace_metadata
     else:

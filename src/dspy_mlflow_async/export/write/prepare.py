@@ -1,4 +1,4 @@
-"""Makes an item fit for the store, in the writer's thread: immutable clean spans, totals, previews, sizes."""
+"""Preparation of an operation for the store, in the writer's thread: immutable clean spans, totals, previews, sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dspy_mlflow_async.seams import mlflow_traces
 
 
 def prepare(item: Operation) -> None:
-    """Complete an item in place. Doing so twice does nothing."""
+    """Complete an operation in place. Doing so twice does nothing."""
     if isinstance(item, TraceUpdate):
         item.assessments = [_clean_assessment(assessment) for assessment in item.assessments]
         item.metadata, item.tags = _clean_value(dict(item.metadata)), _clean_value(dict(item.tags))
@@ -50,7 +50,7 @@ def total(info: Any, spans: Any) -> None:
 
 
 def clean(text: str) -> str:
-    """Text that any database takes: no lone surrogates, which UTF-8 cannot say, and no NUL, which PostgreSQL cannot."""
+    """Clean text for any database: no lone surrogates, which UTF-8 cannot say, and no NUL, which PostgreSQL cannot."""
     if text.isascii():
         return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
     try:
@@ -61,7 +61,7 @@ def clean(text: str) -> str:
 
 
 def _clean_span(span: Any) -> Any:
-    """The immutable form of a span, and a repaired copy of it where it holds what no database takes."""
+    """Return the immutable form of a span, and a repaired copy of it where it holds what no database takes."""
     span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
     otel = span._span
     if (
@@ -99,7 +99,7 @@ def _clean_info(info: Any) -> None:
 
 
 def _clean_value(value: Any) -> Any:
-    """JSON with clean text; the same object where all of it is clean."""
+    """Return JSON with clean text; the same object where all of it is clean."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
@@ -117,7 +117,7 @@ def _is_clean(value: Any) -> bool:
 
 
 def _clean_assessment(assessment: Any) -> Any:
-    """An assessment all of whose text is clean; the same object where it is already."""
+    """Return an assessment all of whose text is clean; the same object where it is already."""
     changes = [
         (owner, name, cleaned)
         for owner, names in _TEXT_OF_ASSESSMENTS.items()

@@ -32,7 +32,7 @@ def write_runs(
         link: Called with a trace and its run, where the trace was stored before the run was created.
 
     Returns:
-        An outcome for each item.
+        An outcome for each operation.
     """
     runs: dict[tuple[str, str | None], list[RunOperation]] = {}
     for item in items:
@@ -51,7 +51,7 @@ def _write_run(
     outcomes: list[Outcome],
     link: Callable[[str, str], None],
 ) -> None:
-    """Write operations on one run: it, values, then artifacts, then its end. What worked is not done again."""
+    """Write operations on one run: it, values, then artifacts, then its end. What worked is not repeated."""
 
     def write(how: Callable[[MlflowClient, str, Sequence[RunOperation]], None], some: Sequence[RunOperation]) -> None:
         waiting = [outcome for item in some if (outcome := blocked_by(item, outcomes)) is not None]
@@ -122,7 +122,7 @@ def _end(client: MlflowClient, run_id: str, items: Sequence[RunOperation]) -> No
 
 
 def parts(metrics: list[Any], params: list[Any], tags: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """Any number of values in portions that MLflow takes in one ``log_batch``."""
+    """Split any number of values into portions that MLflow takes in one ``log_batch``."""
     while metrics or params or tags:
         yield metrics[:_MOST_METRICS], params[:_MOST_OTHERS], tags[:_MOST_OTHERS]
         metrics, params, tags = metrics[_MOST_METRICS:], params[_MOST_OTHERS:], tags[_MOST_OTHERS:]

@@ -26,7 +26,7 @@ _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, a
 
 
 class Writer:
-    """Writes to the store of one tracking URI. Safe for threads: all it keeps is what it has learnt of the store."""
+    """Writer to the store of one tracking URI. Safe for threads: all it keeps is what it has learnt of the store."""
 
     def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS) -> None:
         self.uri = uri
@@ -47,12 +47,12 @@ class Writer:
         return self._client
 
     def write(self, items: Sequence[Operation]) -> list[Outcome]:
-        """Write items in order.
+        """Write operations in order.
 
         Once the store is found to be away nothing further is tried.
 
         Returns:
-            An outcome for each item.
+            An outcome for each operation.
         """
         outcomes: list[Outcome] = []
         with (
@@ -108,7 +108,7 @@ class Writer:
         return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, statuses)]
 
     def _linked(self, outcome: Outcome, statuses: list[mlflow_http.Status]) -> Outcome:
-        """The outcome of a trace, with its run where that was created while it was stored."""
+        """Return the outcome of a trace, with its run where that was created while it was stored."""
         item: Any = outcome.item
         if outcome.verdict is not Verdict.STORED or not late_runs.has_stand_in(item):
             return outcome
@@ -133,7 +133,7 @@ class Writer:
         return self._starts_then_spans(good, statuses)
 
     def _ask_for_batches(self, statuses: Sequence[mlflow_http.Status]) -> bool:
-        """Whether the store takes spans of many traces together.
+        """Return whether the store takes spans of many traces together.
 
         Raises:
             ConnectionError: Where a server is away: what it takes is asked when it is back.
@@ -145,7 +145,7 @@ class Writer:
         return bool(answer)
 
     def _all_at_once(self, items: Sequence[Any]) -> bool:
-        """The whole batch in one SQL transaction.
+        """Write the whole batch in one SQL transaction.
 
         Returns:
             False where that is not possible, or did not work; then nothing is written.
@@ -182,7 +182,7 @@ class Writer:
         return [outcomes[index] for index in range(len(items))]
 
     def _start_all(self, items: Sequence[Any]) -> tuple[dict[int, Outcome], dict[int, Any]]:
-        """Start the traces among these items.
+        """Start the traces among these operations.
 
         Returns:
             By index: what became of those that cannot go on, and the stored traces of those that were started.
@@ -213,7 +213,7 @@ class Writer:
         return outcomes, infos
 
     def _start(self, item: TraceOperation) -> Any:
-        """The trace as it is stored, or as it was sent where nobody asks for more."""
+        """Start a trace, and return it as it is stored, or as it was sent where nobody asks for more."""
         has_files = not self._takes_spans or any(span._attachments for span in item.spans)
         return mlflow_store.start_trace(self.client, item.info, reads_answer=has_files)
 
@@ -252,7 +252,7 @@ class Writer:
         return Outcome(item, Verdict.STORED)
 
     def _write_spans_first(self, item: Any) -> None:
-        """For stores that add the tokens of spans to what is there: the trace must have the last word."""
+        """Write spans before the trace, for stores that add the tokens of spans: the trace must have the last word."""
         self._log_spans(item.experiment_id, item.spans)
         if is_late(item):
             self._correct_totals(item)
@@ -285,7 +285,7 @@ class Writer:
             self._takes_spans = False
 
     def _finish(self, item: TraceOperation, info: Any) -> None:
-        """What MLflow does after storing; failures here do not undo that, and MLflow logs them no differently."""
+        """Do what MLflow does after storing; failures here do not undo that, and MLflow logs them no differently."""
         if item.stage != "whole":
             return
         attachments: dict[str, Any] = {}
@@ -299,7 +299,7 @@ class Writer:
                 mlflow_store.link_prompts(self.client, item.key, item.prompts)
 
     def _correct_totals(self, item: TraceOperation) -> None:
-        """After late spans: the totals of the trace from all of its spans."""
+        """Correct the totals of a trace after late spans, from all of its spans."""
         info = self._stored_info(item.key)
         if self._takes_spans:
             trace = self._stored_trace(item.key)
