@@ -165,7 +165,7 @@ def test_sync_only(backend):
 async def test_timeout(traces, monkeypatch):
     """An example that takes too long is a failed one; what it awaited is cancelled, and its trace says so."""
     heard = []
-    monkeypatch.setattr(module.seam.PARALLELIZER_LOGGER, "error", heard.append)
+    monkeypatch.setattr(module.dspy_evaluate.PARALLELIZER_LOGGER, "error", heard.append)
     result = await AsyncEvaluate(
         devset=devset_of([Kind("too slow"), Kind("too slow")]), metric=metric, timeout=0.05
     ).acall(Program())

@@ -38,7 +38,7 @@ class Blocks(dspy.Module):
 def timed_out(monkeypatch):
     """Set when an example is failed."""
     event = asyncio.Event()
-    monkeypatch.setattr(module.seam.PARALLELIZER_LOGGER, "error", lambda _: event.set())
+    monkeypatch.setattr(module.dspy_evaluate.PARALLELIZER_LOGGER, "error", lambda _: event.set())
     return event
 
 

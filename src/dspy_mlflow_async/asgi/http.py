@@ -1,4 +1,4 @@
-"""One HTTP request of an ASGI app: what goes in and out of it, and how it ended."""
+"""HTTP request of an ASGI app: its inputs and response as span attributes, and how it ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BODILESS = frozenset({204, 304})
 
 
 class Exchange:
-    """A request and its response, seen from between the server and the app.
+    """Request and response, seen from between the server and the app.
 
     Args:
         asgi: The ASGI scope; frameworks note the route in it.
@@ -49,7 +49,7 @@ class Exchange:
     # --- between the server and the app ---------------------------------------------------------------------------
 
     async def send(self, message: Message) -> None:
-        """What the app calls."""
+        """Send the app's message to the server, and note the response's status and end."""
         kind = message["type"]
         is_last = kind == "http.response.pathsend" or (
             kind == "http.response.body" and not message.get("more_body", False)
@@ -73,7 +73,7 @@ class Exchange:
         self._is_finishing = True
 
     def _note_gone(self) -> None:
-        """The server says that the client has gone; it also says so once the response is complete."""
+        """Note that the client has gone, as the server says; it also says so once the response is complete."""
         if self._is_finishing:
             self._may_have_hung_up = True  # unless the last message goes through
         else:
@@ -88,7 +88,7 @@ class Exchange:
 
     @guarded
     def _trace_id_for(self, headers: list[tuple[bytes, bytes]], status: int | None) -> str | None:
-        """The trace's id, where there is a trace, or where the body that follows may yet begin one."""
+        """Return the trace's id, where there is a trace, or where the body that follows may yet begin one."""
         root = self.scope.root if self.scope is not None else None
         if root is None or not self._header:
             return None
@@ -98,7 +98,7 @@ class Exchange:
     # --- for the span ---------------------------------------------------------------------------------------------
 
     def beginning(self, name: str | None) -> Beginning:
-        """What is known when the span begins: the app is in its handler, so the route is found."""
+        """Describe the request when its span starts: the app is in its handler, so the route is found."""
         self._inbox.watch()
         method = str(self.asgi.get("method", ""))
         route = route_of(self.asgi, self._root_path)
@@ -106,7 +106,7 @@ class Exchange:
         return Beginning(name or f"{method} {route or ''}".rstrip(), None, attributes)
 
     def close(self, error: BaseException | None) -> None:
-        """The app has returned or raised: so has everything that it does after the response."""
+        """End the request's span: the app has returned or raised, and is done with all that follows the response."""
         self._inbox.close()
         scope = self.scope
         if scope is None:
@@ -128,7 +128,7 @@ class Exchange:
 
 
 def route_of(asgi: AsgiScope, root_path: str = "") -> str | None:
-    """The template of the route that a framework has found, such as ``/items/{item_id}``; None where it tells none.
+    """Return the template of the framework's route, such as ``/items/{item_id}``; None where it tells none.
 
     Args:
         asgi: The ASGI scope after routing.

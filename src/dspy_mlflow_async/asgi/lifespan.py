@@ -1,4 +1,4 @@
-"""The end of an ASGI server's life: what has ended is stored, or safe on disk, before the server goes on to end."""
+"""Flush at an ASGI server's shutdown: ended traces are stored, or safe on disk, before the process ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The middleware behind ``dspy_mlflow_async.asgi``: a scope around each request, and what it tells of itself."""
+"""ASGI middleware: a request scope around each HTTP request and WebSocket, and a trace from its first DSPy call on."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TracingMiddleware:
         self._flush_timeout = float(flush_timeout)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """The ASGI app."""
+        """Serve one connection of the ASGI app."""
         kind = scope["type"]
         if kind == "http":
             exchange = Exchange(scope, receive, send, self._header)
@@ -176,7 +176,7 @@ class TracingMiddleware:
 
 
 def _from_header(argument: str, source: str | OfScope | None) -> OfScope | None:
-    """A function of the ASGI scope, given a header's name or such a function."""
+    """Return a function of the ASGI scope, given a header's name or such a function."""
     if source is None or callable(source):
         return source
     return functools.partial(_read, name=_header_name(argument, source))

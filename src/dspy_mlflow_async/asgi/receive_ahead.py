@@ -1,4 +1,4 @@
-"""What a server tells an ASGI app, read ahead so far that a client's hang-up is known when it happens."""
+"""Read-ahead of an ASGI server's messages, so that a client's hang-up is known when it happens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TURNS = 2
 
 
 class Inbox:
-    """Between the server's ``receive`` and the app's.
+    """Buffer between the server's ``receive`` and the app's.
 
     Servers tell an app that its client has gone only when it receives, and few handlers do once they have the body.
     Once it is to watch, a task receives in their place. What it gets is handed to the app when that asks: no receive
@@ -52,7 +52,7 @@ class Inbox:
             self._loop = None
 
     async def receive(self) -> Message:
-        """What the app calls."""
+        """Return the server's next message to the app."""
         while self._watching is not None and not self._ahead:
             self._arrival.clear()
             await self._arrival.wait()
@@ -83,7 +83,7 @@ class Inbox:
                 await anyio.lowlevel.checkpoint()
 
     def close(self) -> None:
-        """Nobody will receive any more."""
+        """Stop receiving."""
         self._is_over = True
         if self._watching is not None:
             self._watching.cancel()

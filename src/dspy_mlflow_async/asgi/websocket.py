@@ -1,4 +1,4 @@
-"""One WebSocket connection of an ASGI app: a trace for all of it, or one for each message and what is sent for it."""
+"""WebSocket connection of an ASGI app: one trace for all of it, or one for each message and what is sent for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FINE = frozenset({1000, 1001, 1005})
 
 
 class Connection:
-    """A connection, seen from between the server and the app.
+    """Connection, seen from between the server and the app.
 
     Args:
         asgi: The ASGI scope.
@@ -56,7 +56,7 @@ class Connection:
     # --- between the server and the app ---------------------------------------------------------------------------
 
     async def receive(self) -> Message:
-        """What the app calls. Who asks for the next message is done with the last."""
+        """Return the next message to the app; asking for it ends the trace of the last one."""
         if self._is_connected:
             self._end_message(HUNG_UP if self._has_hung_up else None)
         message = await self._server_receive()
@@ -71,7 +71,7 @@ class Connection:
         return message
 
     async def send(self, message: Message) -> None:
-        """What the app calls."""
+        """Send the app's message to the server."""
         if message["type"] == "websocket.close":
             self._is_closed = True
         elif message["type"] == "websocket.accept":
@@ -90,7 +90,7 @@ class Connection:
 
     @guarded
     def _trace_id(self) -> str | None:
-        """The connection's, which may yet begin; of the first of many traces only what has begun."""
+        """Return the id of the connection's trace, which may yet begin; of many traces, the first's if it has begun."""
         root = self.scope.root if self.scope is not None else None
         if root is None and self.message.root is not None and self.message.root.has_begun:
             root = self.message.root
@@ -99,13 +99,13 @@ class Connection:
     # --- for the spans --------------------------------------------------------------------------------------------
 
     def beginning(self, name: str | None) -> Beginning:
-        """What is known when the span begins."""
+        """Describe the connection when its span starts."""
         route = route_of(self.asgi, self._root_path)
         attributes: dict[str, Any] = {} if route is None else {ROUTE: route}
         return Beginning(name or f"WEBSOCKET {route or ''}".rstrip(), None, attributes)
 
     def close(self, error: BaseException | None) -> None:
-        """The app has returned or raised."""
+        """End the connection's span: the app has returned or raised."""
         failure = self._failure(error)
         self._end_message(failure)
         if self.scope is not None:

@@ -92,5 +92,5 @@ def _options(
 
 
 def main() -> None:
-    """What the console script calls."""
+    """Run the command line; called by the console script."""
     app(prog_name="dspy-mlflow-async")

@@ -16,7 +16,7 @@ _PIPED_WIDTH = 120
 
 
 class _PrintableConsole(Console):
-    """Obeys rich alone: what a run, a case or an error is called cannot move the cursor or recolour the screen."""
+    """Console that obeys rich alone: names of runs, cases or errors cannot move the cursor or recolour the screen."""
 
     def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
         """Render, and replace what a terminal would obey but for rich's own control codes."""

@@ -24,7 +24,7 @@ _OK = HTTPStatus.OK.value
 
 
 class Reply(TypedDict, total=False):
-    """What a script may say beyond a plain text; everything may be left out.
+    """Answer of a script that says more than a plain text; everything may be left out.
 
     Attributes:
         content: The text of the assistant's message.
@@ -70,7 +70,7 @@ class Request:
 
     @property
     def text(self) -> str:
-        """All message texts of the request, a line break between them."""
+        """Message texts of the request, a line break between them."""
         return text_of(self.body)
 
 
@@ -124,7 +124,7 @@ class LocalEndpoint:
 
     @property
     def api_base(self) -> str:
-        """What to pass as ``api_base``: ``http://127.0.0.1:PORT/v1``."""
+        """URL to pass as ``api_base``: ``http://127.0.0.1:PORT/v1``."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Self:
@@ -189,7 +189,7 @@ class LocalEndpoint:
             writer.close()
 
     async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; whether the connection may be used again."""
+        """Answer one request; return whether the connection may be used again."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         request_line, *lines = head.split("\r\n")
         method, path, _ = request_line.split(" ", 2)
@@ -235,7 +235,7 @@ class LocalEndpoint:
 
 
 def text_of(body: Mapping[str, Any]) -> str:
-    """All message texts of a chat-completions request, a line break between them."""
+    """Return all message texts of a chat-completions request, a line break between them."""
     texts: list[str] = []
     for message in body.get("messages") or ():
         content = message.get("content") or ""

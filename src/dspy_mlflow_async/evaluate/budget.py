@@ -1,4 +1,4 @@
-"""What an ``evaluate_all`` may spend: when it is spent, nothing new starts."""
+"""Budget of an ``evaluate_all`` in cost, tokens and time: when it is spent, nothing new starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that may be spent.
+    """Limits on what may be spent.
 
     Attributes:
         cost: US dollars, or None.
@@ -30,7 +30,7 @@ class Limits:
 
 
 class Budget:
-    """What the examples that have ended have spent. It belongs to one event loop, so it needs no lock.
+    """Counter of what ended examples have spent, against the limits. It belongs to one event loop, so it needs no lock.
 
     Args:
         limits: The most that may be spent.
@@ -63,7 +63,7 @@ class Budget:
             self._stop(f"max_tokens: {self._tokens} of {limits.tokens:g} tokens are used")
 
     def out_of_time(self) -> None:
-        """The seconds are over."""
+        """Close the slots: the seconds are over."""
         self._stop(f"max_seconds: {self._limits.seconds:g} seconds are over")
 
     def _stop(self, reason: str) -> None:

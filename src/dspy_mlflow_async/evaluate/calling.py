@@ -1,4 +1,4 @@
-"""Calls programs and metrics: async ones in the event loop, sync ones in worker threads with the context carried."""
+"""Calls of programs and metrics: async ones in the event loop, sync ones in worker threads with the context carried."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRIC_THREADS = 64
 
 
 class Caller:
-    """Calls programs, metrics and other functions of the user's, whatever their kind.
+    """Call programs, metrics and other functions of the user's, sync or async.
 
     Args:
         function: A ``dspy.Module``, a coroutine function, or any other callable.
@@ -35,7 +35,7 @@ class Caller:
         self._limiter = anyio.CapacityLimiter(threads)
 
     async def __call__(self, threads: Threads, /, *args: Any, **kwargs: Any) -> Any:
-        """What it returns.
+        """Call the function and return its result.
 
         Args:
             threads: Where the thread counts that it runs in; one that is cancelled goes on until its end, unheeded.
@@ -79,7 +79,7 @@ def check_metric(metric: Any) -> None:
 
 
 def check_devset(devset: Any) -> list[Any]:
-    """The devset as a list.
+    """Return the devset as a list.
 
     Raises:
         ValueError: For an empty one. Source: ``dspy.Evaluate``, with its text.
@@ -99,7 +99,7 @@ def check_devset(devset: Any) -> list[Any]:
 
 
 def check_limit(value: Any, name: str = "max_concurrency") -> int:
-    """A number of examples that may be in flight.
+    """Check a number of examples that may be in flight, and return it.
 
     Raises:
         TypeError: For what is no integer.
@@ -113,7 +113,7 @@ def check_limit(value: Any, name: str = "max_concurrency") -> int:
 
 
 def check_number(value: Any, name: str) -> Any:
-    """What can be added up and compared: any real number.
+    """Check for a real number, which can be added up and compared, and return it.
 
     Raises:
         TypeError: For what is none.
@@ -124,7 +124,7 @@ def check_number(value: Any, name: str) -> Any:
 
 
 def check_max_errors(value: Any) -> Any:
-    """How many failed examples end an evaluation, or None for DSPy's setting.
+    """Check the number of failed examples that ends an evaluation (None for DSPy's setting), and return it.
 
     Raises:
         TypeError: For what is no number.
@@ -136,7 +136,7 @@ def check_max_errors(value: Any) -> Any:
 
 
 def check_positive(value: Any, name: str, unit: str) -> float | None:
-    """A positive number, or None.
+    """Check for a positive number or None, and return it.
 
     Raises:
         TypeError: For what is no number.

@@ -1,4 +1,4 @@
-"""One of several evaluations that run at once: a name, a program, and what is its own."""
+"""Case of an ``evaluate_all``: a name, a program, and its own devset, metric and settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def context(self) -> Any:
-        """``dspy.context`` with what is this case's own.
+        """Return ``dspy.context`` with the case's own LM, adapter and settings.
 
         Callbacks of its own stand beside the tracer in force: without that, neither a run nor a token would be noted.
         """
@@ -52,7 +52,7 @@ def cases_of(
     devset: Sequence[Any] | None,
     metric: Callable[..., Any] | None,
 ) -> list[Case]:
-    """The cases with devset and metric filled in, all checked.
+    """Return the cases with devset and metric filled in, all checked.
 
     Raises:
         TypeError: For what is no program, metric, devset or setting.
@@ -79,7 +79,7 @@ def cases_of(
 def _checked(
     case: Any, devset: Sequence[Any] | None, metric: Callable[..., Any] | None, devsets: dict[int, list[Any]]
 ) -> Case:
-    """``devsets`` has those that were read, by their identity: an iterator that cases share gives its examples once."""
+    """Check one case. ``devsets`` has those already read, by identity: an iterator that cases share is read once."""
     if not isinstance(case, Case):
         raise TypeError(f"each of a list of cases must be a Case, not a {type(case).__name__}")
     if not isinstance(case.name, str) or not case.name.strip():

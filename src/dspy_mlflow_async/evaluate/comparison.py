@@ -1,4 +1,4 @@
-"""What ``evaluate_all`` gives back: a result per case, and how the cases compare."""
+"""Results of ``evaluate_all``: one per case, and how the cases compare."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WIDTH = 120  # columns of print(result)
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One case, evaluated.
+    """Result of one case.
 
     Attributes:
         name: Its name.
@@ -67,7 +67,7 @@ class CaseResult:
     difference: Difference | None = None
 
     def row(self) -> dict[str, Any]:
-        """What the comparison says of it, by column."""
+        """Return its row of the comparison, by column."""
         difference = self.difference
         return {
             "case": self.name,
@@ -137,11 +137,11 @@ class Comparison(Mapping[str, CaseResult]):
         return {case.name: case.not_run for case in self.cases if case.not_run}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The comparison, a row per case."""
+        """Return the comparison, a row per case."""
         return [case.row() for case in self.cases]
 
     def to_pandas(self) -> pd.DataFrame:
-        """The comparison as a table, a row per case, indexed by its name."""
+        """Return the comparison as a table, a row per case, indexed by its name."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -159,7 +159,7 @@ class Comparison(Mapping[str, CaseResult]):
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
     def _repr_html_(self) -> str:
-        """What notebooks show."""
+        """Return the comparison as HTML, for notebooks."""
         from html import escape
 
         columns = _columns(self.cases)
@@ -208,7 +208,7 @@ class Comparison(Mapping[str, CaseResult]):
 
 
 def _columns(cases: Sequence[CaseResult]) -> dict[str, list[str]]:
-    """The cells of the table; columns that say nothing are left out."""
+    """Return the cells of the table; columns that say nothing are left out."""
     columns = {
         "case": [printable(case.name, one_line=True) for case in cases],
         "score": [_score(case) for case in cases],
@@ -240,7 +240,7 @@ def _difference(difference: Difference | None) -> str:
 
 
 def cost_text(cost: float | None) -> str:
-    """US dollars with four digits after the point, and more where two of them would else not be seen."""
+    """Format US dollars with four digits after the point, and more where two of them would else not be seen."""
     if cost is None:
         return ""
     digits = 4 if not 0 < cost < 0.001 else 1 - math.floor(math.log10(cost))  # noqa: PLR2004 - 0.0010 has two
@@ -248,7 +248,7 @@ def cost_text(cost: float | None) -> str:
 
 
 def errors_text(count: int, first: str) -> str:
-    """How many examples failed and what the first raised, in a sentence."""
+    """Say how many examples failed and what the first raised, in a sentence."""
     said = " ".join(first.split())
     said = said if len(said) <= _MAX_ERROR else f"{said[: _MAX_ERROR - 1]}…"
     return f"One example failed: {said}" if count == 1 else f"{count} examples failed, the first with {said}"

@@ -113,7 +113,7 @@ async def aevaluate_all(
 
 
 def _without_await(function: Callable[_Arguments, Coroutine[Any, Any, _Result]]) -> Callable[_Arguments, _Result]:
-    """The same function for code that is not async, with the same arguments."""
+    """Return the same function for code that is not async, with the same arguments."""
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -18,7 +18,7 @@ from dspy_mlflow_async.evaluate.progress import BOARD
 from dspy_mlflow_async.evaluate.uninterrupted import run_uninterrupted
 from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED
-from dspy_mlflow_async.seams import dspy_evaluate as seam
+from dspy_mlflow_async.seams.dspy_evaluate import with_callbacks
 
 
 class AsyncEvaluate(dspy.Evaluate):
@@ -151,7 +151,7 @@ class AsyncEvaluate(dspy.Evaluate):
         async with _closing_in_threads():
             return await call
 
-    @seam.with_callbacks  # type: ignore[untyped-decorator]
+    @with_callbacks  # type: ignore[untyped-decorator]
     async def _evaluate(
         self,
         program: Callable[..., Any],
@@ -165,7 +165,7 @@ class AsyncEvaluate(dspy.Evaluate):
         save_as_json: str | None,
         timeout: float | None,  # noqa: ASYNC109
     ) -> dspy.evaluate.EvaluationResult:
-        """What callbacks see, with the arguments of ``dspy.Evaluate.__call__`` resolved."""
+        """Evaluate as callbacks see it, with the arguments of ``dspy.Evaluate.__call__`` resolved."""
         settings = dspy.settings
         rules = Rules(
             max_errors=settings.max_errors if self.max_errors is None else self.max_errors,
@@ -201,7 +201,7 @@ class AsyncEvaluate(dspy.Evaluate):
         return result
 
     def _conditions(self, limit: int) -> Conditions:
-        """What the examples of one call go by."""
+        """Return the conditions for the examples of one call."""
         return Conditions(Slots(limit))
 
 

@@ -1,4 +1,4 @@
-"""What became of one example of an evaluation."""
+"""Outcome of one example of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_TOKENS: Tokens = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One example that has ended, well or not.
+    """Outcome of one example that has ended, well or not.
 
     Attributes:
         index: Its place in the devset.
@@ -38,12 +38,12 @@ class Outcome:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the failure score counts for it."""
+        """True if the failure score counts for it."""
         return self.error is not None
 
 
 def number_of(score: Any) -> float | None:
-    """A score as a number: of a ``Prediction`` its ``score``; None for what is none."""
+    """Return a score as a number: of a ``Prediction`` its ``score``; None for what is none."""
     try:
         return float(score)
     except Exception:  # noqa: BLE001 - the user's own type

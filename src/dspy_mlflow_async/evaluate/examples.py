@@ -1,4 +1,4 @@
-"""Runs the examples of one evaluation in tasks, by the rules of DSPy's ``ParallelExecutor``."""
+"""Run of an evaluation's examples in tasks, by the rules of DSPy's ``ParallelExecutor``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dspy_mlflow_async.evaluate.stragglers import Threads
 from dspy_mlflow_async.runs.evaluation import Evaluation
 from dspy_mlflow_async.runs.feedback import text_of
 from dspy_mlflow_async.runs.usage import restore, tokens_by_model
-from dspy_mlflow_async.seams import dspy_evaluate as seam
+from dspy_mlflow_async.seams import dspy_evaluate
 from dspy_mlflow_async.spans.usage import Ledger
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CANCELLED_TEXT = "Execution cancelled due to errors or interruption."
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What holds for each example.
+    """Rules for each example.
 
     Attributes:
         max_errors: How many failed examples end the evaluation.
@@ -48,7 +48,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What an evaluation shares with others, and who is told of its examples.
+    """Slots that an evaluation shares with others, earlier outcomes, and functions that are told of its examples.
 
     Attributes:
         slots: How many examples may be in flight.
@@ -65,7 +65,7 @@ class Conditions:
 
 
 class Examples:
-    """One pass over a devset.
+    """Pass over a devset.
 
     Args:
         program: What predicts.
@@ -115,17 +115,17 @@ class Examples:
 
     def _end_if_too_many_errors(self) -> None:
         if self._has_too_many_errors():
-            seam.PARALLELIZER_LOGGER.warning(CANCELLED_TEXT)
+            dspy_evaluate.PARALLELIZER_LOGGER.warning(CANCELLED_TEXT)
             raise Exception(CANCELLED_TEXT)  # noqa: TRY002 - ParallelExecutor's own
 
     def _has_too_many_errors(self) -> bool:
         return self._errors > 0 and self._errors >= self._rules.max_errors
 
     async def _example(self, index: int, item: Any) -> None:
-        """One example, in its task."""
+        """Run one example, in its task."""
         threads = Threads()
         try:
-            seam.isolate_settings()
+            dspy_evaluate.isolate_settings()
             outcome, noted = await self._outcome(index, item, threads)
             self._outcomes[index] = outcome
             self._conditions.note(outcome)
@@ -166,7 +166,7 @@ class Examples:
         raise TimeoutError(f"the example took longer than {timeout:g} seconds")
 
     def _note_late(self, outcome: Outcome, noted: Any) -> None:
-        """The thread of an example that took too long has ended; what it used meanwhile counts too."""
+        """Count what the thread of an example that took too long has used until its end."""
         whole = replace(outcome, program_tokens=_tokens(noted.program_usage), metric_tokens=_tokens(noted.metric_usage))
         self._outcomes[outcome.index] = whole
         late = replace(
@@ -179,10 +179,12 @@ class Examples:
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
         if self._rules.provide_traceback:
-            seam.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}\n{traceback.format_exc()}")
+            dspy_evaluate.PARALLELIZER_LOGGER.error(
+                f"Error for {text_of(item)}: {text_of(error)}\n{traceback.format_exc()}"
+            )
         else:
             hint = "Set `provide_traceback=True` for traceback."
-            seam.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}. {hint}")
+            dspy_evaluate.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}. {hint}")
         if self._has_too_many_errors():
             self._group.cancel_scope.cancel()
 
@@ -199,7 +201,7 @@ class Examples:
 
 
 class _Unwatched:
-    """Stands in for ``runs.example.Example`` where no tracer is on: knows how long the program took."""
+    """Stand-in for ``runs.example.Example`` where no tracer is on: knows how long the program took."""
 
     trace_id = None
     program_usage = metric_usage = None
@@ -255,5 +257,5 @@ def _time_limit(seconds: float | None) -> anyio.CancelScope:
 
 
 def is_cancelled_from_outside() -> bool:
-    """Whether a scope around us, ours or the caller's, is being cancelled."""
+    """Return whether a scope around us, ours or the caller's, is being cancelled."""
     return anyio.current_effective_deadline() == -math.inf

@@ -1,4 +1,4 @@
-"""Says of examples, functions, LMs and settings whether they are the same as in another process, by short texts."""
+"""Fingerprints of examples, functions, LMs and settings: short texts that are the same in every process."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 def digest(value: Any) -> str:
-    """A short text that is the same for equal values, in every process."""
+    """Return a short text that is the same for equal values, in every process."""
     text = json.dumps(_canonical(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(example: Any) -> str:
-    """A short text that is the same for equal examples, in every process."""
+    """Return a short text that is the same for equal examples, in every process."""
     return digest(example)
 
 
 def text_of_function(function: Any) -> str:
-    """The name of a metric or a program, and the digest of what it does: its code, what is bound to it."""
+    """Return the name of a metric or a program, and the digest of what it does: its code, what is bound to it."""
     return f"{metric_name(function)}-{digest(_function(function))}"
 
 
 def text_of_program(program: Any) -> str:
-    """A module by its class, instructions, fields and demos; another callable by its code."""
+    """Describe a module by its class, instructions, fields and demos; another callable by its code."""
     if not isinstance(program, dspy.Module):
         return text_of_function(program)
     return f"{type(program).__name__}-{digest(artifacts.program_params(program))}"
 
 
 def text_of_lm(lm: Any, program: Any) -> str:
-    """The LM in force, and those that the program's predictors have of their own. Secrets do not count."""
+    """Describe the LM in force, and those that the program's predictors have of their own. Secrets do not count."""
     own = [] if not isinstance(program, dspy.Module) else [p.lm for _, p in program.named_predictors() if _has_lm(p)]
     names = dict.fromkeys(_lm_name(each) for each in [lm, *own])
     return f"{', '.join(names)}-{digest([_lm(each) for each in [lm, *own]])}"
 
 
 def text_of_adapter(adapter: Any) -> str:
-    """An adapter's class and how it was made."""
+    """Describe an adapter's class and how it was made."""
     if adapter is None:
         return "default"
     return f"{type(adapter).__name__}-{digest(_without(getattr(adapter, '__dict__', {}), {'callbacks'}))}"
 
 
 def text_of_settings(settings: Mapping[str, Any]) -> str:
-    """What else a case sets; callbacks watch and change nothing."""
+    """Describe a case's other settings, less callbacks, which watch and change nothing."""
     settings = _without(settings, {"lm", "adapter", "callbacks"})
     return f"{', '.join(sorted(settings))}-{digest(_masked(settings))}" if settings else "none"
 
@@ -105,7 +105,7 @@ def _function(function: Any, path: frozenset[int] = frozenset()) -> Any:
 
 
 def _closure(function: types.FunctionType, path: frozenset[int]) -> dict[str, Any]:
-    """What a function takes from around it, as far as it is simple; not what it changes itself, such as a counter."""
+    """Return the simple values and functions of a closure; not what the function changes itself, such as a counter."""
     changed = {step.argval for step in dis.get_instructions(function.__code__) if step.opname == "STORE_DEREF"}
     found = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -121,13 +121,13 @@ def _closure(function: types.FunctionType, path: frozenset[int]) -> dict[str, An
 
 
 def _code(code: types.CodeType) -> Any:
-    """What a function does; not where it stands."""
+    """Describe the code of a function; not its place in a file."""
     constants = [_code(each) if isinstance(each, types.CodeType) else each for each in code.co_consts]
     return [code.co_code, constants, code.co_names, code.co_varnames]
 
 
 def _canonical(value: Any, path: frozenset[int] = frozenset()) -> Any:
-    """A value as JSON, the same for equal values: keys in order, sets in order, no addresses."""
+    """Return a value as JSON, the same for equal values: keys in order, sets in order, no addresses."""
     if id(value) in path or len(path) >= _MAX_DEPTH:
         return _text(type(value))  # a circle
     try:

@@ -1,4 +1,4 @@
-"""Keeps the finished examples of a case in its run's artifacts, so that an interrupted evaluation can go on.
+"""Journal of a case's finished examples in its run's artifacts, so that an interrupted evaluation can go on.
 
 An artifact cannot be appended to, and one that is being replaced when the process is killed may be lost. So each part
 is written to two files in turn, and the fuller one that can be read counts.
@@ -39,7 +39,7 @@ _CLOSE_SECONDS = 10.0
 
 
 class Journal:
-    """Writes outcomes to the artifacts of a run, in the background of an event loop.
+    """Write outcomes to the artifacts of a run, in the background of an event loop.
 
     Args:
         run: The run.
@@ -129,7 +129,7 @@ def _log_text(run_id: str, path: str, text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What the journals of earlier processes hold.
+    """Contents of the journals of earlier processes.
 
     Attributes:
         outcomes: The outcomes by place in the devset.
@@ -163,7 +163,7 @@ def read(run: Any, keys: Sequence[str]) -> Stored:
 
 
 def errors(run: Any) -> list[str]:
-    """What the examples that are stored in a run have raised, in devset order."""
+    """Return what the examples that are stored in a run have raised, in devset order."""
     found: dict[int, str | None] = {}
     for line in _stored_lines(run)[0]:
         try:
@@ -176,7 +176,7 @@ def errors(run: Any) -> list[str]:
 
 
 def _stored_lines(run: Any) -> tuple[list[str], int]:
-    """The records in a run's artifacts, and the number of the first part that is not written."""
+    """Return the records in a run's artifacts, and the number of the first part that is not written."""
     lines: list[str] = []
     next_part = 0
     for path in artifacts.names(run, FOLDER):
@@ -186,7 +186,7 @@ def _stored_lines(run: Any) -> tuple[list[str], int]:
 
 
 def _outcomes(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[Outcome, str]]:
-    """The outcomes that some lines tell of, each with its line."""
+    """Yield the outcomes that some lines tell of, each with its line."""
     for line in lines:
         try:
             outcome, key = outcome_of(json.loads(line))
@@ -197,7 +197,7 @@ def _outcomes(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[Outco
 
 
 def record_of(outcome: Outcome, key: str, door: Door) -> str:
-    """An outcome as a line of JSON."""
+    """Encode an outcome as a line of JSON."""
     plain = door.plain(MAX_VALUE_BYTES)
     return json.dumps(
         {
@@ -215,7 +215,7 @@ def record_of(outcome: Outcome, key: str, door: Door) -> str:
 
 
 def outcome_of(record: Mapping[str, Any]) -> tuple[Outcome, str]:
-    """The outcome that a record tells of, and the fingerprint of its example.
+    """Return the outcome that a record tells of, and the fingerprint of its example.
 
     Raises:
         KeyError: For a record that lacks something.

@@ -1,4 +1,4 @@
-"""A limit that several evaluations share fairly: the one with the fewest examples in flight goes next."""
+"""Concurrency limit that several evaluations share fairly: the one with the fewest examples in flight goes next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import anyio.lowlevel
 
 
 class Slots:
-    """At most ``limit`` examples in flight, over all evaluations that share it.
+    """Slots for at most ``limit`` examples in flight, over all evaluations that share them.
 
     It belongs to one event loop, so it needs no lock.
 
@@ -65,7 +65,7 @@ class Slots:
 
 
 class Entrance:
-    """One evaluation's way into slots that it shares, and how many of them it has."""
+    """Entrance of one evaluation to slots that it shares, and how many of them it has."""
 
     __slots__ = ("in_flight",)
 

@@ -1,4 +1,4 @@
-"""A copy of a case's records on this machine: each is there the moment its example has ended.
+"""Local copy of a case's records on disk: each is there the moment its example has ended.
 
 The store gets them in batches, some time later. A process that is killed in between has lost nothing for a resume on
 the same machine.
@@ -48,7 +48,7 @@ class LocalCopy:
             self.close(is_stored=False)
 
     def close(self, *, is_stored: bool) -> None:
-        """No record follows. The file goes if the store has them all."""
+        """Close the file, and delete it if the store has all records."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -58,7 +58,7 @@ class LocalCopy:
 
 
 def read(run_id: str) -> list[str]:
-    """The records of a case that an earlier process has left on this machine, the last one perhaps cut off."""
+    """Return the records of a case that an earlier process has left on this machine, the last one perhaps cut off."""
     path = _path(run_id)
     if why_refused(path.parent) is not None:
         return []

@@ -1,4 +1,4 @@
-"""A run that ends in any case, however the awaits on it are cancelled."""
+"""MLflow run that ends in any case, however the awaits on it are cancelled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dspy_mlflow_async.runs.handle import KILLED, RunHandle, run_status
 
 
 class HeldRun:
-    """A run from before it is opened to its end. ``lock`` guards who ends it.
+    """Run from before it is opened to its end. ``lock`` guards which task or thread ends it.
 
     Args:
         open_run: What opens it, in a thread: creates a run or takes one up.

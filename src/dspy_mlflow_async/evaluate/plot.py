@@ -1,4 +1,4 @@
-"""Draws the scores of the cases with their intervals."""
+"""Plot of the cases' scores with their intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Z = 1.96  # standard errors on each side of a 95% interval
 
 
 def plot_of_cases(cases: Sequence[CaseResult], baseline: str) -> bytes:
-    """A PNG with a row per case: its score in percent, and the interval of 1.96 standard errors around it."""
+    """Return a PNG with a row per case: its score in percent, and the interval of 1.96 standard errors around it."""
     from matplotlib.figure import Figure  # no pyplot: its state is global
 
     scored = [(case, case.score) for case in reversed(cases) if case.score is not None]

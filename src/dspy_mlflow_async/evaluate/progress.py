@@ -24,7 +24,7 @@ _TOTAL = "total"
 
 
 class Line:
-    """How far one evaluation is. One task or thread advances it; others read."""
+    """Progress of one evaluation. One task or thread advances it; others read."""
 
     def __init__(self, board: Board, name: str, size: int, failure_score: float) -> None:
         self.name = printable(name, one_line=True)
@@ -38,7 +38,7 @@ class Line:
 
     @guarded
     def advance(self, outcome: Outcome) -> None:
-        """One more example has ended."""
+        """Count one more example that has ended."""
         self.done += 1
         self.errors += outcome.has_failed
         self._sum += self._failure_score if outcome.has_failed else number_of(outcome.score) or 0.0
@@ -46,17 +46,17 @@ class Line:
 
     @property
     def score(self) -> str:
-        """The average so far, in percent."""
+        """Average score so far, in percent."""
         return f"{100 * self._sum / self.done:.1f}" if self.done else "-"
 
     @property
     def error_text(self) -> str:
-        """How many examples have failed, in words; empty for none."""
+        """Number of examples that have failed, in words; empty for none."""
         return "" if not self.errors else "1 error" if self.errors == 1 else f"{self.errors} errors"
 
 
 class Board:
-    """The lines of all evaluations of this process that show any. ``lock`` guards them."""
+    """Board with the lines of all evaluations of this process that show any. ``lock`` guards them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class Board:
 
     @contextlib.contextmanager
     def line(self, name: str, size: int, failure_score: float, *, is_shown: bool) -> Iterator[Line]:
-        """A line for one evaluation, for the time of a block.
+        """Show a line for one evaluation, for the time of a block.
 
         Args:
             name: What the line begins with.
@@ -171,7 +171,7 @@ class Board:
 
 
 class _Ticker:
-    """Calls a function now and then, from a thread of its own: an example may take longer than that, or block the loop.
+    """Call a function now and then, from a thread of its own: an example may take longer than that, or block the loop.
 
     Args:
         tick: The function.
@@ -183,7 +183,7 @@ class _Ticker:
         threading.Thread(target=self._run, name="dspy-mlflow-async-progress", daemon=True).start()
 
     def stop(self) -> None:
-        """Call it no more."""
+        """Stop calling it."""
         self._is_over.set()
 
     def _run(self) -> None:
@@ -192,7 +192,7 @@ class _Ticker:
 
 
 class _NoBoard(Board):
-    """Shows nothing."""
+    """Board that shows nothing."""
 
     def begin(self, line: Line) -> None:
         pass
@@ -205,7 +205,7 @@ class _NoBoard(Board):
 
 
 def _live() -> Progress | None:
-    """Rich's display, or None where lines now and then do better: in a log, or while the user has a display."""
+    """Return rich's display, or None where lines now and then do better: in a log, or while the user has a display."""
     from rich import get_console
     from rich.errors import LiveError
     from rich.progress import (

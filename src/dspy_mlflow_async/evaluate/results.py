@@ -12,16 +12,16 @@ from typing import Any
 import dspy
 
 from dspy_mlflow_async.evaluate.example_result import Outcome
-from dspy_mlflow_async.seams import dspy_evaluate as seam
+from dspy_mlflow_async.seams.dspy_evaluate import EVALUATE_LOGGER, EvaluationResult, display_table, result_rows
 
 Row = tuple[Any, Any, Any]
 
 
 class NothingRun(Exception):  # noqa: N818 - not a mistake of anybody's
-    """A budget was reached before the first example of an evaluation: it has neither a score nor results."""
+    """Error of an evaluation whose budget was reached before its first example: it has neither a score nor results."""
 
 
-class PartialResult(seam.EvaluationResult):
+class PartialResult(EvaluationResult):
     """The result of an evaluation that a budget has ended early: its score is that of the examples that were run.
 
     Args:
@@ -35,8 +35,8 @@ class PartialResult(seam.EvaluationResult):
         self.places = places
 
 
-def result_of(outcomes: Sequence[Outcome], devset: Sequence[Any], failure_score: float) -> seam.EvaluationResult:
-    """The score in percent, rounded, and a row per example. Source: ``dspy.Evaluate.__call__``.
+def result_of(outcomes: Sequence[Outcome], devset: Sequence[Any], failure_score: float) -> EvaluationResult:
+    """Return the score in percent, rounded, and a row per example. Source: ``dspy.Evaluate.__call__``.
 
     Raises:
         TypeError: For a score that is no number.
@@ -49,18 +49,18 @@ def result_of(outcomes: Sequence[Outcome], devset: Sequence[Any], failure_score:
     ]
     total, count = sum(score for *_, score in results), len(results)
     percent = 100 * total / count  # in dspy.Evaluate's order, which rounds otherwise
-    seam.EVALUATE_LOGGER.info(f"Average Metric: {total} / {count} ({round(percent, 1)}%)")
+    EVALUATE_LOGGER.info(f"Average Metric: {total} / {count} ({round(percent, 1)}%)")
     if count == len(devset):
-        return seam.EvaluationResult(score=round(percent, 2), results=results)
+        return EvaluationResult(score=round(percent, 2), results=results)
     return PartialResult(round(percent, 2), results, [outcome.index for outcome in outcomes])
 
 
 def show(evaluator: dspy.Evaluate, results: list[Row], metric: Any, rows: bool | int) -> None:
     """Show the results as a table, all of them or the first ``rows``."""
     if importlib.util.find_spec("pandas") is None:
-        seam.EVALUATE_LOGGER.warning("Skipping table display since `pandas` is not installed.")
+        EVALUATE_LOGGER.warning("Skipping table display since `pandas` is not installed.")
     else:
-        seam.display_table(evaluator, results, metric, rows)
+        display_table(evaluator, results, metric, rows)
 
 
 def save_as_csv(path: str, results: list[Row], metric: Any) -> None:
@@ -68,7 +68,7 @@ def save_as_csv(path: str, results: list[Row], metric: Any) -> None:
 
     It fails where a later row has a field that the first has not, as after a failed example; here all have a column.
     """
-    data, name = seam.result_rows(results, metric)
+    data, name = result_rows(results, metric)
     columns = dict.fromkeys(key for row in data for key in row if key != name)
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*columns, name])
@@ -82,6 +82,6 @@ def save_as_json(path: str, results: list[Row], metric: Any) -> None:
     Raises:
         TypeError: For values that JSON has no words for.
     """
-    data, _ = seam.result_rows(results, metric)
+    data, _ = result_rows(results, metric)
     with Path(path).open("w", encoding="utf-8") as file:
         json.dump(data, file)

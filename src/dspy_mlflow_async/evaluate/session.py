@@ -41,7 +41,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What ``aevaluate_all`` was asked for, checked; its docstring tells of each."""
+    """Options of ``aevaluate_all``, checked; its docstring tells of each."""
 
     max_concurrency: int
     timeout: float | None = None
@@ -56,7 +56,7 @@ class Options:
 
 
 class _CaseEvaluate(AsyncEvaluate):
-    """The evaluator of one case, under the conditions of all."""
+    """Evaluator of one case, under the conditions of all."""
 
     def __init__(self, case: Case, options: Options, conditions: Conditions) -> None:
         super().__init__(
@@ -75,7 +75,7 @@ class _CaseEvaluate(AsyncEvaluate):
 
 
 class Session:
-    """The evaluation of some cases at once. It belongs to one event loop, so it needs no lock.
+    """Evaluation of some cases at once. It belongs to one event loop, so it needs no lock.
 
     Args:
         cases: The cases, checked.
@@ -141,7 +141,7 @@ class Session:
         self._budget.out_of_time()
 
     async def _case(self, case: Case, scope: anyio.CancelScope) -> None:
-        """One case, in its task."""
+        """Evaluate one case, in its task."""
         stored = self._stored.get(case.name)
         if stored is None and self._slots.is_closed:
             self._results[case.name] = summary.case_result(case, {}, STOPPED)
@@ -260,7 +260,7 @@ class Session:
 
 
 def _kept(stored: StoredCase) -> dict[int, Outcome]:
-    """The outcomes that a resume goes on from.
+    """Return the outcomes that a resume goes on from.
 
     Where too many failed examples have ended the case, they are run again: it could only end the same way.
     """

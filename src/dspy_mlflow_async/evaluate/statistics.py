@@ -1,4 +1,4 @@
-"""What scores say: their standard error, and how sure a difference between two cases is."""
+"""Statistics of scores: standard errors, and paired differences between cases with confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = 1_000_000  # numbers drawn at once: memory stays flat with 10,000 examp
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much better than the baseline a case is, on the examples that both have.
+    """Paired difference of a case from the baseline, on the examples that both have.
 
     Attributes:
         mean: The mean difference of the scores, in percentage points.
@@ -29,12 +29,12 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """True if the interval leaves zero out."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def standard_error(scores: Sequence[float]) -> float | None:
-    """The standard error of the mean, in percentage points; None for fewer than two scores."""
+    """Return the standard error of the mean, in percentage points; None for fewer than two scores."""
     if len(scores) < 2:  # noqa: PLR2004 - the variance of one is unknown
         return None
     mean = math.fsum(scores) / len(scores)
@@ -45,7 +45,7 @@ def standard_error(scores: Sequence[float]) -> float | None:
 def paired_difference(
     scores: Mapping[int, float], baseline: Mapping[int, float], *, seed: int, resamples: int = RESAMPLES
 ) -> Difference | None:
-    """The paired difference of two cases over one devset.
+    """Return the paired difference of two cases over one devset.
 
     The interval is the percentile bootstrap's: the same seed gives the same one, whatever other cases there are.
 

@@ -21,7 +21,7 @@ from dspy_mlflow_async.evaluate.journal import Stored
 from dspy_mlflow_async.printable import mask_uris
 from dspy_mlflow_async.runs import active_runs, selection
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams.mlflow_runs import MLFLOW_PARENT_RUN_ID, ActiveRun, PendingRun
 from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -35,15 +35,15 @@ RUNNING = "RUNNING"
 CREATION_SECONDS = 30.0  # longer than what a tracer may wait: without its run, a case cannot be resumed
 
 
-class CaseRun(seam.ActiveRun):
-    """The run of a case. What a resumed evaluation logs into it replaces what the interrupted one had logged."""
+class CaseRun(ActiveRun):
+    """Run of a case. What a resumed evaluation logs into it replaces what the interrupted one had logged."""
 
     replaces_tables = True
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an ``evaluate_all`` evaluates, so that a resume can tell whether it is the same.
+    """Plan of an ``evaluate_all``, in fingerprints: a resume can tell by it whether it evaluates the same.
 
     Attributes:
         keys: By case, the fingerprint of each example of its devset.
@@ -55,7 +55,7 @@ class Plan:
 
     @classmethod
     def of(cls, cases: Sequence[Case]) -> Plan:
-        """The plan of these cases."""
+        """Return the plan of these cases."""
         known: dict[int, list[str]] = {}  # cases share devsets as a rule
         keys = {}
         for case in cases:
@@ -77,7 +77,7 @@ class Plan:
         return cls(keys, texts)
 
     def stored(self, door: Door) -> dict[str, dict[str, str]]:
-        """The texts by case as they are stored."""
+        """Return the texts by case as they are stored."""
         return {
             shown_name(name, door): {what: door.text(text, MAX_TAG_LENGTH) for what, text in texts.items()}
             for name, texts in self.texts.items()
@@ -106,7 +106,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class StoredCase:
-    """A case of an earlier process.
+    """Case of an earlier process, as stored.
 
     Attributes:
         run: MLflow's run.
@@ -151,16 +151,16 @@ def reopen_parent(run_id: str, plan: Plan) -> tuple[RunHandle, dict[str, StoredC
         name = names.get(child.data.tags.get(CASE_TAG))
         if name is not None:
             stored[name] = StoredCase(child, journal.read(child, plan.keys[name]))
-    return _taken_up(seam.ActiveRun(run)), stored
+    return _taken_up(ActiveRun(run)), stored
 
 
 def shown_name(name: str, door: Door) -> str:
-    """The name of a run or a case as it is stored."""
+    """Return the name of a run or a case as it is stored."""
     return door.text(name, MAX_TAG_LENGTH)
 
 
 def find_run(run_id: Any) -> Any:
-    """MLflow's run with this id.
+    """Return MLflow's run with this id.
 
     Raises:
         TypeError: Where it is no text.
@@ -175,13 +175,13 @@ def find_run(run_id: Any) -> Any:
 
 
 def children(run: Any) -> list[Any]:
-    """The runs directly below ``run``, oldest first."""
+    """Return the runs directly below ``run``, oldest first."""
     found: list[Any] = []
     token = None
     while True:
         page = MlflowClient().search_runs(
             [run.info.experiment_id],
-            f"tags.`{seam.MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'",
+            f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'",
             order_by=["attributes.start_time ASC"],
             page_token=token,
         )
@@ -199,7 +199,7 @@ def open_case(parent: RunHandle | None, name: str, stored: StoredCase | None) ->
         return None
     name = shown_name(name, parent.door)
     handle = _created(name, parent.run, {CASE_TAG: name})
-    if handle is not None and not isinstance(handle.run, seam.PendingRun):
+    if handle is not None and not isinstance(handle.run, PendingRun):
         handle.run = CaseRun(handle.run)
     return handle
 
@@ -245,6 +245,6 @@ def _taken_up(run: Any) -> RunHandle:
 
 
 def _in_force(case: Case, name: str) -> Any:
-    """The LM or the adapter that a case runs with."""
+    """Return the LM or the adapter that a case runs with."""
     own = getattr(case, name)
     return case.settings.get(name, dspy.settings.get(name)) if own is None else own

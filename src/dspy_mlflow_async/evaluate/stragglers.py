@@ -14,7 +14,7 @@ import anyio.to_thread
 
 
 class Threads:
-    """The worker threads that one example is in. It belongs to one event loop, so it needs no lock."""
+    """Worker threads of one example. It belongs to one event loop, so it needs no lock."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -22,7 +22,7 @@ class Threads:
 
     @property
     def are_running(self) -> bool:
-        """Whether one is at work, perhaps after its example."""
+        """True if one is at work, perhaps after its example."""
         return self._running > 0
 
     def when_over(self, function: Callable[[], None]) -> None:
@@ -33,7 +33,7 @@ class Threads:
             function()
 
     async def run(self, function: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
-        """What ``function`` returns, called in a thread.
+        """Call ``function`` in a thread and return its result.
 
         Should this be cancelled, the thread goes on unheeded, and keeps its place in ``limiter``.
         """
@@ -59,7 +59,7 @@ class Threads:
 
 
 class _Work:
-    """A call in a thread. ``lock`` guards whether it has begun, and who is told of its end."""
+    """Call in a thread. ``lock`` guards whether it has begun, and who is told of its end."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
@@ -82,7 +82,7 @@ class _Work:
                     tell()
 
     def leave(self, tell: Callable[[], None]) -> bool:
-        """Nobody waits any more; gives whether the thread is at work, and ``tell`` will be called at its end."""
+        """Stop waiting; return whether the thread is at work, and so ``tell`` will be called at its end."""
         with self._lock:
             self._is_left = True
             if self._is_running:
@@ -91,7 +91,7 @@ class _Work:
 
 
 def _way_into_loop() -> Callable[[Callable[[], None]], Any]:
-    """What a thread can have functions called with in this event loop, without waiting for it."""
+    """Return a function by which a thread has functions called in this event loop, without waiting for them."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:

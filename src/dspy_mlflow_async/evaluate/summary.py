@@ -1,4 +1,4 @@
-"""Sums up the cases of an ``evaluate_all``, compares them, and logs the comparison into the parent run."""
+"""Summary of the cases of an ``evaluate_all``, and their comparison, logged into the parent run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def case_result(
 
 
 def scores_of(outcomes: Mapping[int, Outcome], failure_score: float) -> dict[int, float]:
-    """The scores as numbers, by place in the devset."""
+    """Return the scores as numbers, by place in the devset."""
     numbers = {
         place: failure_score if outcome.has_failed else number_of(outcome.score) for place, outcome in outcomes.items()
     }
@@ -87,7 +87,7 @@ def scores_of(outcomes: Mapping[int, Outcome], failure_score: float) -> dict[int
 def with_differences(
     cases: Sequence[Case], results: Mapping[str, CaseResult], baseline: str, seed: int, devsets: Mapping[str, str]
 ) -> list[CaseResult]:
-    """The results in the order of the cases, each with its difference from the baseline where that makes sense.
+    """Return the results in the order of the cases, each with its difference from the baseline where that makes sense.
 
     Args:
         cases: The cases.
@@ -109,7 +109,7 @@ def with_differences(
 
 
 def _is_same(metric: Any, other: Any) -> bool:
-    """Whether two cases have one metric; a method of an object is another object each time it is looked up."""
+    """Return whether two cases have one metric; a method of an object is another object each time it is looked up."""
     if metric is other:
         return True
     try:
@@ -142,7 +142,7 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
 
 
 def _passed(comparison: Comparison, door: Door) -> Comparison:
-    """The comparison with the names of its cases as they may be stored: metrics and the plot show them, too."""
+    """Return the comparison with the names of its cases as they may be stored: metrics and the plot show them, too."""
     shown: dict[str, str] = {}
     for case in comparison.cases:
         name, number = door.text(case.name, MAX_TAG_LENGTH), 1
@@ -156,7 +156,7 @@ def _passed(comparison: Comparison, door: Door) -> Comparison:
 
 
 def metric_names(names: Iterable[str]) -> list[str]:
-    """What the metrics of cases with these names begin with: readable, different, and such as MLflow takes."""
+    """Return prefixes for the metrics of cases with these names: readable, different, and valid in MLflow."""
     names = list(names)
     plain = [_plain(name) for name in names]
     # Who can be called as it is keeps its name, wherever it stands.

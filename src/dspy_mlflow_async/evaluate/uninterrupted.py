@@ -36,7 +36,7 @@ async def run_uninterrupted(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Once:
-    """A call that is made once, whoever asks for it; who comes second waits for the first."""
+    """Call that is made once, by the first that asks for it; the second waits for the first."""
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.result: Any = None

@@ -1,4 +1,4 @@
-"""Whose ``traceparent`` header is believed, and how many were and were not."""
+"""Trust in incoming ``traceparent`` headers, and counters of those that were followed and ignored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Trust = bool | Callable[[AsgiScope], Any] | Iterable[str | Network]
 
 
 class Callers:
-    """Decides on the callers of one service.
+    """Decide which callers of one service may continue their trace in it.
 
     Args:
         trust: As for ``TracingMiddleware``'s ``traceparent``.

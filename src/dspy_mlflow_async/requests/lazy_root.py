@@ -1,4 +1,4 @@
-"""The span around a request: it begins with the first call inside that needs a parent, and otherwise never."""
+"""Lazy root span of a request: it starts with the first call inside that needs a parent, and otherwise never."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Any, NamedTuple
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_promise as promise_seam
+from dspy_mlflow_async.seams.mlflow import (
+    INVALID_SPAN,
+    OpenSpan,
+    SpanAttributeKey,
+    SpanType,
+    TracingContext,
+    Unsampled,
+    current_tracer,
+    has_ended,
+    is_live,
+    start_span,
+)
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import tracer
 from dspy_mlflow_async.spans.contents import mask
@@ -19,7 +30,7 @@ from dspy_mlflow_async.spans.outcome import Failure
 
 
 class Beginning(NamedTuple):
-    """What is known of a request when its span begins.
+    """Name, inputs and attributes of a request, as known when its span starts.
 
     Attributes:
         name: The span's name.
@@ -33,7 +44,7 @@ class Beginning(NamedTuple):
 
 
 class Root:
-    """A span that is promised in the context of a request, and begins when it is wanted, once.
+    """Root span of a request, promised in its context and started on demand, once.
 
     Args:
         record: Who is told the trace's id.
@@ -50,13 +61,13 @@ class Root:
         record: Record,
         settings: Settings,
         describe: Callable[[], Beginning],
-        where: seam.TracingContext,
+        where: TracingContext,
         said: Carrier,
         remote: Any | None = None,
         successor: Callable[[], promise_seam.Promise | None] = lambda: None,
     ) -> None:
         self._span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
-        self._open: seam.OpenSpan | None = None
+        self._open: OpenSpan | None = None
         self._is_over = False
         self._record = record
         self._settings = settings
@@ -78,54 +89,54 @@ class Root:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a span that is recorded."""
+        """True if the span has started and is recorded."""
         return self._open is not None
 
     @property
     def span(self) -> Any | None:
-        """The span, if it has begun."""
+        """The span, or None if it has not started."""
         successor = self._successor() if self._is_over else None
         return self._span if successor is None else successor.span
 
     def begin(self) -> Any:
-        """The span, begun now if it was not; INVALID_SPAN once the request is over."""
+        """Return the span, started now if it was not; INVALID_SPAN once the request is over."""
         with self._lock:
             if not self._is_over:
                 if self._span is None:
-                    self._span = seam.INVALID_SPAN  # whatever goes wrong, once
+                    self._span = INVALID_SPAN  # whatever goes wrong, once
                     self._said.run(self._begin)
                 return self._span
         successor = self._successor()
-        return seam.INVALID_SPAN if successor is None else successor.begin()
+        return INVALID_SPAN if successor is None else successor.begin()
 
     @guarded
     def _begin(self) -> None:
         where = self._where
         if type(where.span) is promise_seam.LazySpan:
             where = where._replace(span=where.span.begun())
-        parent: Any = where.span if seam.is_live(where.span) else None
-        if seam.has_ended(where.span):
-            parent = seam.INVALID_SPAN
+        parent: Any = where.span if is_live(where.span) else None
+        if has_ended(where.span):
+            parent = INVALID_SPAN
         beginning = self._describe()
         plain = Door(self._settings).plain()
         attributes = {key: plain.encode(plain(value)) for key, value in beginning.attributes.items()}
         if beginning.inputs is not None:
-            attributes[seam.SpanAttributeKey.INPUTS] = plain.encode(plain(beginning.inputs))
-        tracer_ = seam.current_tracer(where)
+            attributes[SpanAttributeKey.INPUTS] = plain.encode(plain(beginning.inputs))
+        tracer_ = current_tracer(where)
         if self._remote is not None and parent is None:
             parent = self._remote
             self._adopted = promise_seam.remote_traces.adopt(parent.get_span_context().trace_id)
         elif self._promised_id is not None:
             tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
-        begun = seam.start_span(mask(beginning.name), seam.SpanType.CHAIN, where, parent, None, attributes, tracer_)
-        if isinstance(begun, seam.Unsampled):
+        begun = start_span(mask(beginning.name), SpanType.CHAIN, where, parent, None, attributes, tracer_)
+        if isinstance(begun, Unsampled):
             self._span = begun.otel
         elif begun is not None:
             self._open, self._span = begun, begun.otel
             self._record.on_span_start(begun)
 
     def promised_trace_id(self) -> str | None:
-        """MLflow's id of the trace that the span is in, or will be in if it begins; None where there will be none."""
+        """Return MLflow's id of the span's trace, or of the one it would start; None where there will be none."""
         with self._lock:
             if self._open is not None:
                 return self._open.trace_id
@@ -136,12 +147,12 @@ class Root:
     @guarded
     def _promise_id(self) -> str | None:
         span = self._where.span
-        if seam.is_live(span) or type(span) is promise_seam.LazySpan:
+        if is_live(span) or type(span) is promise_seam.LazySpan:
             return None  # below somebody else's span, which has not said
         if self._remote is not None:
             context = self._remote.get_span_context()
             return promise_seam.mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
-        tracer_ = seam.current_tracer(self._where)
+        tracer_ = current_tracer(self._where)
         if self._promised_id is None:
             self._promised_id = promise_seam.new_trace_id(tracer_)
         if promise_seam.leaves_out(tracer_, self._promised_id):
@@ -167,19 +178,19 @@ class Root:
             if self._adopted is not None:
                 promise_seam.remote_traces.release(self._adopted)
 
-    def _end(self, span: seam.OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
+    def _end(self, span: OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
         plain = Door(self._settings).plain()
         texts: dict[str, str] = {}
         try:
             texts = {key: plain.encode(plain(value)) for key, value in attributes.items()}
             if outputs is not None:
-                texts[seam.SpanAttributeKey.OUTPUTS] = plain.encode(plain(outputs))
+                texts[SpanAttributeKey.OUTPUTS] = plain.encode(plain(outputs))
         finally:
             tracer.end_span(span, self._settings, texts, failure)
 
 
 class CurrentMessage:
-    """The promise that is current in a WebSocket of which each message is a trace: that of the message's span.
+    """Promise current in a WebSocket of which each message is a trace: it stands for the current message's span.
 
     A message holds in the context of the task that has received it, which need not be the handler's: before Python
     3.12 ``asyncio.wait_for`` receives in a task of its own. The handler finds the message here.
@@ -196,15 +207,15 @@ class CurrentMessage:
 
     @property
     def span(self) -> Any | None:
-        """The message's, once it has begun."""
+        """The message's span, once it has started."""
         root = self.root
         return None if root is None else root.span
 
     def begin(self) -> Any:
-        """The message's span; between two messages INVALID_SPAN, so that calls begin traces of their own."""
+        """Return the message's span; between two messages INVALID_SPAN, so that calls begin traces of their own."""
         root = self.root
-        return seam.INVALID_SPAN if root is None else root.begin()
+        return INVALID_SPAN if root is None else root.begin()
 
     def successor(self) -> CurrentMessage | None:
-        """Who begins spans where a message that is over is current."""
+        """Return the promise that starts spans where a message that is over is still current."""
         return self if self.is_handed_on else None

@@ -1,4 +1,4 @@
-"""What a scope was asked to do, checked once, and what that comes to for one call."""
+"""Options of a request scope, checked once, and their values for one call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.programs import is_coroutine_function
 from dspy_mlflow_async.requests import sampling
-from dspy_mlflow_async.seams import mlflow_scope as seam
+from dspy_mlflow_async.seams import mlflow_scope
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans.door import Door
 
@@ -33,7 +33,7 @@ Texts = Mapping[str, Any] | Callable[..., Any] | None
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What holds for the traces of one call, ready to be set.
+    """Metadata, tags and destination for the traces of one call, ready to be set.
 
     Attributes:
         metadata: Trace metadata by key, session and user among them.
@@ -96,7 +96,7 @@ class Options:
             _check_experiment(str(self.experiment_id))
 
     def values(self, door: Door, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Values:
-        """What it comes to for a call with these arguments. A function that raises gives nothing; it is reported.
+        """Return the values for a call with these arguments. A function that raises gives nothing; it is reported.
 
         Args:
             door: What is stored passes it.
@@ -105,7 +105,7 @@ class Options:
         """
         kwargs = dict(kwargs or {})
         metadata = _texts(_ask(self.metadata, args, kwargs), args, kwargs, door)
-        for key, value in ((seam.SESSION, self.session_id), (seam.USER, self.user)):
+        for key, value in ((mlflow_scope.SESSION, self.session_id), (mlflow_scope.USER, self.user)):
             said = _ask(value, args, kwargs)
             if said is not None and said != "":
                 metadata[key] = cut(door.text(said, MAX_SEEN_CHARACTERS), MAX_ID_CHARACTERS)
@@ -118,7 +118,7 @@ class Options:
 
 
 def cut(text: str, limit: int) -> str:
-    """A text of at most ``limit`` characters; a longer one is cut, with a mark that tells it from others cut alike."""
+    """Cut a text longer than ``limit`` characters, with a mark that tells it from others cut alike."""
     if len(text) <= limit:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -148,7 +148,7 @@ def _ask(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the user's function says, or None where it raises, which is reported once."""
+    """Return what the user's function returns, or None where it raises, which is reported once."""
     try:
         return function(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - the user's function; the call goes on without what it would have said
@@ -196,7 +196,7 @@ def _check_experiment(experiment_id: str) -> None:
 
     def ask() -> None:
         try:
-            answers.put(seam.why_not(experiment_id))
+            answers.put(mlflow_scope.why_not(experiment_id))
         except Exception as error:  # noqa: BLE001 - handed over
             answers.put(error)
 

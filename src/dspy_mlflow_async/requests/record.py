@@ -1,4 +1,4 @@
-"""What a request did: its traces, and its LM calls in order, with tokens and cost; bounded in memory."""
+"""Record of a request: its traces, and its LM calls in order, with tokens and cost; bounded in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOLD_AT = 256
 
 
 class Record:
-    """What happened in one ``request``, or in one call of a wrapped program. Complete when all calls in it have ended.
+    """Record of one ``request``, or of one call of a wrapped program. Complete when all calls in it have ended.
 
     It is told of the calls by whichever threads and tasks they run in. Those only append, and share no lock.
 
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def trace_id(self) -> str | None:
-        """MLflow's id of the request's first trace, ``tr-...``; None where it has none, as when sampled out."""
+        """MLflow's id of the request's first trace, ``tr-...``; None where it has none, for example if sampled out."""
         return next(iter(self.trace_ids), None)
 
     @property
@@ -53,18 +53,18 @@ class Record:
 
     @property
     def lm_calls(self) -> list[LmCall]:
-        """Its LM calls that have ended, in the order they began, at most 1,000; see ``lm_calls_left_out``."""
+        """LM calls that have ended, in the order they began, at most 1,000; see ``lm_calls_left_out``."""
         return sorted(self._calls[:MAX_LM_CALLS], key=lambda call: call.began)
 
     @property
     def lm_calls_left_out(self) -> int:
-        """How many LM calls more there were than ``lm_calls`` holds. They count in ``usage`` and ``cost``."""
+        """Number of LM calls beyond those that ``lm_calls`` holds. They count in ``usage`` and ``cost``."""
         with self._folding:
             return self._folded_calls + len(self._overflow) + max(0, len(self._calls) - MAX_LM_CALLS)
 
     @property
     def usage(self) -> dict[str, int]:
-        """The tokens of all its LM calls: ``input_tokens``, ``output_tokens``, ``total_tokens``, as in MLflow.
+        """Tokens of all its LM calls: ``input_tokens``, ``output_tokens``, ``total_tokens``, as in MLflow.
 
         Empty where no provider reported any.
         """
@@ -75,7 +75,7 @@ class Record:
 
     @property
     def cost(self) -> float | None:
-        """What these tokens cost, in US dollars by MLflow's prices; None where a model's price is not known."""
+        """Cost of these tokens in US dollars, by MLflow's prices; None where a model's price is not known."""
         from dspy_mlflow_async.seams.mlflow_runs import cost_in_usd
 
         costs = [cost_in_usd(model, tokens) for model, tokens in self._tokens_by_model().items() if tokens]
@@ -87,18 +87,18 @@ class Record:
     # --- for the tracer -------------------------------------------------------------------------------------------
 
     def on_span_start(self, span: OpenSpan) -> None:
-        """A span begins."""
+        """Note that a span starts."""
         self.saw_trace(span.trace_id)
         if self._outer is not None:
             self._outer.on_span_start(span)
 
     def saw_trace(self, trace_id: str) -> None:
-        """The request has this trace."""
+        """Note that the request has this trace."""
         if trace_id not in self._trace_ids and len(self._trace_ids) < MAX_TRACE_IDS:
             self._trace_ids[trace_id] = None
 
     def lm_call_ended(self, call: LmCall) -> None:
-        """An LM call has ended."""
+        """Note that an LM call has ended."""
         if len(self._calls) < MAX_LM_CALLS:
             self._calls.append(call)
         else:
@@ -112,7 +112,7 @@ class Record:
             self._outer.lm_call_ended(call)
 
     def adapt(self, settings: Settings) -> Settings:
-        """The tracer's settings with the request's own redaction before the tracer's."""
+        """Return the tracer's settings with the request's own redaction before the tracer's."""
         if self._outer is not None:
             settings = self._outer.adapt(settings)
         if self._redact is None:
@@ -138,7 +138,7 @@ class Record:
 
 
 def combined(settings: Settings, redact: Redact) -> Settings:
-    """``settings`` with ``redact`` applied before its own."""
+    """Return ``settings`` with ``redact`` applied before its own."""
     from dataclasses import replace
 
     own = settings.redact

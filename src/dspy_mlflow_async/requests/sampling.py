@@ -1,4 +1,4 @@
-"""Which traces are kept: a ratio decided when a trace begins, or rules decided when it has ended."""
+"""Sampling of traces: by a ratio when a trace begins, or by its outcome when it has ended."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ByOutcome:
     slow_seconds: float = math.inf
 
     def keeps(self, root: Any) -> bool:
-        """Whether to keep the trace with this root, an ended OpenTelemetry span."""
+        """Return whether to keep the trace with this root, an ended OpenTelemetry span."""
         if (root.end_time - root.start_time) / 1e9 > self.slow_seconds:
             return True
         ratio: float = getattr(self, _outcome_of(root))
@@ -55,7 +55,7 @@ class ByOutcome:
 
 
 def parse(sample: Sample) -> ByRatio | ByOutcome | None:
-    """What the ``sample`` argument of ``wrap`` and ``request`` asks for.
+    """Parse the ``sample`` argument of ``wrap`` and ``request``.
 
     Returns:
         None for 1.0, the default: then whatever is in force around decides.
@@ -77,7 +77,7 @@ def parse(sample: Sample) -> ByRatio | ByOutcome | None:
 
 
 def is_kept(trace_id: int, ratio: float) -> bool:
-    """Whether a trace is among the kept ones, by its id alone.
+    """Return whether a trace is among the kept ones, by its id alone.
 
     Source: OpenTelemetry's ``TraceIdRatioBased``, so that services that ask for one ratio keep the same traces.
     """
@@ -101,7 +101,7 @@ def _seconds(value: Any) -> float:
 
 
 def _outcome_of(root: Any) -> str:
-    """The key of ``sample`` that a trace falls under, by its root."""
+    """Return the key of ``sample`` that a trace falls under, by its root."""
     said = json.loads((root.attributes or {}).get("outcome") or "null")
     if said in {outcomes.CANCELLED, outcomes.ABANDONED}:
         return "cancelled"

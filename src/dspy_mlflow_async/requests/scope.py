@@ -1,4 +1,4 @@
-"""A scope for one request: whatever begins inside has its session, user, tags, destination and sampling."""
+"""Scope of one request: traces that begin inside have its session, user, tags, destination and sampling."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage, Root
 from dspy_mlflow_async.requests.options import Options, Text, Texts
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams import mlflow as seam
 from dspy_mlflow_async.seams import mlflow_scope as scope_seam
+from dspy_mlflow_async.seams.mlflow import (
+    TRACE_CONTEXT,
+    TracingContext,
+    attach,
+    current_context,
+    extended_context,
+    reattach,
+)
 from dspy_mlflow_async.seams.mlflow_promise import LazySpan
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.door import Door
@@ -27,11 +34,11 @@ from dspy_mlflow_async.spans.outcome import Failure, failure_of
 _numbers = itertools.count()
 _DEFAULTS = Settings()
 # What decides on a trace where it begins.
-_DECISIVE = (export.KEEPS, scope_seam.RATIO, scope_seam.DESTINATION, seam.TRACE_CONTEXT)
+_DECISIVE = (export.KEEPS, scope_seam.RATIO, scope_seam.DESTINATION, TRACE_CONTEXT)
 
 
 class Scope:
-    """The variables of one request, set by ``enter`` and put back, by value, by ``leave``.
+    """Context variables of one request, set by ``enter`` and put back, by value, by ``leave``.
 
     The block may end in another task or thread than it began in (a generator, a cancelled task): then there is
     nothing of it to put back there, and nothing is touched.
@@ -66,7 +73,7 @@ class Scope:
         self._said = Carrier({})
         self.id = f"request-{next(_numbers)}"
         self._before: list[tuple[Any, Any]] = []
-        self._where: seam.TracingContext | None = None
+        self._where: TracingContext | None = None
         self.record = Record()
         self.root: Root | None = None
 
@@ -88,7 +95,7 @@ class Scope:
             self._promise()
 
     def _promise(self) -> None:
-        here = seam.current_context()
+        here = current_context()
         if self._describe is not None:
             self.root = self._new_root(here)
             promise = self.root.promise
@@ -97,9 +104,9 @@ class Scope:
         else:
             return
         self._where = here
-        seam.attach(promise, here)
+        attach(promise, here)
 
-    def _new_root(self, here: seam.TracingContext) -> Root:
+    def _new_root(self, here: TracingContext) -> Root:
         around = self._inside
         if around is None or around._message is None:
             return Root(self.record, self._settings(), self._beginning, here, self._said, self._remote)
@@ -122,7 +129,7 @@ class Scope:
         values = self._values
         frames.enter(self.id, self, request=self.record)
         if values.metadata or values.tags:
-            self._set(seam.TRACE_CONTEXT, seam.extended_context(metadata=values.metadata, tags=values.tags))
+            self._set(TRACE_CONTEXT, extended_context(metadata=values.metadata, tags=values.tags))
         if values.experiment_id is not None:
             self._set(scope_seam.DESTINATION, scope_seam.destination(values.experiment_id))
         how = self._options.sampling
@@ -145,14 +152,14 @@ class Scope:
         if frames.leave(self.id) is None:
             return
         if self._where is not None:
-            seam.reattach(self._where)
+            reattach(self._where)
         for variable, value in reversed(self._before):
             variable.set(value)
 
     def close(
         self, error: BaseException | Failure | None, outputs: Any = None, attributes: Mapping[str, Any] | None = None
     ) -> None:
-        """The request is over: end its span. May be called anywhere, once."""
+        """End the span of the request, which is over. May be called anywhere, once."""
         if self.root is not None:
             self._close(error, outputs, attributes)
 
@@ -164,7 +171,7 @@ class Scope:
 
 
 class request:  # noqa: N801 - used like a function
-    """A scope for a ``with`` or ``async with`` block: what begins in it, in tasks and DSPy's threads, belongs to it.
+    """Scope for a ``with`` or ``async with`` block: what begins in it, in tasks and DSPy's threads, belongs to it.
 
     Session, user, tags, metadata, destination and sampling hold for the traces that begin inside and for no other.
     After the block, and within, what was yielded tells what happened, without asking the store::
@@ -231,7 +238,7 @@ class request:  # noqa: N801 - used like a function
             scope.close(error)
 
     def _innermost(self) -> Scope | None:
-        """The scope of the block that ends here."""
+        """Return the scope of the block that ends here."""
         for frame in frames.ancestors():
             scope = self._scopes.pop(frame.call_id, None)
             if scope is not None:
@@ -247,5 +254,5 @@ class request:  # noqa: N801 - used like a function
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """As ``__exit__``."""
+        """Put back what was before, and end the span around the block, if there is one."""
         self.__exit__(kind, error, traceback)

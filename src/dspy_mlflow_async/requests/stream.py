@@ -1,4 +1,4 @@
-"""Takes a stream of DSPy's to its consumer from a task of its own, so that it may be broken off anywhere."""
+"""Streams of DSPy, passed to their consumer from a task of their own, so that they may be broken off anywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = Callable[[], AsyncGenerator[Any, None]]
 
 
 class _End(NamedTuple):
-    """The last thing in the channel.
+    """End of the stream, the last thing in the channel.
 
     Attributes:
         error: What the stream raised, or None.
@@ -31,7 +31,7 @@ class _End(NamedTuple):
 
 
 def stream_in(scope: Scope, values: Values) -> AsyncIterator[Any]:
-    """The values of a stream whose program runs in ``scope``; the consumer's own code does not.
+    """Yield the values of a stream whose program runs in ``scope``; the consumer's own code does not.
 
     Args:
         scope: A scope that has not begun. It begins with the first value that is asked for, and ends with the stream.
@@ -94,7 +94,7 @@ async def _pump(scope: Scope, values: Values, channel: asyncio.Queue[Any]) -> No
 
 
 async def _in_consumer(scope: Scope, values: Values) -> AsyncGenerator[Any, None]:
-    """Without asyncio: in the consumer's task, whose context has the scope until the program has begun."""
+    """Stream without asyncio: in the consumer's task, whose context has the scope until the program has begun."""
     error: BaseException | None = None
     final: Any = None
     taken = values()

@@ -1,4 +1,4 @@
-"""A program whose every call is a request of its own."""
+"""Wrapper that makes every call of a program a request of its own."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def wrap(
 
 
 class Wrapped:
-    """What ``wrap`` returns: a program whose every call is a request of its own."""
+    """Program returned by ``wrap``: each call is a request of its own."""
 
     _program: Any
     _options: Options
@@ -81,20 +81,20 @@ class Wrapped:
         self.__dict__.update(_program=program, _options=options)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything but the call forms is the program's."""
+        """Return the program's attribute, for everything but the call forms."""
         if name in _COPYING or "_program" not in self.__dict__:  # the latter while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self._program, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What is set, is set on the program."""
+        """Set the attribute on the program."""
         setattr(self._program, name, value)
 
     def __repr__(self) -> str:
         return f"wrap({self._program!r})"
 
     def __wrapped_program__(self) -> Any:
-        """The program itself, for ``async_form``."""
+        """Return the program itself, for ``async_form``."""
         return self._program
 
     # --- the call forms -------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Wrapped:
         return stream_in(self._scope(args, kwargs), values)
 
     def batch(self, examples: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """``dspy.Module.batch``, each example a request of its own."""
+        """Call ``dspy.Module.batch``, each example a request of its own."""
         if isinstance(self._program, dspy.Module) and type(self._program).batch is not dspy.Module.batch:
             with_examples: Callable[..., Any] = self._program.batch  # the program's own way, as one request
             return Wrapped(with_examples, self._options)(examples, *args, **kwargs)
@@ -187,7 +187,7 @@ class Wrapped:
 
 
 class _Callee:
-    """A program as ``streamify`` wants it: with an ``acall``, whatever it is itself."""
+    """Adapter from any program to what ``streamify`` wants: an object with ``acall``."""
 
     def __init__(self, program: Any) -> None:
         self._program = program

@@ -23,7 +23,7 @@ Tickets = Sequence[Ticket]
 
 @dataclass(frozen=True, slots=True)
 class Performed:
-    """What an act has to say when it is over.
+    """Result of an act of the demo.
 
     Attributes:
         problems: What beside the traces was not as it should be (with a scripted model only).

@@ -1,4 +1,4 @@
-"""Whether every span of the demo is where it belongs: the traces, read back from MLflow, against the plan."""
+"""Check of the demo's traces, read back from MLflow, against its plan: every span must be where it belongs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _USAGE = "mlflow.chat.tokenUsage"
 
 @dataclass(slots=True)
 class Row:
-    """What one act has made, planned and found: traces, spans, and tokens (billed by the endpoint, None if unknown)."""
+    """Counts of one act, planned and found: traces, spans, and tokens (billed by the endpoint, None if unknown)."""
 
     planned_traces: int = 0
     found_traces: int = 0
@@ -120,7 +120,7 @@ def _span_problems(span: Span, parent: Span | None, marker: str, *, exact: bool)
 
 
 def _owner(trace: Trace) -> str | None:
-    """The marker of the call that a trace began with."""
+    """Return the marker of the call that a trace began with."""
     for span in trace.data.spans:
         markers = markers_in("\n".join(_texts(span.inputs)))
         if span.parent_id is None or len(trace.data.spans) == 1:
@@ -143,7 +143,7 @@ def _tokens(trace: Trace) -> int:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value of plain JSON types, keys left out."""
+    """Yield all texts in a value of plain JSON types, keys left out."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -50,7 +50,7 @@ def _optimize(tickets: Tickets, advance: Advance) -> Performed:  # noqa: ARG001 
 
 
 def _wrong_series(parent: Any) -> list[str]:
-    """Whether each compile has its own steps, from 0, one for each evaluation below it."""
+    """Check that each compile has its own steps, from 0, one for each evaluation below it."""
     client = MlflowClient()
 
     def below(run_id: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the traces of a demo must look like, written down before anything runs."""
+"""Expected span trees of the demo's traces, written down before anything runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREDICT = "Predict.forward"
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A span and what is below it; the order of siblings says nothing, since they may run at the same time."""
+    """Span and its descendants; the order of siblings says nothing, since they may run at the same time."""
 
     name: str
     children: tuple[Node, ...] = ()
@@ -22,14 +22,14 @@ class Node:
         object.__setattr__(self, "children", tuple(sorted(self.children, key=repr)))
 
     def paths(self, above: str = "") -> Iterator[str]:
-        """Each span as the names from the root down to it."""
+        """Yield each span as the names from the root down to it."""
         path = f"{above} > {self.name}" if above else self.name
         yield path
         for child in self.children:
             yield from child.paths(path)
 
     def without_adapters(self) -> Node:
-        """The tree less its adapter spans, and with one LM call a predictor.
+        """Return the tree less its adapter spans, and with one LM call a predictor.
 
         A model that is not scripted may answer in the wrong form; DSPy then asks again through another adapter.
         """
@@ -63,22 +63,22 @@ class Planned:
 
     @property
     def marker(self) -> str:
-        """What this call's inputs carry, and no other call's."""
+        """Marker in this call's inputs, and in no other call's."""
         return f"{self.act}/{self.id}"
 
 
 def predict() -> Node:
-    """The spans of one ``dspy.Predict``."""
+    """Return the spans of one ``dspy.Predict``."""
     return Node(PREDICT, (Node("ChatAdapter.format"), Node(LM_CALL), Node("ChatAdapter.parse")))
 
 
 def chain_of_thought() -> Node:
-    """The spans of one ``dspy.ChainOfThought``."""
+    """Return the spans of one ``dspy.ChainOfThought``."""
     return Node("ChainOfThought.forward", (predict(),))
 
 
 def difference(planned: Node, found: Node) -> str:
-    """In words, what is missing from a tree or stands in it unplanned; empty where the two are equal."""
+    """Describe in words what is missing from a tree or stands in it unplanned; empty where the two are equal."""
     if planned == found:
         return ""
     wanted, there = Counter(planned.paths()), Counter(found.paths())

@@ -80,10 +80,10 @@ class SecondLook(dspy.Module):
 
 
 def right_topic(example: Any, prediction: Any, trace: Any = None) -> bool:  # noqa: ARG001 - DSPy's signature
-    """The metric of the demo: whether the topic is the one in the data set."""
+    """Return whether the topic is the one in the data set: the metric of the demo."""
     return bool(example.topic == prediction.topic)
 
 
 def classifiers() -> dict[str, Callable[[], dspy.Module]]:
-    """The two programs that are evaluated at once: one answers at once, the other thinks first."""
+    """Return the two programs that are evaluated at once: one answers at once, the other thinks first."""
     return {"direct": lambda: dspy.Predict(Classify), "reasoned": lambda: dspy.ChainOfThought(Classify)}

@@ -1,4 +1,4 @@
-"""What the endpoint of the demo answers: each ticket's own data, whichever field a prompt asks for."""
+"""Scripted answers of the demo's endpoint: each ticket's own data, for the fields that a prompt asks for."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class Ticket:
     reply: str
 
     def marked(self, act: str) -> str:
-        """The customer's words with the marker of this ticket in this act, which no other call's inputs have."""
+        """Return the customer's words with the marker of this ticket in this act, which no other call's inputs have."""
         return f"{self.ticket} (#{act}/{self.id})"
 
 
 def load_tickets() -> tuple[Ticket, ...]:
-    """The data set that ships with the package."""
+    """Return the data set that ships with the package."""
     rows = json.loads(files(__package__).joinpath("tickets.json").read_text(encoding="utf-8"))
     return tuple(Ticket(**row) for row in rows)
 
 
 def markers_in(text: str) -> set[str]:
-    """The markers in a text: ``act/id`` of each call whose values it holds."""
+    """Return the markers in a text: ``act/id`` of each call whose values it holds."""
     return set(_MARKER.findall(text))
 
 
 class Script:
-    """Answers a chat-completions request about a marked ticket.
+    """Answer a chat-completions request about a marked ticket.
 
     Args:
         tickets: The data set.
@@ -60,7 +60,7 @@ class Script:
         self._tickets = {ticket.id: ticket for ticket in tickets}
 
     def __call__(self, body: dict[str, Any]) -> str:
-        """The fields that the prompt asks for, in the form of DSPy's ``ChatAdapter``.
+        """Return the fields that the prompt asks for, in the form of DSPy's ``ChatAdapter``.
 
         Raises:
             ValueError: For a prompt with no marker, or with several that no optimizer has put there.

@@ -1,4 +1,4 @@
-"""What the demo shows: progress, one trace as a tree, the counts, and where to look at it all."""
+"""Terminal output of the demo: progress, one trace as a tree, the counts, and where to look at it all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN_PROBLEMS = 20
 
 
 def show_tree(console: Console, trace: Trace) -> None:
-    """One trace, a line for each span: name, duration in milliseconds, tokens, and what it was asked."""
+    """Show one trace, a line for each span: name, duration in milliseconds, tokens, and what it was asked."""
     spans = sorted(trace.data.spans, key=lambda span: span.start_time_ns)
 
     def add(span: Span, above: Tree) -> None:
@@ -52,7 +52,7 @@ def _line(span: Span) -> str:
 
 
 def show_counts(console: Console, verdict: Verdict) -> None:
-    """A row for each act: traces, spans and tokens, found of planned."""
+    """Show a row for each act: traces, spans and tokens, found of planned."""
     console.print("Read back from MLflow, found of planned:")
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None)
     table.add_column("calls of")
@@ -70,7 +70,7 @@ def show_counts(console: Console, verdict: Verdict) -> None:
 
 
 def show_verdict(console: Console, verdict: Verdict) -> None:
-    """Whether every span is where it belongs, in one sentence or in one for each that is not."""
+    """Say whether every span is where it belongs, in one sentence or in one for each that is not."""
     spans = sum(row.found_spans for row in verdict.rows.values())
     traces = sum(row.found_traces for row in verdict.rows.values())
     if not verdict.problems:
@@ -84,7 +84,7 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
 
 
 def ui_command(store: str) -> str:
-    """The command that opens MLflow's UI on a store, with the path of ``mlflow`` where the PATH lacks it."""
+    """Return the command that opens MLflow's UI on a store, with the path of ``mlflow`` where the PATH lacks it."""
     beside = Path(sys.executable).with_name("mlflow")
     # tox puts its environment on the PATH of what it runs, and of nothing else.
     is_on_path = (shutil.which("mlflow") == str(beside) and "TOX_ENV_NAME" not in os.environ) or not beside.exists()

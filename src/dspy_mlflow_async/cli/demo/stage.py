@@ -1,4 +1,4 @@
-"""Where the demo plays: a sqlite store in a folder, a language model, and the tracer, for as long as a block lasts."""
+"""Setup of the demo: a sqlite store in a folder, a language model, and the tracer, for as long as a block lasts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NOISY = ("alembic", "mlflow", "dspy", "httpx", "LiteLLM")
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """All that the acts and the check need.
+    """Data set, store, experiment and language model that the acts and the check need.
 
     Attributes:
         tickets: The data set.
@@ -47,7 +47,7 @@ class Stage:
     model: str
 
     def billed(self) -> Counter[str] | None:
-        """Tokens by marker, as the endpoint has counted them."""
+        """Return tokens by marker, as the endpoint has counted them."""
         if self.endpoint is None:
             return None
         counts: Counter[str] = Counter()
@@ -57,13 +57,13 @@ class Stage:
         return counts
 
     def traces(self) -> list[Trace]:
-        """All traces of this run of the demo, read back from the store."""
+        """Return all traces of this run of the demo, read back from the store."""
         mlflow.flush_trace_async_logging()
         return read_traces(self.store, self.experiment_id)
 
 
 def read_traces(store: str, experiment_id: str) -> list[Trace]:
-    """All traces of an experiment, with their spans, through MLflow's client."""
+    """Return all traces of an experiment, with their spans, through MLflow's client."""
     client = MlflowClient(tracking_uri=store)
     traces: list[Trace] = []
     token = None

@@ -67,7 +67,7 @@ def diagnose(*, tracking_uri: str | None = None, self_test: bool = False) -> Dia
 
 
 def _asked(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What a check finds; where it fails, most likely for a seam that has gone, that is what it has found."""
+    """Return what a check finds; where it fails, most likely for a seam that has gone, the failure is the finding."""
     try:
         return list(check())
     except Exception as error:  # noqa: BLE001 - the doctor must be able to speak of anything

@@ -1,4 +1,4 @@
-"""What the doctor looks at without running anything: versions, seams, the store, the spool, the tracer, known holes."""
+"""Checks of the doctor that run no program: versions, seams, the store, the spool, the tracer, known holes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNAUTHORIZED = (401, 403)
 
 
 def versions() -> Iterator[Finding]:
-    """Python, this package, and what it stands on, each against what the metadata ask for."""
+    """Check the versions of Python, this package and its dependencies against what the metadata ask for."""
     from packaging.requirements import Requirement
 
     python = ".".join(map(str, sys.version_info[:3]))
@@ -68,7 +68,7 @@ def _light_mlflow() -> Finding | None:
 
 
 def seams() -> Iterator[Finding]:
-    """Whether DSPy and MLflow still have all that we touch without their having promised it."""
+    """Check that DSPy and MLflow still have all that we touch without their having promised it."""
     from dspy_mlflow_async.seams.check import faults
     from dspy_mlflow_async.seams.listed import SEAMS
 
@@ -97,7 +97,7 @@ def seams() -> Iterator[Finding]:
 
 
 def store(tracking_uri: str | None = None) -> Iterator[Finding]:
-    """Whether the store that traces go to is there. Looks only: it makes no file and changes no schema."""
+    """Check that the store that traces go to is there. Looks only: it makes no file and changes no schema."""
     import mlflow
 
     from dspy_mlflow_async.seams.installed import missing_for
@@ -122,7 +122,7 @@ def store(tracking_uri: str | None = None) -> Iterator[Finding]:
 
 
 def spool() -> Iterator[Finding]:
-    """Whether traces lie on disk that their store has not got yet."""
+    """Check for traces on disk that their store has not got yet."""
     from dspy_mlflow_async import export
 
     found = [info for info in export.spools() if not info.is_empty]
@@ -159,7 +159,7 @@ def spool() -> Iterator[Finding]:
 
 
 def tracer() -> Iterator[Finding]:
-    """Whether the tracer of this process is on, and DSPy still knows it."""
+    """Check that the tracer of this process is on, and that DSPy still knows it."""
     import dspy
 
     from dspy_mlflow_async.seams.listed import lost_ground
@@ -200,7 +200,7 @@ def tracer() -> Iterator[Finding]:
 
 
 def holes() -> Iterator[Finding]:
-    """Places in DSPy itself that start threads of their own, which no tracing context reaches."""
+    """Find places in DSPy itself that start threads of their own, which no tracing context reaches."""
     yield Finding(
         Level.NOTE,
         "known hole",

@@ -1,4 +1,4 @@
-"""What the doctor has found, in words."""
+"""Findings of the doctor, in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dspy_mlflow_async.printable import mask_uris
 
 
 class Level(enum.Enum):
-    """How much a finding matters."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
@@ -18,7 +18,7 @@ class Level(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """Finding of one check.
 
     Attributes:
         level: How much it matters.
@@ -38,26 +38,26 @@ class Finding:
         object.__setattr__(self, "details", tuple(map(mask_uris, self.details)))
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line."""
         return f"{self.level.value:<8}{self.topic}: {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings."""
+    """Findings of all checks."""
 
     findings: tuple[Finding, ...]
 
     @property
     def problems(self) -> tuple[Finding, ...]:
-        """Those that must be mended."""
+        """Findings that must be mended."""
         return tuple(finding for finding in self.findings if finding.level is Level.PROBLEM)
 
     @property
     def is_well(self) -> bool:
-        """Whether nothing must be mended."""
+        """True if nothing must be mended."""
         return not self.problems
 
     def __str__(self) -> str:
-        """A line for each finding."""
+        """Return a line for each finding."""
         return "\n".join(map(str, self.findings))

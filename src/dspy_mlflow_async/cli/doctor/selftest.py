@@ -1,4 +1,4 @@
-"""Traces a small program, whose calls run in DSPy's worker threads, against a local endpoint, and looks at its tree."""
+"""Self-test of the doctor: a small program in DSPy's worker threads, traced, and its span tree checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts evaluations side by side, example by example."""
+"""Comparison of evaluations, example by example."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def has_changed(self) -> bool:
-        """Whether the evaluations that have it disagree on its score, or on whether it fails."""
+        """True if the evaluations that have it disagree on its score, or on whether it fails."""
         scores = [score for score in self.scores if score is not None]
         failures = {
             error is not None for error, score in zip(self.errors, self.scores, strict=True) if score is not None
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """How far apart the scores are."""
+        """Distance between the lowest and the highest score."""
         scores = [score for score in self.scores if score is not None]
         return max(scores) - min(scores) if scores else 0.0
 
@@ -61,12 +61,12 @@ class Changes:
 
     @property
     def changed(self) -> list[Row]:
-        """The examples that differ, those that differ most first."""
+        """Examples that differ, those that differ most first."""
         return sorted((row for row in self.rows if row.has_changed), key=lambda row: -row.spread)
 
     @property
     def partly(self) -> int:
-        """How many examples only some of the evaluations have."""
+        """Number of examples that only some of the evaluations have."""
         return sum(None in row.scores for row in self.rows)
 
 
@@ -91,7 +91,7 @@ def compare(nodes: Sequence[Node]) -> Changes:
 
 
 def _by_example(table: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The rows by example; the n-th of equal ones is another than the first."""
+    """Return the rows by example; the n-th of equal ones is another than the first."""
     seen: dict[str, int] = defaultdict(int)
     found = {}
     for row in table:

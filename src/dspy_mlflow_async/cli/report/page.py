@@ -1,4 +1,4 @@
-"""Writes a report as one HTML page that needs nothing else."""
+"""Report as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NUMBERS = {"score", "traces", "errors", "tokens", "cost $", "seconds"}
 
 
 def page(nodes: Sequence[Node], changes: Changes | None) -> str:
-    """The page: each run with the runs below it, the plots, and what differs if that was asked for."""
+    """Return the page: each run with the runs below it, the plots, and what differs if that was asked for."""
     parts = []
     for node in nodes:
         parts += [f"<h2>{escape(node.name)}</h2>", f"<p>Run {escape(node.run.info.run_id)}</p>", _runs(node)]
@@ -71,7 +71,7 @@ def _changes(changes: Changes) -> str:
 
 
 def _plots(node: Node) -> list[tuple[str, bytes]]:
-    """The scores of the evaluations, and those of each compile by step."""
+    """Plot the scores of the evaluations, and those of each compile by step."""
     nodes = [each for _, each in node.walk()]
     evaluations = [each for each in nodes if each.kind == EVALUATION and each.score is not None]
     plots = [("Scores of the evaluations", _scores(evaluations))] if evaluations else []

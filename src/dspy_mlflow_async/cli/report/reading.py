@@ -1,4 +1,4 @@
-"""Reads a run and the runs below it from MLflow's store."""
+"""Tree of a run and the runs below it, read from MLflow's store."""
 
 from __future__ import annotations
 
@@ -65,26 +65,26 @@ class Node:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took, or None while it is running."""
+        """Duration in seconds, or None while it is running."""
         info = self.run.info
         return None if not info.end_time else (info.end_time - info.start_time) / 1000
 
     @property
     def errors(self) -> int:
-        """Failed examples where it is an evaluation, and traces with an error elsewhere."""
+        """Number of failed examples of an evaluation, and of traces with an error of any other run."""
         counted = self.run.data.metrics.get("errors")
         return int(counted) if counted is not None else len(self.failures) or self.traces.errors
 
     @property
     def stopped(self) -> str:
-        """Which budget has stopped it, and how many examples that left out; empty where none has."""
+        """Budget that has stopped it, and how many examples that left out, in words; empty where none has."""
         tags = self.run.data.tags
         budget = tags.get(stored_runs.STOPPED_TAG, "").partition(":")[0]
         return f"{budget}, {tags.get(stored_runs.NOT_RUN_TAG, '?')} not run" if budget else ""
 
     @property
     def tokens(self) -> int | None:
-        """As the evaluation or the compile counted them, else as its traces say."""
+        """Number of tokens, as counted by the evaluation or the compile, else by its traces."""
         data = self.run.data
         counted = [data.metrics[key] for key in ("input_tokens", "output_tokens") if key in data.metrics]
         by_role = [
@@ -98,12 +98,12 @@ class Node:
 
     @property
     def cost(self) -> float | None:
-        """In US dollars, or None where it is not known."""
+        """Cost in US dollars, or None where it is not known."""
         value = self.run.data.metrics.get("cost_usd")
         return None if value is None else float(value)
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
-        """This node and all below it, each with its depth, parents first."""
+        """Yield this node and all below it, each with its depth, parents first."""
         yield depth, self
         for child in self.children:
             yield from child.walk(depth + 1)
@@ -119,7 +119,7 @@ def read(run_id: str) -> Node:
 
 
 def result_table(run: Any) -> list[dict[str, Any]]:
-    """The rows of an evaluation's result table; empty where it has none."""
+    """Return the rows of an evaluation's result table; empty where it has none."""
     content = mlflow_artifacts.read(run, "result_table.json")
     if content is None:
         return []
@@ -156,7 +156,7 @@ def _score(run: Any, kind: str) -> float | None:
 
 
 def _failures(run: Any, kind: str, rows: list[dict[str, Any]]) -> list[str]:
-    """From the result table; an evaluation of evaluate_all that failed as a whole has its finished examples instead."""
+    """Read failures from the result table, or of a case of evaluate_all that failed from its finished examples."""
     if kind != EVALUATION:
         return []
     if not rows:

@@ -1,4 +1,4 @@
-"""Reads a score of a result table as a number, in whatever form the table has it."""
+"""Conversion of a result table's score to a number, in whatever form the table has it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRUTH = {"True": 1.0, "False": 0.0}
 
 
 def number_of(value: Any) -> float | None:
-    """A score of a result table as a number, or None where it is none, NaN and infinities included."""
+    """Return a score of a result table as a number, or None where it is none, NaN and infinities included."""
     if isinstance(value, dict):  # a Prediction with score and feedback
         value = value.get("score")
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Shows runs and comparisons in a terminal."""
+"""Tables of runs and comparisons for a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TEXT = 60  # characters of an example
 
 
 def spark_line(values: Sequence[float], width: int = _SPARKS) -> str:
-    """Values as bars between the lowest and the highest; many are averaged into ``width``. What is no number is out."""
+    """Return values as bars between the lowest and the highest, many averaged into ``width``, non-numbers left out."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
@@ -36,7 +36,7 @@ def spark_line(values: Sequence[float], width: int = _SPARKS) -> str:
 
 
 def run_cells(node: Node, depth: int) -> dict[str, str]:
-    """What the table of runs says of one, by column."""
+    """Return the cells of one run in the table of runs, by column."""
     return {
         "run": f"{'  ' * depth}{node.name}",
         "kind": node.kind,
@@ -53,7 +53,7 @@ def run_cells(node: Node, depth: int) -> dict[str, str]:
 
 
 def run_table(node: Node) -> Table:
-    """A run and the runs below it, a line each."""
+    """Return a table of a run and the runs below it, a line each."""
     rows = [run_cells(each, depth) for depth, each in node.walk()]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -68,14 +68,14 @@ def run_table(node: Node) -> Table:
 
 
 def failures_of(node: Node) -> list[str]:
-    """What examples have raised, a sentence for each evaluation that has such."""
+    """Say what examples have raised, a sentence for each evaluation that has such."""
     return [
         f"{each.name}: {errors_text(len(each.failures), each.failures[0])}" for _, each in node.walk() if each.failures
     ]
 
 
 def changes_table(changes: Changes, limit: int) -> Table:
-    """The examples that differ, most first, with their score in each evaluation."""
+    """Return a table of the examples that differ, most first, with their score in each evaluation."""
     changed = changes.changed
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", caption_justify="left")
     table.title = Text(summary_of(changes))
@@ -92,7 +92,7 @@ def changes_table(changes: Changes, limit: int) -> Table:
 
 
 def summary_of(changes: Changes) -> str:
-    """How many examples differ, in one sentence."""
+    """Say how many examples differ, in one sentence."""
     parts = [f"{len(changes.changed)} of {len(changes.rows)} examples differ"]
     if changes.partly:
         parts.append(f"{changes.partly} are not in all evaluations")
@@ -100,13 +100,13 @@ def summary_of(changes: Changes) -> str:
 
 
 def score_text(score: float | None, error: str | None) -> str:
-    """A score, marked where the example failed; a dash where the evaluation has it not."""
+    """Return a score as text, marked where the example failed; a dash where the evaluation has it not."""
     if score is None:
         return "-"
     return f"{score:g} (failed)" if error else f"{score:g}"
 
 
 def shortened(fields: Mapping[str, Any], length: int = MAX_TEXT) -> str:
-    """The fields of an example as one short line."""
+    """Return the fields of an example as one short line."""
     text = " ".join(", ".join(f"{key}={value}" for key, value in fields.items()).split())
     return text if len(text) <= length else f"{text[: length - 1]}…"
