@@ -56,7 +56,7 @@ _NEED_RUNS = ("AsyncEvaluate", "Case", "aevaluate_all", "evaluate_all", "run")
 
 
 def _home(name: str) -> str:
-    """Where a public name lives here.
+    """Return the module of this package in which a public name lives.
 
     Raises:
         ImportError: Where the part of MLflow that is installed has not what it needs, with the extra that brings it.
@@ -75,7 +75,7 @@ def _home(name: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, each from its home, and ``__version__``, read from the installed metadata."""
+    """Import a public name from its module on first use; ``__version__`` is read from the installed metadata."""
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_home(name)}"), name)
     elif name == "__version__":

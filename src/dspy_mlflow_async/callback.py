@@ -1,4 +1,4 @@
-"""DSPy's events, one line each into the rooms below. It keeps nothing, so any number of copies work alike."""
+"""DSPy callback that turns the events of DSPy into spans and runs; it keeps no state, so that all copies work alike."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Handler = TypeVar("_Handler", bound=Callable[..., None])
 
 
 def _begins(handler: _Handler) -> _Handler:
-    """A start handler behind the guard, which ends what it has begun when it is interrupted.
+    """Guard a start handler, and end what it has begun where it is interrupted.
 
     DSPy calls start handlers before its ``try``: no end would come.
     """
@@ -81,7 +81,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
     can_be_switched = False  # whether its settings may change in the middle of a call
 
     def __new__(cls, *_: Any, **__: Any) -> TracingCallback:  # noqa: PYI034 - `Self` is newer than Python 3.10
-        """Put in what tracing needs inside DSPy; an unpickled copy comes through here alone."""
+        """Install the patches that tracing needs inside DSPy; an unpickled copy comes through here alone."""
         self = super().__new__(cls)
         hooks.serve(self)
         return self
@@ -125,7 +125,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
         return autolog_seam.portable(ours, self.dependencies_schema)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracingCallback:
-        """Another one like it."""
+        """Return another one like it."""
         return self._of(self._own_settings, self.dependencies_schema)
 
     @property
@@ -135,20 +135,20 @@ class TracingCallback(autolog_seam.StatelessCallback):
 
     @property
     def is_on(self) -> bool:
-        """Whether this tracer records anything."""
+        """Return whether this tracer records anything."""
         return True
 
     @property
     def optimizer_stack_level(self) -> int:
-        """How many compiles this context is inside of."""
+        """Number of compiles that this context is inside of."""
         return sum(1 for frame in frames.ancestors() if isinstance(frame.scope, CompileRegion))
 
     @optimizer_stack_level.setter
     def optimizer_stack_level(self, value: int) -> None:
-        """``mlflow.dspy.autolog``'s patches count here. We know without."""
+        """Accept what the patches of ``mlflow.dspy.autolog`` count, and ignore it: the context knows."""
 
     def reset(self) -> None:
-        """Nothing is kept, so nothing is reset."""
+        """Do nothing: no state is kept."""
 
     # --- modules, LMs, adapters, tools, interpreters --------------------------------------------------------------
 
@@ -283,19 +283,19 @@ class CompileRegion(Region):
 
 
 def _request() -> RequestObserver | None:
-    """The request around a call that begins here."""
+    """Return the request around a call that begins here, or None."""
     frame = frames.current()
     return None if frame is None else frame.request
 
 
 def _has_begun(call_id: str) -> bool:
-    """Whether another callback of ours has been told of this call: one is enough."""
+    """Return whether another callback of ours has recorded the start of this call: one is enough."""
     frame = frames.current()
     return frame is not None and frame.call_id == call_id
 
 
 def _ledgers(lm: Any) -> list[Ledger]:
-    """Where an LM call that begins here is counted, besides on its span."""
+    """Return the ledgers that count an LM call which begins here, besides its span."""
     frame = frames.current()
     if frame is None:
         return []

@@ -1,4 +1,4 @@
-"""The composition root: puts the tracer into DSPy and MLflow, and takes it out without a trace."""
+"""Composition root: installs the tracer in DSPy and MLflow, and removes it without a trace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 
 class _Installation:
-    """What ``autolog`` has put in place in this process. ``lock`` guards all of it; nothing hot reads it locked."""
+    """State of ``autolog`` in this process: settings and undos. ``lock`` guards all of it; no hot path takes it."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -83,7 +83,7 @@ class AutologCallback(TracingCallback):
 
     @property
     def is_on(self) -> bool:
-        """Whether it records anything: not after ``autolog(disable=True)``."""
+        """Return whether it records anything: not after ``autolog(disable=True)``."""
         return _installation.settings is not None or not _installation.was_disabled
 
 
@@ -192,17 +192,17 @@ autolog.integration_name = autolog_seam.FLAVOR  # type: ignore[attr-defined]
 
 
 def is_installed() -> bool:
-    """Whether the tracer is on and DSPy still knows its callback."""
+    """Return whether the tracer is on and DSPy still knows its callback."""
     return _installation.settings is not None and bool(_ours(dspy_seam.global_callbacks()))
 
 
 def is_disabled() -> bool:
-    """Whether ``autolog(disable=True)`` was the last word."""
+    """Return whether the last ``autolog`` call was ``autolog(disable=True)``."""
     return _installation.settings is None and _installation.was_disabled
 
 
 def current_settings() -> Settings | None:
-    """The settings of the last ``autolog`` call, or None where there is none in force."""
+    """Return the settings of the last ``autolog`` call, or None where there is none in force."""
     return _installation.settings
 
 
@@ -260,7 +260,7 @@ def _undo(name: str) -> None:
 
 
 def _replace_mlflow(*, silent: bool) -> None:
-    """Never two tracers at once: take MLflow's own out, and let a later ``mlflow.dspy.autolog()`` come to us."""
+    """Take MLflow's own tracer out, lest there be two, and let a later ``mlflow.dspy.autolog()`` come to us."""
     foreign = [c for c in dspy_seam.global_callbacks() if type(c) is autolog_seam.MlflowCallback]
     # Once `mlflow.dspy.autolog` comes to us, what MLflow notes of its integration is ours.
     if foreign or ("mlflow" not in _installation.undos and autolog_seam.is_own_autolog_on()):

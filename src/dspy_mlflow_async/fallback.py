@@ -1,4 +1,4 @@
-"""The public names where DSPy or MLflow has lost a name that nothing can be traced without: MLflow's tracing does it.
+"""Public names over MLflow's own tracing, for a DSPy or MLflow that lacks a name which nothing can be traced without.
 
 ``seams.listed.lost_ground`` decides. No file of the tracer is imported then, since it might not even import.
 """
@@ -25,14 +25,14 @@ ThreadPoolExecutor = concurrent.futures.ThreadPoolExecutor
 
 
 class _Said:
-    """Whether it has been said. ``lock`` guards it."""
+    """Flag of a warning that is given once. ``lock`` guards it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.is_said = False
 
     def first(self) -> bool:
-        """Whether this is the first time that somebody asks."""
+        """Return whether this is the first call."""
         with self.lock:
             before, self.is_said = self.is_said, True
         return not before
@@ -74,7 +74,7 @@ def _autolog_of_mlflow(**arguments: Any) -> None:
 
 
 def flush(timeout: float | None = None) -> bool:  # noqa: ARG001 - MLflow's waits as long as it takes
-    """Flush MLflow's own exporter. False, since it does not say whether it has stored everything."""
+    """Flush MLflow's own exporter; return False, since it does not say whether it has stored everything."""
     _flush_mlflow()
     return False
 
@@ -87,7 +87,7 @@ def _flush_mlflow() -> None:
 
 
 class _Uncounted:
-    """Counts of nothing, whichever they are asked for: MLflow's own exporter does not count."""
+    """Counts that are all 0, under every name: MLflow's own exporter does not count."""
 
     def __getattr__(self, name: str) -> int:
         if name.startswith("_"):
@@ -96,7 +96,7 @@ class _Uncounted:
 
 
 def stats() -> Any:
-    """Counts that are all 0."""
+    """Return counts that are all 0."""
     return _Uncounted()
 
 
@@ -213,12 +213,12 @@ class TracingMiddleware:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass it on."""
+        """Pass the call on to the app."""
         await self.app(scope, receive, send)
 
 
 def TracingCallback(*, dependencies_schema: Any = None, **_: Any) -> Any:  # noqa: N802 - as the tracer's
-    """MLflow's own callback, or one that does nothing."""
+    """Return MLflow's own callback, or one that does nothing."""
     make = taken("mlflow.dspy.callback:MlflowCallback")
     if make is not None:
         return make(dependencies_schema)
@@ -228,7 +228,7 @@ def TracingCallback(*, dependencies_schema: Any = None, **_: Any) -> Any:  # noq
 
 
 def __getattr__(name: str) -> Any:
-    """Of the rest nothing can take the place: it says why."""
+    """Raise an ImportError that says why, since nothing can take the place of the other names."""
     raise ImportError(
         f"dspy_mlflow_async.{name} cannot work with these versions of DSPy and MLflow: "
         + "; ".join(map(str, lost_ground()))

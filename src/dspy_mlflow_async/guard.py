@@ -1,6 +1,6 @@
-"""One boundary between the tracer's own faults and the program it watches.
+"""One boundary between the tracer's own errors and the program that it traces.
 
-Whatever fails inside the tracer is logged once per place with its traceback, counted, and swallowed, because
+Any exception inside the tracer is logged once per place with its traceback, counted, and swallowed, because
 an observer must never change the observed. With ``DSPY_MLFLOW_ASYNC_STRICT=1`` (the test suite) it is raised.
 """
 
@@ -25,12 +25,12 @@ _errors_by_place: dict[str, int] = {}
 
 
 def is_strict() -> bool:
-    """Whether internal errors are raised, as they are in the test suite."""
+    """Return whether internal errors are raised, as they are in the test suite."""
     return os.environ.get("DSPY_MLFLOW_ASYNC_STRICT") == "1"
 
 
 def internal_errors() -> int:
-    """How many errors of its own the tracer has swallowed in this process."""
+    """Return the number of errors of its own that the tracer has swallowed in this process."""
     with _lock:
         return sum(_errors_by_place.values())
 

@@ -1,4 +1,4 @@
-"""How the tracer is doing: where the traces of this process are, and how to wait until they are stored."""
+"""Health of the tracer: counts of the traces of this process by state, and a way to wait until they are stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dspy_mlflow_async.spans.tracer import end_abandoned
 
 @dataclass(frozen=True, slots=True)
 class Stats(export.ExportStats):
-    """Where the traces of this process are.
+    """Counts of the traces of this process, by where they are now.
 
     ``started`` is always ``stored + waiting + spooled + dead + dropped + sampled_out + open``; ``in_progress`` are
     those of the open ones that can be seen in the store, with what has ended of them.

@@ -1,4 +1,4 @@
-"""What a tracer needs inside DSPy and Python's threads: patches that are in place while there is a tracer."""
+"""Patches of DSPy and Python's threads that are in place while there is a tracer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.context.threads import Undo, patch_all_threads, patch_worker_pool
 from dspy_mlflow_async.runs.compile import pool_ended
 from dspy_mlflow_async.runs.evaluation import watch_items
-from dspy_mlflow_async.seams import dspy as seam
+from dspy_mlflow_async.seams.dspy import ParallelExecutor
 from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
 from dspy_mlflow_async.seams.dspy_handlers import patch_handlers
 
@@ -34,13 +34,13 @@ class _Patch:
 
 
 def _patch_workers() -> Undo:
-    if seam.ParallelExecutor is None:
+    if ParallelExecutor is None:
         return lambda: None
-    return patch_worker_pool(seam.ParallelExecutor, _prepare_items, pool_ended)
+    return patch_worker_pool(ParallelExecutor, _prepare_items, pool_ended)
 
 
 class _Hooks:
-    """All of them, and who needs them. ``lock`` guards both; nothing hot takes it.
+    """All patches, and the tracers that need them. ``lock`` guards both; no hot path takes it.
 
     Attributes:
         carries_always: Whether every thread of the process takes up the tracing context, as the user wished.
@@ -60,7 +60,7 @@ class _Hooks:
         self._threads = _Patch(lambda: patch_all_threads(_carrier_for_thread))
 
     def update(self) -> None:
-        """Put in what is needed now, and take out what is not."""
+        """Put in the patches that are needed now, and take out the others."""
         is_needed = self.is_on or any(tracer.is_on for tracer in self._tracers)
         for patch in self._calls:
             patch.set(is_needed=is_needed)
@@ -114,25 +114,25 @@ def dismiss(tracer: Any) -> None:
 
 
 def compile_began() -> None:
-    """Inside an optimizer, also threads that the optimizer starts by itself take up the tracing context.
+    """Let also threads that an optimizer starts by itself take up the tracing context, until ``compile_ended``.
 
-    Some evaluate their candidates so, and what they start belongs to the compile: its runs, its silence.
+    Some evaluate their candidates so, and what they start belongs to the compile: its runs, its suppressed traces.
     """
     _hooks.count_compiles(+1)
 
 
 def compile_ended() -> None:
-    """The counterpart of ``compile_began``."""
+    """Undo one ``compile_began``."""
     _hooks.count_compiles(-1)
 
 
 def _prepare_items(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What DSPy's worker threads run in place of ``function``."""
+    """Return the function that DSPy's worker threads run in place of ``function``."""
     return propagation.capture().bind(watch_items(function))
 
 
 def _carrier_for_thread() -> Carrier | None:
-    """What a thread that is started here takes along, or None for nothing."""
+    """Return the carrier that a thread which is started here takes along, or None for nothing."""
     frame = frames.current()
     is_compiling = frame is not None and frame.compile is not None
     return propagation.capture() if is_compiling or _hooks.carries_always else None

@@ -1,4 +1,4 @@
-"""What may be shown in a terminal or a log: nothing that a terminal would obey, and no passwords in URIs."""
+"""Text that is safe in a terminal or a log: no control characters, and no passwords in URIs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECRET_PARAMETER = re.compile(r"""(?i)([?&;][\w.\-]{0,40}(?:password|passwd|pwd
 
 
 def printable(text: object, *, one_line: bool = False) -> str:
-    r"""Replace what a terminal would obey by what it is, as in ``\x1b``.
+    r"""Replace control characters, which a terminal would obey, by their escapes, as in ``\x1b``.
 
     Args:
         text: Anything with a text; an error's message, a run's name, a file's.

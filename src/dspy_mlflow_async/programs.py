@@ -1,4 +1,4 @@
-"""Says how a program, metric or other callable of the user's is to be awaited, if it is."""
+"""Async form of a program, metric or other callable of the user's, if it has one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def async_form(program: Any) -> Callable[..., Awaitable[Any]] | None:
 
 
 def is_coroutine_function(value: Any) -> bool:
-    """Whether calling it gives a coroutine, as far as can be told: also of partials, and objects that are called."""
+    """Return whether a call gives a coroutine, as far as can be told: also of partials, and objects that are called."""
     while isinstance(value, functools.partial):
         value = value.func
     # `type(value)`: a method of the object itself would not be called.
@@ -46,7 +46,7 @@ def is_coroutine_function(value: Any) -> bool:
 
 
 def _depth(instance: Any, *names: str) -> float:
-    """How far up in the classes of ``instance`` it finds the nearest of these; an attribute of its own is nearest.
+    """Distance in the MRO of ``instance`` of the nearest of these names; an attribute of its own is nearest.
 
     What every module has by ``dspy.Module`` is not there: it only calls the other.
     """

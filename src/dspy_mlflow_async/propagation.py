@@ -10,16 +10,16 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.runs import active_runs
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams.mlflow import TRACING_VARIABLES
 from dspy_mlflow_async.settings import OVERRIDE
 
 _Result = TypeVar("_Result")
 
-_VARIABLES = (active_runs.VARIABLE, export.KEEPS, OVERRIDE, *seam.TRACING_VARIABLES)
+_VARIABLES = (active_runs.VARIABLE, export.KEEPS, OVERRIDE, *TRACING_VARIABLES)
 
 
 def capture() -> Carrier:
-    """The tracing context here: our frame, the active runs, MLflow's and OpenTelemetry's context.
+    """Return the tracing context here: our frame, the active runs, MLflow's and OpenTelemetry's context.
 
     Nothing of the user's own travels.
     """
@@ -46,7 +46,7 @@ def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 class ThreadPoolExecutor(concurrent.futures.ThreadPoolExecutor):
-    """A ``concurrent.futures.ThreadPoolExecutor`` whose every item runs in the tracing context of its ``submit``."""
+    """A ``concurrent.futures.ThreadPoolExecutor`` whose every call runs in the tracing context of its ``submit``."""
 
     def submit(self, fn: Callable[..., _Result], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[_Result]:
         """Schedule ``fn``, as the base class does."""

@@ -1,4 +1,4 @@
-"""What the tracer was asked to do: one frozen record, replaced as a whole when it changes."""
+"""Settings of the tracer: one frozen record, replaced as a whole when it changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 
 def mask_everything(value: Any) -> str:  # noqa: ARG001 - whatever it is
-    """What stands in for a ``redact`` that did not survive pickling."""
+    """Mask the value, in place of a ``redact`` that did not survive pickling."""
     return "[masked]"
 
 
@@ -62,11 +62,11 @@ class Settings:
             raise TypeError(f"redact must be a function of one value, not {self.redact!r}")
 
     def __copy__(self) -> Settings:
-        """Itself: it never changes."""
+        """Return itself: it never changes."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
-        """Itself: it never changes, and a hook may hold what cannot be copied."""
+        """Return itself: it never changes, and a hook may hold what cannot be copied."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """What holds in one context in place of the process's settings.
+    """Settings of one context, in place of the process's.
 
     Attributes:
         settings: The settings; None where the tracer is off there.

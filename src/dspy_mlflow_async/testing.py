@@ -1,4 +1,4 @@
-"""For tests: capture traces without a server, and turn one into a nested literal to compare with."""
+"""Test helpers: capture traces without a server, and turn one into a nested literal to compare with."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def capture_traces() -> Iterator[list[Trace]]:
     traces: list[Trace] = []
 
     def hold(trace_id: str) -> None:
-        """Nothing is written here, so nothing waits."""
+        """Do nothing: nothing is written here, so nothing waits."""
 
     def release(
         trace_id: str,
@@ -64,7 +64,7 @@ def capture_traces() -> Iterator[list[Trace]]:
 
 
 def tree(trace: Trace, *details: str | Callable[[Span], Any], sort: bool = False) -> tuple[Any, ...]:
-    """The spans of a trace as nested tuples: name, details, children.
+    """Return the spans of a trace as nested tuples: name, details, children.
 
     Without details, a predictor gives ``("Predict.forward", [("ChatAdapter.format", []), ...])``; with
     ``tree(trace, "outcome")`` each tuple is ``(name, outcome, children)``.

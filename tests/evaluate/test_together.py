@@ -176,7 +176,7 @@ async def test_raise_on_error(traces, runs):
 async def test_budget(traces, runs, monkeypatch, budget, spent):
     """When it is reached nothing new starts, and the result says what was not run; a resume runs that."""
     monkeypatch.setattr(
-        "dspy_mlflow_async.runs.usage.seam.cost_in_usd", lambda model, tokens: tokens["total_tokens"] * 1e-6
+        "dspy_mlflow_async.runs.usage.mlflow_runs.cost_in_usd", lambda model, tokens: tokens["total_tokens"] * 1e-6
     )
     programs = {"good": Chain(), "half": Half()}
     stopped = await evaluated(programs, max_concurrency=2, **budget)

@@ -261,7 +261,7 @@ def test_context_runs_false_leaves_mlflow_alone(store):
 
 def test_a_later_mlflow_without_the_seam_costs_one_warning(store, monkeypatch, caplog):
     """Where MLflow keeps its runs elsewhere: one warning, and evaluations, compiles and their traces are right."""
-    monkeypatch.setattr(active_runs.seam, "has_run_stack", lambda: False)
+    monkeypatch.setattr(active_runs.mlflow_runs, "has_run_stack", lambda: False)
     with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
         for _ in range(2):
             dspy_mlflow_async.autolog(log_evals=True, log_compiles=True, silent=True)
@@ -276,7 +276,7 @@ def test_a_later_mlflow_without_the_seam_costs_one_warning(store, monkeypatch, c
 
 def test_without_the_seam_the_users_run_is_seen(store, monkeypatch):
     """There ``mlflow.active_run()`` tells of it: an evaluation logs into it, a run of ours is its child."""
-    monkeypatch.setattr(active_runs.seam, "has_run_stack", lambda: False)
+    monkeypatch.setattr(active_runs.mlflow_runs, "has_run_stack", lambda: False)
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     with mlflow.start_run(run_name="mine"):
         evaluate("a", num_threads=2)

@@ -1,1 +1,1 @@
-"""Who am I inside? One context variable of immutable frames, and the way it travels between threads."""
+"""Current call of each task and thread: one context variable of immutable frames, and its way into other threads."""

@@ -15,13 +15,13 @@ class Variable(Protocol):
     """Anything with the ``get`` and ``set`` of a ``contextvars.ContextVar`` that has a default."""
 
     def get(self) -> Any:
-        """The value in the current context."""
+        """Return the value in the current context."""
 
     def set(self, value: Any, /) -> Any:
         """Give the current context this value."""
 
     def __hash__(self) -> int:
-        """Variables are told apart by identity."""
+        """Hash by identity, which tells variables apart."""
 
 
 class Carrier:
@@ -42,7 +42,7 @@ class Carrier:
 
     @contextlib.contextmanager
     def carried(self) -> Iterator[None]:
-        """A block with the values set, and afterwards what was there before."""
+        """Set the values for a block, and put back afterwards what was there before."""
         before = [variable.get() for variable in self._variables]
         for variable, value in zip(self._variables, self._values, strict=True):
             variable.set(value)
@@ -58,7 +58,7 @@ class Carrier:
             return function(*args, **kwargs)
 
     def bind(self, function: Callable[..., _Result]) -> Callable[..., _Result]:
-        """``function`` that runs with the carried values set wherever it is called.
+        """Return a ``function`` that runs with the carried values set wherever it is called.
 
         A coroutine function stays one. What any other function returns to be awaited or iterated over later (a
         coroutine, a generator, an async generator) runs with them set, too.
@@ -92,7 +92,7 @@ class Carrier:
             return await coroutine
 
     def _generated(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """Every step in the carried context, and whoever takes the values in their own."""
+        """Run each step of a generator in the carried context; the consumer keeps its own context."""
         step = functools.partial(next, generator)
         while True:
             try:
@@ -108,7 +108,7 @@ class Carrier:
                 step = functools.partial(generator.throw, error)
 
     async def _generated_async(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-        """As ``_generated``."""
+        """Run each step of an async generator in the carried context, as ``_generated`` does."""
         step = generator.__anext__
         while True:
             try:

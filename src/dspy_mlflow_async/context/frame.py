@@ -11,7 +11,7 @@ class Frame(NamedTuple):
     """One DSPy call, evaluation or compile that has begun and not ended in this context.
 
     A frame is never changed: a copied context may share it with other tasks and threads. What must change
-    lives in the values it points to, which this room does not look into.
+    lives in the values it points to, which this module does not look into.
 
     Attributes:
         call_id: DSPy's id of the call, or one of our own.
@@ -97,18 +97,18 @@ def leave(call_id: str) -> Frame | None:
 
 
 def to_carry() -> Frame | None:
-    """The current frame as it is current where a ``Carrier`` brings it."""
+    """Return the current frame as it is current where a ``Carrier`` brings it."""
     frame = _current.get()
     return None if frame is None else frame._replace(is_carried=True)
 
 
 def lineage(frame: Frame | None) -> Iterator[Frame]:
-    """``frame`` and those around it, innermost first."""
+    """Yield ``frame`` and those around it, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.parent
 
 
 def ancestors() -> Iterator[Frame]:
-    """The frames of this context, innermost first."""
+    """Yield the frames of this context, innermost first."""
     return lineage(_current.get())

@@ -16,7 +16,7 @@ Prepare = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Here(threading.local):
-    """What this thread is at."""
+    """Thread-local state: whether this thread is inside of ``submit``."""
 
     is_submitting = False
 

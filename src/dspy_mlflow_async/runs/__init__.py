@@ -1,1 +1,1 @@
-"""What did it score? Evaluations and compiles, each with its own run, steps, scores and artifacts."""
+"""Runs of evaluations and compiles, each with its own steps, metrics and artifacts."""

@@ -21,7 +21,7 @@ from dspy_mlflow_async.runs.stack import (
     was_opened_here,
 )
 from dspy_mlflow_async.seams import mlflow as tracing
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.seams.installed import has_runs
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class _Installation:
-    """Whether MLflow's stack is replaced. ``lock`` guards all of it.
+    """Replacement of MLflow's run stack, and its need. ``lock`` guards all of it.
 
     It is replaced as long as ``autolog`` wants it, or a block is open that relies on it: taking it away inside
     ``with mlflow.start_run()`` would leave that run active nowhere, and open for ever.
@@ -68,7 +68,7 @@ _installation = _Installation()
 
 
 def _start_afresh() -> None:
-    """In a forked child: the active runs are the parent's, as MLflow has it, and nobody holds a lock."""
+    """Start afresh in a forked child: the active runs are the parent's, as MLflow has it, and nobody holds a lock."""
     VARIABLE.set(None)
     OPEN.after_fork()
     _installation.lock = threading.Lock()
@@ -91,8 +91,8 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether MLflow reads its active run from here."""
-    return isinstance(seam.run_stack(), ContextRunStack) if seam.has_run_stack() else False
+    """Return whether MLflow reads its active run from here."""
+    return isinstance(mlflow_runs.run_stack(), ContextRunStack) if mlflow_runs.has_run_stack() else False
 
 
 class Block:

@@ -1,4 +1,4 @@
-"""What MLflow logs of programs, LMs and data sets, as values instead of calls on the active run."""
+"""Params, tables and documents of programs, LMs and data sets, as values instead of calls on the active run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import dspy
 
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
 from dspy_mlflow_async.spans.opaque import contain
 from dspy_mlflow_async.spans.serialize import dump, with_floats_replaced
@@ -41,7 +41,7 @@ def program_params(program: Any) -> dict[str, Any]:
     if not isinstance(program, dspy.Module):
         return {}
     try:
-        return seam.program_params(program)
+        return mlflow_runs.program_params(program)
     except Exception as error:  # noqa: BLE001 - dump_state runs the user's code
         logger.warning("Could not read the params of %s: %s", type(program).__name__, error)
         return {}
@@ -52,7 +52,7 @@ def lm_params(door: Door) -> dict[str, str]:
     lm = dspy.settings.lm
     if lm is None:
         return {}
-    attributes = dict(seam.sanitize_params(getattr(lm, "kwargs", None) or {}))
+    attributes = dict(mlflow_runs.sanitize_params(getattr(lm, "kwargs", None) or {}))
     for name in ("model", "model_type", "cache", "temperature", "max_tokens"):
         value = getattr(lm, name, None)
         if value is not None:
@@ -64,7 +64,7 @@ def lm_params(door: Door) -> dict[str, str]:
 
 
 def scalar_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of an optimizer's arguments that a param can hold. Source: ``mlflow.dspy.autolog._patched_compile``."""
+    """Arguments of an optimizer that a param can hold. Source: ``mlflow.dspy.autolog._patched_compile``."""
     flat = {key: value for key, value in values.items() if key != "kwargs"}
     flat.update(values.get("kwargs") or {})
     return {key: value for key, value in flat.items() if issubclass(type(value), (int, float, str, bool))}

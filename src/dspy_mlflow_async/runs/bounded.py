@@ -1,4 +1,4 @@
-"""Asks MLflow's store something, for a bounded time: an evaluation neither fails nor waits for a store that is away."""
+"""Requests to MLflow's store with a timeout: an evaluation neither fails nor waits for a store that is away."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ask(
 
 
 class _Wait(Generic[_Answer]):
-    """One question. ``lock`` guards whose the answer is: the asker's, or ``discard``'s."""
+    """One request to the store. ``lock`` guards whose the answer is: the caller's, or ``discard``'s."""
 
     def __init__(self, question: Callable[[], _Answer], discard: Callable[[_Answer], None] | None) -> None:
         self._question = question

@@ -21,7 +21,7 @@ from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
 from dspy_mlflow_async.runs.usage import add_up
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams.mlflow_runs import MLFLOW_AUTOLOGGING, log_dummy_model
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.scopes import Region
@@ -35,7 +35,7 @@ _ROLES_BY_ATTRIBUTE = {"prompt_model": PROPOSAL, "reflection_lm": REFLECTION}
 
 
 class Compile:
-    """What one outermost call of an optimizer's ``compile`` holds from its start to its end.
+    """One outermost call of an optimizer's ``compile``, from its start to its end: its run, counters and series.
 
     Evaluations inside it may run at once, in threads of its own or of the user's: ``lock`` guards the counters.
 
@@ -67,7 +67,7 @@ class Compile:
             self.run = selection.open_run(
                 None,
                 child_name=type(self._optimizer).__name__,
-                tags={seam.MLFLOW_AUTOLOGGING: autolog_seam.FLAVOR},
+                tags={MLFLOW_AUTOLOGGING: autolog_seam.FLAVOR},
             )
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the compile goes on
             logger.warning("The compile of %s has no run (%s).", type(self._optimizer).__name__, error)
@@ -78,19 +78,19 @@ class Compile:
         self._show_in_ui(self.run)
 
     def leave(self) -> None:
-        """Make active again, by value, what was before."""
+        """Make the run inactive here: what was active before is so again."""
         if self._block is not None:
             self._block.leave()
 
     def begin_evaluation(self, key: str) -> tuple[RunHandle | None, int]:
-        """The run to put an evaluation under, and its step: 0, 1, 2… for each key."""
+        """Return the run to put an evaluation under, and its step: 0, 1, 2… for each key."""
         with self._lock:
             step = self._next_step[key]
             self._next_step[key] += 1
         return self.run, step
 
     def end_evaluation(self, parent: RunHandle | None, key: str, step: int, score: float) -> None:
-        """An evaluation has scored."""
+        """Log the score of an evaluation as a metric of the run, at its step."""
         with self._lock:
             self._series[key].append((step, score))
         if parent is not None:
@@ -121,7 +121,7 @@ class Compile:
             self.end_evaluation(parent, key, step, round(100 * sum(scores) / len(scores), 2))
 
     def ledger(self, lm: Any, *, in_example: bool, is_judging: bool) -> Ledger:
-        """Where an LM call that begins now is counted, by the role in which the optimizer calls it.
+        """Return the ledger of an LM call that begins now, by the role in which the optimizer calls it.
 
         Args:
             lm: The LM.
@@ -203,7 +203,7 @@ class Compile:
 
     @staticmethod
     def _augmented_demos(program: Any) -> int:
-        """How many demos of the program have been made by running one, and were let through by the metric."""
+        """Number of the program's demos that were made by running a program, and accepted by the metric."""
         predictors = program.predictors() if isinstance(program, dspy.Module) else ()
         demos = (demo for predictor in predictors for demo in predictor.demos)
         return sum(isinstance(demo, dspy.Example) and demo.get("augmented") is True for demo in demos)
@@ -222,11 +222,11 @@ class Compile:
             return
         self._is_shown = True
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
-            ask(lambda: seam.log_dummy_model(run.run_id, autolog_seam.FLAVOR))
+            ask(lambda: log_dummy_model(run.run_id, autolog_seam.FLAVOR))
 
 
 def pool_ended(data: Any, results: Any) -> None:
-    """Tell the compile whose own work, not that of its program or metric, has run a pool of DSPy's here."""
+    """Report the results of a worker pool to the compile that ran it itself, not in its program or metric."""
     frame = frames.current()
     if frame is None or frame.compile is None or frame.is_carried or not isinstance(frame.scope, Region):
         return
@@ -259,6 +259,6 @@ def _lms_of(module: Any) -> list[Any]:
 
 
 def active_run_handle() -> RunHandle | None:
-    """The run that is active here, as somebody else's."""
+    """Return a handle of the run that is active here, as somebody else's, or None."""
     run = active_runs.innermost()
     return None if run is None else RunHandle(run, is_own=False)

@@ -31,7 +31,7 @@ ALWAYS_LOGGED = "dspy_mlflow_async.always_logged"
 
 
 class Postponed:
-    """What an evaluation in an event loop leaves to threads: a slow store would hold up everything else in the loop.
+    """Store requests of an evaluation in an event loop, left to threads: a slow store would block the loop.
 
     Attributes:
         evaluation: The evaluation, once it has begun.
@@ -50,7 +50,7 @@ POSTPONED: ContextVar[Postponed | None] = ContextVar("dspy_mlflow_async_postpone
 
 
 class Evaluation:
-    """What one call of ``dspy.Evaluate`` holds from its start to its end.
+    """One call of ``dspy.Evaluate``, from its start to its end: its run, its examples and its score.
 
     Args:
         key: The metric key under which an optimizer follows the score.
@@ -79,7 +79,7 @@ class Evaluation:
 
     @classmethod
     def of_call(cls, instance: Any, inputs: dict[str, Any], settings: Settings | None = None) -> Evaluation:
-        """The evaluation that ``instance``, a ``dspy.Evaluate``, begins with these arguments."""
+        """Return the evaluation that ``instance``, a ``dspy.Evaluate``, begins with these arguments."""
         metadata = inputs.get("callback_metadata") or {}
         metric, devset = inputs.get("metric"), inputs.get("devset")
         return cls(
@@ -95,7 +95,7 @@ class Evaluation:
     def open(self, instance: Any, inputs: dict[str, Any], compile: Compile | None) -> None:  # noqa: A002 - DSPy's word
         """Open the run that the contract gives this evaluation, make it active, and log what is being evaluated.
 
-        Which run that is, and its step, is decided here and now, whenever the store is asked.
+        The choice of the run, and its step, is made here and now, whenever the store is asked.
         """
         self._is_logged = True
         self._compile = compile
@@ -144,7 +144,7 @@ class Evaluation:
             self._block = active_runs.Block(self.run.run)
 
     def leave(self) -> None:
-        """Make active again, by value, what was before."""
+        """Make the run inactive here: what was active before is so again."""
         if self._block is not None:
             self._block.leave()
 
@@ -190,7 +190,7 @@ class Evaluation:
     # --- the examples -------------------------------------------------------------------------------------------
 
     def watch(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The function that evaluates one example, with the example noted around it.
+        """Wrap the function that evaluates one example, so that the example is noted.
 
         Args:
             function: What DSPy gives its worker pool. Its program and its metric are exchanged for ones that tell
@@ -205,7 +205,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def example(self, item: Any, index: int | None = None) -> Iterator[Example]:
-        """Around the work on one example, sync or async, in the thread or task that does it.
+        """Note the work on one example, sync or async, in the thread or task that does it.
 
         Args:
             item: The example of the devset. A straggler that DSPy runs twice is noted twice.
@@ -229,7 +229,7 @@ class Evaluation:
             self._ended.append(example)
 
     def recall(self, index: int, trace_id: str | None, error: str | None, duration: float | None) -> Example:
-        """Note an example that an earlier, interrupted evaluation has finished: what ``Example`` says of it."""
+        """Note an example that an earlier, interrupted evaluation has finished; the arguments are ``Example``'s."""
         example = Example(index)
         example.trace_id, example.error, example.duration = trace_id, error, duration
         self.examples.append(example)
@@ -238,13 +238,13 @@ class Evaluation:
 
 
 def watch_items(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``function`` as DSPy's worker pool should run it here: watched, if it is what an evaluation runs."""
+    """Return ``function`` as DSPy's worker pool should run it here: watched, if an evaluation runs it."""
     evaluation = begun_here()
     return function if evaluation is None else evaluation.watch(function)
 
 
 def begun_here() -> Evaluation | None:
-    """The evaluation that has just begun in this context, or None where none has, or where we are inside its work."""
+    """Return the evaluation that has just begun in this context; None where none has, or we are inside its work."""
     frame = frames.current()
     if frame is None or not isinstance(frame.evaluation, Evaluation) or frame.example is not None:
         return None

@@ -1,4 +1,4 @@
-"""One example of an evaluation: which trace its prediction made, what it scored, how long it took, what it cost."""
+"""One example of an evaluation: the trace of its prediction, its feedback, its latency and its LM usage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import dspy
 from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.feedback import feedback_of, metric_name, text_of
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams.mlflow import SOURCE_SCORER_TAG, TRACE_CONTEXT, OpenSpan, extended_context
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.usage import Ledger
 
@@ -20,7 +20,7 @@ JUDGED_TRACE = "dspy_mlflow_async.judgedTrace"
 
 
 class Example:
-    """What happens to one example, noted by the one thread or task that works on it.
+    """Record of the work on one example, written by the one thread or task that works on it.
 
     Args:
         index: Its place in the devset, or None where that is not known.
@@ -49,8 +49,8 @@ class Example:
         self._is_predicting = False
         self._is_held = False
 
-    def on_span_start(self, span: seam.OpenSpan) -> None:
-        """A span begins. The first one while the program predicts belongs to the prediction's trace."""
+    def on_span_start(self, span: OpenSpan) -> None:
+        """Note the trace of the first span that begins while the program predicts: it is the prediction's."""
         if self._is_predicting and self.trace_id is None:
             self.trace_id = span.trace_id
             # The metric's feedback goes with the trace, so that it cannot race with the store.
@@ -59,16 +59,16 @@ class Example:
 
     @property
     def is_judging(self) -> bool:
-        """Whether the program has predicted, so that what happens now is the metric's doing."""
+        """Return whether the program has predicted, so that what happens now is the metric's doing."""
         return self.duration is not None
 
     def ledger(self) -> Ledger:
-        """Where an LM call that begins now is counted."""
+        """Return the ledger of an LM call that begins now."""
         return self.metric_usage if self.is_judging else self.program_usage
 
     @contextlib.contextmanager
     def predicting(self, program: Any) -> Iterator[None]:
-        """Around the program's prediction, sync or async: note how long it takes, and which trace it makes."""
+        """Note the duration and the trace of the program's prediction, sync or async, for a block around it."""
         # What is not a module may make any number of traces, none of which is the prediction's.
         self._is_predicting = isinstance(program, dspy.Module)
         begun = time.perf_counter()
@@ -80,14 +80,14 @@ class Example:
 
     @contextlib.contextmanager
     def judging(self, metric: Any) -> Iterator[Callable[[Any], None]]:
-        """Around the metric's judgement, sync or async: attach what it says to the trace of the prediction.
+        """Attach the result of the metric, sync or async, to the trace of the prediction, for a block around the call.
 
         Traces that the metric makes itself, as an LM judge does, are marked as its own and linked to the judged one.
 
         Yields:
             A function to call with what the metric returned.
         """
-        before = seam.TRACE_CONTEXT.get()
+        before = TRACE_CONTEXT.get()
         self._mark_judge_traces(metric)
         scores: list[Any] = []
         try:
@@ -96,18 +96,18 @@ class Example:
             self._attach(metric, error=error)
             raise
         finally:
-            seam.TRACE_CONTEXT.set(before)
+            TRACE_CONTEXT.set(before)
         for score in scores:
             self._attach(metric, score=score)
 
     def run_program(self, program: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Let the program predict."""
+        """Call the program, and note its prediction."""
         with self.predicting(program):
             self.prediction = program(**inputs)
         return self.prediction
 
     def run_metric(self, metric: Callable[..., Any], *judged: Any) -> Any:
-        """Let the metric judge."""
+        """Call the metric, and attach its feedback."""
         with self.judging(metric) as judge:
             score = metric(*judged)
             judge(score)
@@ -115,7 +115,7 @@ class Example:
 
     @guarded
     def close(self, error: BaseException | None) -> None:
-        """The example is over; ``error`` is what it raised, or None."""
+        """End the example; ``error`` is what it raised, or None."""
         if error is not None:
             self.error = f"{type(error).__name__}: {text_of(error)}"
         self._release()
@@ -123,8 +123,8 @@ class Example:
     @guarded
     def _mark_judge_traces(self, metric: Any) -> None:
         metadata = {} if self.trace_id is None else {JUDGED_TRACE: self.trace_id}
-        tags = {seam.SOURCE_SCORER_TAG: metric_name(metric)}
-        seam.TRACE_CONTEXT.set(seam.extended_context(metadata=metadata, tags=tags))
+        tags = {SOURCE_SCORER_TAG: metric_name(metric)}
+        TRACE_CONTEXT.set(extended_context(metadata=metadata, tags=tags))
 
     @guarded
     def _attach(self, metric: Any, *, score: Any = None, error: Exception | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A run by its id, never by the fluent stack."""
+"""Handle of a run, which logs by the run's id and never through MLflow's fluent stack of active runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from mlflow.entities import Metric, Param, RunTag
 from dspy_mlflow_async import export
 from dspy_mlflow_async.runs.artifacts import table_json
 from dspy_mlflow_async.runs.bounded import TIMEOUT, ask
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams.mlflow_runs import (
+    MLFLOW_LOGGED_ARTIFACTS,
+    PendingRun,
+    fluent,
+    forget_system_metrics,
+    remember_last_run,
+    start_system_metrics,
+)
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.door import Door
 
@@ -52,7 +59,7 @@ class _Keys:
         self._owners: dict[str, str] = {}
 
     def of(self, keys: Iterable[str]) -> dict[str, str]:
-        """A key that MLflow takes for each of these: always the same one, and no two the same."""
+        """Map each key to one that MLflow takes: always the same one, and no two the same."""
         ordered = sorted(keys, key=lambda key: storable_key(key) != key)  # what needs no other keeps its own
         return {key: self._one(key) for key in ordered}
 
@@ -95,8 +102,8 @@ class RunHandle:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the store has not told us of the run."""
-        return isinstance(self.run, seam.PendingRun) and not self.run.is_there
+        """Return whether the store has not confirmed the run yet."""
+        return isinstance(self.run, PendingRun) and not self.run.is_there
 
     @property
     def run_id(self) -> str:
@@ -132,7 +139,7 @@ class RunHandle:
         self._writer.log(self.key, tags=tags)
 
     def _tag(self, key: str, value: Any) -> str:
-        if not isinstance(value, str) or key == seam.MLFLOW_LOGGED_ARTIFACTS:
+        if not isinstance(value, str) or key == MLFLOW_LOGGED_ARTIFACTS:
             return str(value)[:MAX_TAG_LENGTH]  # a number of ours, or what MLflow reads
         return self.door.text(value, MAX_TAG_LENGTH, name=key)
 
@@ -157,7 +164,7 @@ class RunHandle:
         entry = {"path": path, "type": "table"}
         if entry not in self._tables:
             self._tables.append(entry)
-            self.tags({seam.MLFLOW_LOGGED_ARTIFACTS: json.dumps(self._tables)})  # mlflow.load_table looks there
+            self.tags({MLFLOW_LOGGED_ARTIFACTS: json.dumps(self._tables)})  # mlflow.load_table looks there
 
     def end(self, status: str, *, is_leaving: bool = False) -> None:
         """End the run, if it is ours, and was not inherited by a forked process: there it is the parent's.
@@ -170,13 +177,13 @@ class RunHandle:
         if self.is_own and self._process_id == os.getpid():
             self._writer.end(self.key, status, int(time.time() * 1000))
             if not self.is_pending:
-                seam.remember_last_run(self.run_id)
+                remember_last_run(self.run_id)
             monitor = self._stop_system_metrics()
         if not is_leaving:
             was_pending = self.is_pending
             self.settle()
             if was_pending and self.is_own and not self.is_pending:
-                seam.remember_last_run(self.run_id)
+                remember_last_run(self.run_id)
         if monitor is not None and self.is_complete:
             monitor.join(1.0 if is_leaving else TIMEOUT)
 
@@ -185,7 +192,7 @@ class RunHandle:
         if self.is_pending:
             return
         try:
-            self._monitor = seam.start_system_metrics(self.run_id, is_resumed=is_resumed or not self._is_new)
+            self._monitor = start_system_metrics(self.run_id, is_resumed=is_resumed or not self._is_new)
         except Exception as error:  # noqa: BLE001 - MLflow says a word and goes on, too
             logger.warning("System metrics are not collected for the run %s: %s", self.run_id, error)
 
@@ -193,7 +200,7 @@ class RunHandle:
         monitor, self._monitor = self._monitor, None
         if monitor is None:
             return None
-        seam.forget_system_metrics(self.run_id)
+        forget_system_metrics(self.run_id)
         # It asks the store, for as long as that takes; a daemon does not hold up the end of the process.
         thread = threading.Thread(target=monitor.finish, name="dspy-mlflow-async-metrics", daemon=True)
         thread.start()
@@ -209,7 +216,7 @@ class RunHandle:
 
     def _stored_params(self) -> Mapping[str, str]:
         try:
-            return ask(lambda: dict(seam.fluent.get_run(self.run_id).data.params))
+            return ask(lambda: dict(fluent.get_run(self.run_id).data.params))
         except Exception:  # noqa: BLE001 - the store is away
             return {}
 
@@ -218,7 +225,7 @@ def _stored_tables(run_id: str, path: str) -> tuple[list[dict[str, str]], Mappin
     """The tables that a run has, and the content of the one at ``path``."""
     import mlflow
 
-    tables = json.loads(seam.fluent.get_run(run_id).data.tags.get(seam.MLFLOW_LOGGED_ARTIFACTS, "[]"))
+    tables = json.loads(fluent.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
     if {"path": path, "type": "table"} not in tables:
         return tables, None
     return tables, json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{path}"))

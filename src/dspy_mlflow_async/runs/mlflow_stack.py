@@ -1,4 +1,4 @@
-"""Puts the context's active runs into MLflow, so that its fluent functions read and change those; returns the undo."""
+"""Patch of MLflow's fluent functions, so that they read and change the active runs of the context; with its undo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import stack
 from dspy_mlflow_async.runs.nesting import replace_start_run
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -60,13 +60,13 @@ class ContextRunStack:
         self._view = _View()
 
     def get(self) -> Any:
-        """The active runs here, as something with the list methods that MLflow uses."""
+        """Return the active runs here, as something with the list methods that MLflow uses."""
         return stack.without_ended(self.original.get()) if stack.in_context() is None else self._view
 
     def get_all_thread_values(self) -> dict[int, list[Any]]:
-        """What MLflow takes the newest of, to attribute a trace: here, the innermost run of this context.
+        """Return the runs by thread, of which MLflow gives a trace to the newest: the innermost run of this context.
 
-        Where there is none, all that MLflow alone would list: also what other contexts have, off its own list.
+        Where there is none, return all that MLflow alone would list: also what other contexts have, off its own list.
         """
         runs = stack.in_context()
         if runs is None:
@@ -78,7 +78,7 @@ class ContextRunStack:
         return {threading.get_ident(): list(runs[-1:])}
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the original's."""
+        """Take everything else from the original."""
         return getattr(self.original, name)
 
 
@@ -88,21 +88,21 @@ def replace_stack(count_blocks: Callable[[int], None]) -> Undo:
     Args:
         count_blocks: Called with 1 where a block begins that relies on this, and with -1 where it ends.
     """
-    if not seam.has_run_stack():
+    if not mlflow_runs.has_run_stack():
         logger.warning(
             "This MLflow keeps its active runs elsewhere: mlflow.active_run() stays thread-local. All else works."
         )
         return lambda: None
-    original = seam.run_stack()
+    original = mlflow_runs.run_stack()
     replacement = ContextRunStack(original)
-    setattr(seam.fluent, seam.STACK_NAME, replacement)
+    setattr(mlflow_runs.fluent, mlflow_runs.STACK_NAME, replacement)
     undo_blocks = _replace_blocks(replacement, count_blocks)
     undo_start = replace_start_run()
-    undo_wait = seam.wait_in_fluent_calls(_wait_for_run)
+    undo_wait = mlflow_runs.wait_in_fluent_calls(_wait_for_run)
 
     def undo() -> None:
-        if seam.run_stack() is replacement:
-            setattr(seam.fluent, seam.STACK_NAME, original)
+        if mlflow_runs.run_stack() is replacement:
+            setattr(mlflow_runs.fluent, mlflow_runs.STACK_NAME, original)
         undo_blocks()
         undo_start()
         undo_wait()
@@ -114,7 +114,7 @@ def replace_stack(count_blocks: Callable[[int], None]) -> Undo:
 def _wait_for_run() -> None:
     """Wait for the run that is active here, for a bounded time, where its creation waits in the queue."""
     run = stack.innermost()
-    if isinstance(run, seam.PendingRun) and not run.is_there:
+    if isinstance(run, mlflow_runs.PendingRun) and not run.is_there:
         export.run_writer(None).settle(run.info.run_id)
 
 
@@ -122,12 +122,12 @@ def _wait_for_run() -> None:
 
 
 def _replace_blocks(replacement: ContextRunStack, count_blocks: Callable[[int], None]) -> Undo:
-    enter, leave = seam.ActiveRun.__enter__, seam.ActiveRun.__exit__
+    enter, leave = mlflow_runs.ActiveRun.__enter__, mlflow_runs.ActiveRun.__exit__
 
     @functools.wraps(enter)
     def enter_context(self: Any) -> Any:
         runs = replacement.original.get()
-        if stack.VARIABLE.get() is None and runs and runs[-1] is self and seam.run_stack() is replacement:
+        if stack.VARIABLE.get() is None and runs and runs[-1] is self and mlflow_runs.run_stack() is replacement:
             stack.mark_opened_here(self)
             stack.VARIABLE.set(tuple(runs))
             stack.OPEN.add(runs.pop())
@@ -149,19 +149,19 @@ def _replace_blocks(replacement: ContextRunStack, count_blocks: Callable[[int], 
             noted.ends_in_place = False
             count_blocks(-1)
 
-    seam.ActiveRun.__enter__, seam.ActiveRun.__exit__ = enter_context, leave_context
+    mlflow_runs.ActiveRun.__enter__, mlflow_runs.ActiveRun.__exit__ = enter_context, leave_context
 
     def undo() -> None:
-        if seam.ActiveRun.__enter__ is enter_context:
-            seam.ActiveRun.__enter__ = enter
-        if seam.ActiveRun.__exit__ is leave_context:
-            seam.ActiveRun.__exit__ = leave
+        if mlflow_runs.ActiveRun.__enter__ is enter_context:
+            mlflow_runs.ActiveRun.__enter__ = enter
+        if mlflow_runs.ActiveRun.__exit__ is leave_context:
+            mlflow_runs.ActiveRun.__exit__ = leave
 
     return undo
 
 
 def _is_elsewhere(run: Any) -> bool:
-    """Whether MLflow, which ends what is innermost here, would not end ``run``, whose block ends now.
+    """Return whether MLflow, which ends what is innermost here, would not end ``run``, whose block ends now.
 
     A block may be entered in one task and left in another, and blocks of generators need not end last in, first out.
     """

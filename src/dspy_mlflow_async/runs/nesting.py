@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 from dspy_mlflow_async.runs import stack
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams.mlflow_runs import fluent, mlflow
 
 Undo = Callable[[], None]
 
 
 def replace_start_run() -> Undo:
-    """Exchange it where MLflow's users find it."""
+    """Replace ``mlflow.start_run`` where MLflow's users find it, and return the undo."""
     replaced: list[tuple[Any, Any]] = []
     known: dict[Any, Any] = {}
-    for owner in (seam.fluent, seam.mlflow):
+    for owner in (fluent, mlflow):
         start = owner.start_run
         if {"nested", "parent_run_id"} <= set(inspect.signature(start).parameters):
             known[start] = known.get(start) or _nesting(start)
@@ -33,7 +33,7 @@ def replace_start_run() -> Undo:
 
 
 def _nesting(start: Callable[..., Any]) -> Callable[..., Any]:
-    """``mlflow.start_run``, which raises for what the user has opened in this thread and task, and nothing else.
+    """Wrap ``mlflow.start_run``: it raises below a run that the user has opened in this thread and task, and no other.
 
     What is active here because it was inherited, or was made for an evaluation or a compile, MLflow alone would not
     know of, and the program would run: below such a run the new one is nested unasked.

@@ -1,4 +1,4 @@
-"""Finds out which noted example stands in which row of an evaluation's results, and sums all of them up."""
+"""Result table and statistics of an evaluation, with each row matched to the example that was noted for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dspy_mlflow_async.spans.opaque import contain
 
 
 class Results:
-    """What an evaluation has returned, together with what was noted of each example.
+    """Results of an evaluation, together with what was noted of each example.
 
     Args:
         outputs: What ``Evaluate`` returned: ``results`` holds (example, prediction, score); ``places`` says where in
@@ -44,7 +44,7 @@ class Results:
         return artifacts.columns_of(rows)
 
     def statistics(self) -> dict[str, float | None]:
-        """Errors, and the latency of the program."""
+        """Count the errors, and take the latency of the program, median and 95th percentile."""
         durations = sorted(noted.duration for noted in self._noted if noted and noted.duration is not None)
         return {
             "errors": sum(noted is not None and noted.error is not None for noted in self._noted),
@@ -73,8 +73,8 @@ def quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def _matched(rows: Sequence[tuple[int, Any]], ended: Sequence[Example]) -> list[Example | None]:
-    """The noted example of each row: by its place where that is known, else by the prediction, else by the object,
-    else by what is in it.
+    """Match each row to its noted example: by its place where that is known, else by the prediction, else by the
+    object, else by what is in it.
 
     DSPy does not tell at which place of the devset a worker is, and one object may stand at several.
     """
@@ -107,7 +107,7 @@ def _matched(rows: Sequence[tuple[int, Any]], ended: Sequence[Example]) -> list[
 
 
 def _content(item: Any) -> Any:
-    """What is in an item, as text, to find it again in a devset that makes its items anew."""
+    """Content of a devset's item as text, to find it again in a devset that makes its items anew."""
     try:
         return repr(artifacts.fields_of(item))
     except BaseException as error:  # noqa: BLE001 - a repr is the user's code

@@ -1,4 +1,4 @@
-"""A run for a block of sync or async code, safe in tasks, whose context it follows."""
+"""MLflow run for a block of sync or async code, safe in concurrent tasks, since it is active in the block's context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import anyio.to_thread
 
 from dspy_mlflow_async.runs import active_runs, selection
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle, run_status
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.spans.door import Door
 
 
@@ -106,11 +106,11 @@ class run:  # noqa: N801 - used like a function
         parent = active_runs.innermost()
         tags, experiment_id = dict(self._tags), self._experiment_id
         if self._parent_run_id is not None:
-            tags[seam.MLFLOW_PARENT_RUN_ID] = self._parent_run_id
+            tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = self._parent_run_id
         elif parent is not None:
-            tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
+            tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
             experiment_id = experiment_id or parent.info.experiment_id
-        handle = RunHandle(seam.create_run(self._name, experiment_id, tags), is_own=True)
+        handle = RunHandle(mlflow_runs.create_run(self._name, experiment_id, tags), is_own=True)
         selection.register(handle)
         with self._lock:
             self._handle, status = handle, self._status
@@ -143,5 +143,5 @@ class run:  # noqa: N801 - used like a function
 
 
 def _tag(door: Door, key: str, value: Any) -> str:
-    """What the user says; MLflow's own keys point to runs and sources."""
+    """Redact and bound a tag of the user's; MLflow's own keys, which point to runs and sources, stay whole."""
     return str(value) if key.startswith("mlflow.") else door.text(value, MAX_TAG_LENGTH, name=key)

@@ -1,4 +1,4 @@
-"""Which run an evaluation or a compile logs into: its own, the user's, or a child of one that is taken."""
+"""Choice of the run that an evaluation or a compile logs into: its own, the user's, or a child of one that is taken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.runs.bounded import TIMEOUT, ask
 from dspy_mlflow_async.runs.handle import KILLED, RunHandle
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -41,16 +41,16 @@ def create_or_queue(
     Raises:
         Exception: Where the store refuses.
     """
-    tags = seam.resolve_tags(tags or {})
+    tags = mlflow_runs.resolve_tags(tags or {})
     experiment_id, experiment_name = None if parent is None else parent.info.experiment_id, None
-    if isinstance(parent, seam.PendingRun):
+    if isinstance(parent, mlflow_runs.PendingRun):
         experiment_id = parent.known_experiment_id
     if experiment_id is None:
-        experiment_id, experiment_name = seam.experiment_here()
+        experiment_id, experiment_name = mlflow_runs.experiment_here()
     start_time_ms, stand_in = int(time.time() * 1000), export.new_id()
     is_below_pending = False
     if parent is not None:
-        tags[seam.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
+        tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
         is_below_pending = export.is_stand_in(parent.info.run_id)
     writer, attempt = export.run_writer(None), _Attempt()
     creation = export.Creation(
@@ -64,7 +64,7 @@ def create_or_queue(
     try:
         if not is_below_pending:
             return ask(
-                lambda: RunHandle(seam.create_run(name, experiment_id, marked, start_time_ms), is_own=True),
+                lambda: RunHandle(mlflow_runs.create_run(name, experiment_id, marked, start_time_ms), is_own=True),
                 discard=lambda late: attempt.came_late(late, lambda: writer.keep(stand_in, late.run, creation)),
                 timeout=TIMEOUT if timeout is None else timeout,
             )
@@ -76,7 +76,7 @@ def create_or_queue(
         attempt.give_up()
         raise
     writer.create(stand_in, creation)
-    return RunHandle(seam.PendingRun(stand_in, experiment_id, name, start_time_ms, export.known), is_own=True)
+    return RunHandle(mlflow_runs.PendingRun(stand_in, experiment_id, name, start_time_ms, export.known), is_own=True)
 
 
 class _Attempt:
@@ -97,7 +97,7 @@ class _Attempt:
             keep()
 
     def give_up(self) -> None:
-        """Nobody wants the run any more."""
+        """Give the run up: it ends as soon as it is there."""
         with self._lock:
             self._is_given_up, late = True, self._late
         if late is not None:
@@ -108,12 +108,14 @@ def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> Ru
     """Take up a run that ends with what begins here, as ``mlflow.start_run`` does with ``MLFLOW_RUN_ID``."""
     begun = int(time.time() * 1000)
     try:
-        handle = ask(lambda: RunHandle(seam.resume_run(run_id, name, tags or {}), is_own=True, is_new=False))
+        handle = ask(lambda: RunHandle(mlflow_runs.resume_run(run_id, name, tags or {}), is_own=True, is_new=False))
     except Exception as error:
         if export.is_refusal(error):
             raise
         handle = RunHandle(
-            seam.PendingRun(run_id, seam.experiment_here()[0], name, begun, export.known), is_own=True, is_new=False
+            mlflow_runs.PendingRun(run_id, mlflow_runs.experiment_here()[0], name, begun, export.known),
+            is_own=True,
+            is_new=False,
         )
         handle.tags(dict(tags or {}) | ({} if name is None else {"mlflow.runName": name}))
     return _owned(handle)
@@ -127,14 +129,14 @@ def _owned(handle: RunHandle) -> RunHandle:
 
 
 class Occupancy:
-    """Which runs somebody logs into now. ``lock`` guards the set."""
+    """Ids of the runs that an evaluation or a compile logs into now. ``lock`` guards the set."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._run_ids: set[str] = set()
 
     def claim(self, run_id: str) -> bool:
-        """Take a run for oneself; False where somebody else has it."""
+        """Claim a run; return False where somebody else has it."""
         with self._lock:
             if run_id in self._run_ids:
                 return False
@@ -142,7 +144,7 @@ class Occupancy:
             return True
 
     def release(self, run_id: str) -> None:
-        """Give it back."""
+        """Give a claimed run back."""
         with self._lock:
             self._run_ids.discard(run_id)
 
@@ -153,7 +155,7 @@ _occupancy = Occupancy()
 def find_run(
     name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None
 ) -> RunHandle | Callable[[], RunHandle]:
-    """The run that an evaluation or a compile which begins here logs into, or what opens it, in whichever thread.
+    """Find the run for an evaluation or a compile that begins here, or a function that opens it in any thread.
 
     None open: its own, or the one that ``mlflow run`` has made for this process. One that the user opened in this
     thread and task, and nobody else is in: that one, as MLflow does. One that was inherited, or that somebody is in:
@@ -170,7 +172,7 @@ def find_run(
     """
     run = active_runs.innermost()
     if run is None:
-        run_id = seam.take_run_id()
+        run_id = mlflow_runs.take_run_id()
         if run_id is None:
             return functools.partial(create, name, tags=tags)
         return functools.partial(_resume, run_id, name, tags)
@@ -181,7 +183,7 @@ def find_run(
 
 
 def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
-    """The run of ``find_run``, opened.
+    """Open the run of ``find_run``.
 
     Raises:
         Exception: Where one has to be created, and the store refuses.
@@ -209,7 +211,7 @@ def register(handle: RunHandle, *, is_resumed: bool = False) -> None:
 
 
 def unregister(handle: RunHandle) -> None:
-    """It ends in another way."""
+    """Forget a run that ends in another way."""
     _open.pop(handle.key, None)
 
 
@@ -229,7 +231,7 @@ before_leaving(end_open_runs)
 
 
 def _start_afresh() -> None:
-    """In a forked child: what is open is the parent's, and nobody holds a lock."""
+    """Start afresh in a forked child: what is open is the parent's, and nobody holds a lock."""
     _open.clear()
     _occupancy.__init__()  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""Which runs are active here: an immutable tuple in a context variable or, where it holds none, MLflow's own list."""
+"""Active runs of this context: an immutable tuple in a context variable or, where it holds none, MLflow's own list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 
 Runs = tuple[Any, ...]
 
@@ -46,10 +46,10 @@ def in_context() -> Runs | None:
 
 def native() -> Runs:
     """The runs on MLflow's own list in this thread; where it keeps them elsewhere, the one that it shows."""
-    if not seam.has_run_stack():
-        run = seam.fluent.active_run()
+    if not mlflow_runs.has_run_stack():
+        run = mlflow_runs.fluent.active_run()
         return () if run is None else (run,)
-    shown = seam.run_stack()
+    shown = mlflow_runs.run_stack()
     return tuple(without_ended(getattr(shown, "original", shown).get()))
 
 
@@ -109,7 +109,7 @@ class _Open:
         return [run for _, run in found if run is not None and not has_ended(run)]
 
     def after_fork(self) -> None:
-        """In a forked child: a lock of its own; the parent's runs are seen there, as MLflow has it."""
+        """Make a new lock in a forked child; the parent's runs are seen there, as MLflow has it."""
         self._lock = threading.Lock()
 
 
@@ -120,7 +120,7 @@ OPEN = _Open()
 
 
 class Notes:
-    """What we know of one of MLflow's run objects, and do not write on it: it is MLflow's.
+    """Notes on one of MLflow's run objects, kept beside it, since the object is MLflow's.
 
     Attributes:
         opened_in: The thread and task that opened it, or None where we have not seen that.
@@ -142,13 +142,13 @@ _notes: WeakKeyDictionary[Any, Notes] = WeakKeyDictionary()
 
 
 def notes(run: Any) -> Notes:
-    """What is noted of ``run``."""
+    """Return what is noted of ``run``."""
     found = _notes.get(run)
     return _notes.setdefault(run, Notes()) if found is None else found
 
 
 def has_ended(run: Any) -> bool:
-    """Whether ``run`` has been ended somewhere else than at the end of its own block."""
+    """Return whether ``run`` has been ended somewhere else than at the end of its own block."""
     return notes(run).has_ended
 
 
@@ -165,7 +165,7 @@ def place() -> tuple[int, int | None]:
 
 
 def was_opened_here(run: Any) -> bool:
-    """Whether ``run`` was opened in this thread and task. One that we have not seen opened counts as such."""
+    """Return whether ``run`` was opened in this thread and task. One that we have not seen opened counts as such."""
     opened = notes(run).opened_in
     return opened is None or opened == place()
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from dspy_mlflow_async.seams import mlflow_runs as seam
+from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.seams.mlflow import TokenUsageKey
 from dspy_mlflow_async.spans.usage import Ledger, token_usage
 
 
 class TotalUsage(NamedTuple):
-    """What some LM calls used.
+    """Tokens and cost of some LM calls.
 
     Attributes:
         calls: How many there were, those answered from DSPy's cache included.
@@ -60,8 +60,8 @@ _PROVIDER_DETAILS = {
 
 
 def cost_of(tokens: Mapping[str, Mapping[str, int]]) -> float | None:
-    """What these tokens, by model, cost in US dollars; None where the price of one of the models is not known."""
-    costs = [seam.cost_in_usd(model, counted) for model, counted in tokens.items()]
+    """Cost of these tokens, by model, in US dollars; None where the price of one of the models is not known."""
+    costs = [mlflow_runs.cost_in_usd(model, counted) for model, counted in tokens.items()]
     return None if any(cost is None for cost in costs) else sum(cost for cost in costs if cost is not None)
 
 

@@ -1,1 +1,1 @@
-"""What happened? Describes calls, makes their values storable, and records them as spans."""
+"""Spans of DSPy's calls: describes each call, makes its values storable, and records it."""

@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 
 def end_of(pattern: re.Pattern[bytes], data: bytes, begin: int) -> int:
-    """Where what a pattern finds at ``begin`` ends; ``begin`` where it finds nothing there."""
+    """End of a pattern's match at ``begin``; ``begin`` where it matches nothing there."""
     found = pattern.match(data, begin)
     return begin if found is None else found.end()
 
@@ -74,7 +74,7 @@ _MOST_QUOTES = 16  # in one value
 
 
 def may_have_values(lowered: bytes) -> bool:
-    """Whether the end of a secret's name may stand before a sign, where that can be said in one short pass."""
+    """Return whether the end of a secret's name may stand before a sign, where that can be said in one short pass."""
     return len(lowered) > _CHUNK or _NAMED.search(lowered) is not None
 
 
@@ -128,7 +128,7 @@ def _value_at(data: bytes, sign: int) -> Span | None:
 
 
 def _bare(data: bytes, begin: int, name: str, lead: bytes | None, *, is_assigned: bool) -> Span | None:
-    """The same where it has no quotes; ``lead`` is what stands before the name, or None for code."""
+    """The secret at ``begin`` without quotes; ``lead`` is what stands before the name, or None for code."""
     bare = _BARE.match(data, begin)
     if bare is None:
         return None
@@ -179,7 +179,7 @@ def _quoted(data: bytes, begin: int, quote: bytes, name: str, *, is_assigned: bo
 
 
 def _closing(data: bytes, begin: int, limit: int, quote: bytes) -> int:
-    """Where a text that began with ``quote`` ends; ``limit`` where it does not, or has many quotes in it."""
+    """End of a text that began with ``quote``; ``limit`` where it does not end, or has many quotes in it."""
     place = begin - 1
     for _ in range(_MOST_QUOTES):
         place = data.find(quote, place + 1, limit)
@@ -192,7 +192,7 @@ def _closing(data: bytes, begin: int, limit: int, quote: bytes) -> int:
 
 
 def is_value(value: bytes, name: str, *, is_plain: bool, is_assigned: bool, is_quoted: bool = False) -> bool:
-    """Whether what stands behind the name of a secret is one, rather than code, prose, or a place for one."""
+    """Return whether what stands behind the name of a secret is one, rather than code, prose, or a place for one."""
     if len(value) < 4 or PLACEHOLDER.match(value) or value.lower() in _NOT_ONE:  # noqa: PLR2004 - too short to be kept secret
         return False
     word, known = value.rstrip(b"0123456789").lower(), name.lower().encode()
@@ -215,14 +215,14 @@ def is_value(value: bytes, name: str, *, is_plain: bool, is_assigned: bool, is_q
 
 
 def looks_random(value: bytes) -> bool:
-    """Letters and digits mixed, or long and no words."""
+    """Return whether it looks random: letters and digits mixed, or long and no words."""
     if len(value) < SHORTEST or not _LETTER.search(value):
         return False
     return _has_digit(value) or (len(value) >= SHORTEST_TOKEN and not _is_word(value))
 
 
 def _is_word(value: bytes) -> bool:
-    """Words, perhaps several with hyphens, underscores or humps between, such as names in code have."""
+    """Return whether it is made of words, perhaps with hyphens, underscores or humps between, as names in code are."""
     humps = sum(map(_is_hump, value, value[1:]))
     return not _has_digit(value) and (humps * 5 <= len(value) or value.isupper())
 

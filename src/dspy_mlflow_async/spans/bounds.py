@@ -19,7 +19,7 @@ _Whole = TypeVar("_Whole", str, "list[Any]")
 
 
 class Mark(str):
-    """What says how much is missing, or a text that ends with it.
+    """Text of a mark that says how much is missing, or a text that ends with one.
 
     Attributes:
         kept: How many characters of the text are the value's; None where it stands for items or keys.
@@ -46,14 +46,14 @@ def mark_of_text(kept: str, total: int, *, missing: int | None = None, unit: str
 
 
 def mark_of_items(kept: int, total: int, kind: str) -> Mark:
-    """What stands in the place of the items, or keys, that are missing."""
+    """Mark in the place of the items, or keys, that are missing."""
     mark = Mark(f"[cut: {total - kept} of {total} {kind}]")
     mark.kept, mark.total, mark.unit = None, total, kind
     return mark
 
 
 def beginning(text: str, max_bytes: int) -> str:
-    """As much of a text as has so many bytes in UTF-8."""
+    """The beginning of a text, of so many bytes in UTF-8 at most."""
     content = text[: max(max_bytes, 0)].encode("utf-8", "surrogatepass")
     end = max(max_bytes, 0)
     if len(content) <= end:
@@ -70,7 +70,7 @@ def json_text(plain: Any) -> str:
 
 
 def json_bytes(plain: Any) -> bytes:
-    """The same in bytes, and faster; NaN and the infinities are null."""
+    """JSON text in bytes, made faster than by ``json_text``; NaN and the infinities are null."""
     try:
         return orjson.dumps(plain)
     except (TypeError, ValueError):  # an integer beyond 64 bits, or a lone surrogate
@@ -153,7 +153,7 @@ def _can_be_cut(item: Any, space: int) -> bool:
 def _as_many_as_fit(
     whole: _Whole, room: int, write: Callable[[_Whole], bytes], *, apart: int = 0
 ) -> tuple[int, int, list[bytes]]:
-    """How many of the first items of ``whole`` fit into ``room`` bytes, how many bytes they leave, and their text.
+    """Count the first items of ``whole`` that fit into ``room`` bytes; return also the bytes left, and their text.
 
     Args:
         whole: A text, or a list.

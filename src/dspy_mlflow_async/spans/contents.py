@@ -1,4 +1,4 @@
-"""Masks secrets in texts by what they look like and by what stands before them: tokens, addresses, assignments.
+"""Masking of secrets in texts, by their form and by what stands before them: tokens, addresses, assignments.
 
 Every text that is stored comes through here, so the search is cheap first: a few passes in C over a copy with one
 byte a character find the places that are looked at more closely. It is linear for every text: each place is looked
@@ -43,7 +43,7 @@ def mask(text: str) -> str:
 
 
 def mask_beginning(text: str, most: int) -> str:
-    """At most so many characters of a text, masked before it is cut: no half of a secret is left."""
+    """The first characters of a text, masked before it is cut: no half of a secret is left."""
     if len(text) <= most + MARGIN:
         return mask(text)[:most]
     shown = mask(text[: most + MARGIN])
@@ -198,7 +198,7 @@ def _private_keys(data: bytes) -> Iterator[Span]:
 
 
 def _end_of_lines(data: bytes, begin: int) -> int:
-    """Where the lines of a key end that was cut: with the first that is none."""
+    """End of the lines of a key that was cut: before the first that is none."""
     end = begin
     while (line := _KEY_LINE.match(data, end)) is not None:
         if line.end() - line.start() < 16 and line.end() < len(data):  # noqa: PLR2004 - a word

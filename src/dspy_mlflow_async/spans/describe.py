@@ -25,7 +25,7 @@ FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the u
 
 
 class Description(NamedTuple):
-    """What is known of a call when it begins.
+    """Description of a call when it begins: the name, type, inputs and attributes of its span.
 
     Attributes:
         name: The span's name.
@@ -43,7 +43,7 @@ class Description(NamedTuple):
 
 
 def describe_module(instance: Any, inputs: Mapping[str, Any]) -> Description:
-    """A call of a ``dspy.Module``, retriever or embedder."""
+    """Describe a call of a ``dspy.Module``, retriever or embedder."""
     # Built-in modules take keywords only; an empty "args" says nothing.
     if "args" in inputs and not inputs["args"]:
         inputs = {key: value for key, value in inputs.items() if key != "args"}
@@ -56,7 +56,7 @@ def describe_module(instance: Any, inputs: Mapping[str, Any]) -> Description:
 
 
 def describe_lm(instance: Any, inputs: Mapping[str, Any]) -> Description:
-    """A call of a ``dspy.LM`` or of anything that DSPy reports like one."""
+    """Describe a call of a ``dspy.LM`` or of anything that DSPy reports like one."""
     model = getattr(instance, "model", None)
     model_type = getattr(instance, "model_type", None)
     attributes = {
@@ -83,12 +83,12 @@ def describe_lm(instance: Any, inputs: Mapping[str, Any]) -> Description:
 
 
 def describe_adapter(instance: Any, inputs: Mapping[str, Any], step: str) -> Description:
-    """A call of an adapter's ``format`` or ``parse``."""
+    """Describe a call of an adapter's ``format`` or ``parse``."""
     return Description(f"{type(instance).__name__}.{step}", SpanType.PARSER, _unpack(inputs), {})
 
 
 def describe_tool(instance: Any, inputs: Mapping[str, Any]) -> Description:
-    """A call of a ``dspy.Tool``."""
+    """Describe a call of a ``dspy.Tool``."""
     arguments = _unpack(inputs)
     arguments.pop("args", None)  # tools take keywords only
     attributes = {"name": instance.name, "description": instance.desc, "args": instance.args}
@@ -96,13 +96,13 @@ def describe_tool(instance: Any, inputs: Mapping[str, Any]) -> Description:
 
 
 def describe_interpreter(instance: Any, inputs: Mapping[str, Any], operation: str) -> Description:
-    """An operation of a code interpreter: ``execute``, ``tool_call``, ``startup`` or ``shutdown``."""
+    """Describe an operation of a code interpreter: ``execute``, ``tool_call``, ``startup`` or ``shutdown``."""
     span_type = SpanType.TOOL if operation in {"execute", "tool_call"} else SpanType.UNKNOWN
     return Description(f"{type(instance).__name__}.{operation}", span_type, _unpack(inputs), {}, has_secrets=True)
 
 
 def describe_outputs(instance: Any, outputs: Any) -> Any:
-    """What a module returned, in the form that MLflow shows: predictions as dicts, documents as documents."""
+    """Convert a module's result to the form that MLflow shows: predictions as dicts, documents as documents."""
     if not issubclass(type(outputs), dspy.Prediction):
         return outputs
     kind = type(instance)
@@ -116,7 +116,7 @@ def describe_outputs(instance: Any, outputs: Any) -> Any:
 
 
 def _as_dict(value: Any) -> Any:
-    """``dspy.Example.toDict``, which asks every value for a method, and so evaluates lazy ones."""
+    """Stand-in for ``dspy.Example.toDict``, which asks every value for a method, and so evaluates lazy ones."""
     kind = type(value)
     if kind in _SCALARS or behind(value)[1]:
         return value

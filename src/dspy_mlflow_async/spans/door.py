@@ -1,4 +1,4 @@
-"""The one door to the store: what this package writes is redacted, masked and bounded here, whatever it is.
+"""Redaction, masking and bounds of everything that this package stores: the one door to the store.
 
 Spans, artifacts, params, tags, metadata, sessions, users, feedback and exceptions pass it. ``Plain`` does the work;
 nothing else makes one, which a test of the structure holds.
@@ -29,7 +29,7 @@ _DEFAULTS = Settings()
 
 
 class MaskingFilter(logging.Filter):
-    """Masks what is put into the lines of our log: errors and names come from models, users and servers."""
+    """Masks secrets in the lines of our log: errors and names come from models, users and servers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every record pass, with its arguments and its traceback masked."""
@@ -56,7 +56,7 @@ logging.getLogger("dspy_mlflow_async").addFilter(MaskingFilter())
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """What is stored, by the settings of one tracer.
+    """Redaction, masking and bounds by the settings of one tracer, for each kind of value that is stored.
 
     Attributes:
         settings: The tracer's, with the request's own redaction.
@@ -66,7 +66,7 @@ class Door:
 
     @classmethod
     def here(cls, settings: Settings | None = None) -> Door:
-        """The door of the request around this place.
+        """Return the door of the request around this place.
 
         Args:
             settings: Those of the tracer; by default those of the one that DSPy knows here.
@@ -79,7 +79,7 @@ class Door:
         return cls(settings if request is None else request.adapt(settings))
 
     def plain(self, most: int | None = None, *, secrets: bool = False, media: bool = False) -> Plain:
-        """A pass over one value.
+        """Return a pass over one value.
 
         Args:
             most: How many bytes its JSON text may have; by default as many as the settings say.
@@ -95,7 +95,7 @@ class Door:
         )
 
     def text(self, value: Any, most: int, *, name: str = "") -> str:
-        """A value as text of so many characters at most.
+        """Convert a value to text of so many characters at most.
 
         Args:
             value: A text, a number, or whatever shows itself as text.
@@ -113,7 +113,7 @@ class Door:
         return mask_beginning(text, most) if self.settings.mask_contents else text[:most]
 
     def document(self, content: bytes) -> bytes:
-        """A JSON document, such as the state of a program; byte by byte the same where there is nothing to hide."""
+        """Redact and mask a JSON document, such as a program's state; the same bytes where there is nothing to hide."""
         before = json.loads(content)
         plain = self.plain(MAX_DOCUMENT_BYTES)
         after = plain(_without_secrets(before))
@@ -124,7 +124,7 @@ class Door:
         return orjson.dumps(after, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
     def failure(self, failure: Failure) -> Failure:
-        """What is stored of an exception: its message and its stack trace, and no more of its text than is read."""
+        """Redact, mask and bound the message and the stack trace of an exception."""
         most = min(self.settings.max_value_bytes, MAX_FAILURE_BYTES)
         message, stacktrace = (self._failure_text(text, most) for text in (failure.message, failure.stacktrace))
         return failure._replace(message=message, stacktrace=stacktrace)
@@ -145,7 +145,7 @@ _DATA = frozenset({"demos", "train", "traces", "signature", "extended_signature"
 
 
 def _without_secrets(state: Any) -> Any:
-    """A program's state without the texts whose keys name secrets. What is no text may be a predictor of that name."""
+    """A program's state without the texts whose keys name secrets. Other values may be predictors of that name."""
     if isinstance(state, list):
         return [_without_secrets(item) for item in state]
     if not isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""Finds pictures, recordings and files in texts, as DSPy and providers write them, and tells of them in few words.
+"""Pictures, recordings and files in texts, as DSPy and providers write them, found and replaced by a few words.
 
 MLflow stores what it recognises beside the trace, as attachments. For that it has to get each as a text of its own,
 and whole: not within the text of ``dspy.Image``, and not cut.
@@ -25,12 +25,12 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/=_-]*")
 
 
 def may_be_attached(text: str, key: str | None) -> bool:
-    """Whether MLflow may recognise a text, which stands below this key, as a medium."""
+    """Return whether MLflow may recognise a text, which stands below this key, as a medium."""
     return key in _ATTACHMENT_KEYS or is_data_uri(text)
 
 
 def is_data_uri(text: str) -> bool:
-    """Whether a text begins as a medium in base64."""
+    """Return whether a text begins as a medium in base64."""
     return text.startswith("data:") and ";base64," in text[:200]
 
 
@@ -89,7 +89,7 @@ def _is_base64(text: str) -> bool:
 
 
 def in_few_words(text: str, key: str | None = None) -> str:
-    """A text with what it was in place of each medium in it: its type, its size and a hash of its bytes."""
+    """Replace each medium in a text by its type, its size and a hash of its bytes."""
     if key in _ATTACHMENT_KEYS and _is_base64(text):
         return _told("base64", text)
     if len(text) <= SHORT or ";base64," not in text:
@@ -111,7 +111,7 @@ def _told(kind: str, content: str) -> str:
 
 
 def without_media(value: Any, key: str | None = None) -> Any:
-    """A plain value with few words in place of each medium in it."""
+    """Replace each medium in a plain value by a few words."""
     if isinstance(value, str):
         return in_few_words(value, key)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Who is told what happens inside of it: an evaluation's example, a request of a service."""
+"""Interfaces of the observers of spans and LM calls: an evaluation's example, a request of a service."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class LmCall(NamedTuple):
 
 
 class Observer(Protocol):
-    """What an evaluation's example is to the calls inside of it."""
+    """Observer of the spans inside of it, such as an evaluation's example."""
 
     def on_span_start(self, span: Any) -> None:
-        """A span begins."""
+        """Take note of a span that begins."""
 
 
 class RequestObserver(Observer, Protocol):
-    """What a request is to the calls inside of it."""
+    """Observer of the spans and LM calls inside of a request."""
 
     def lm_call_ended(self, call: LmCall) -> None:
-        """An LM call has ended, with a span of its own or not."""
+        """Take note of an LM call that has ended, with a span of its own or not."""
 
     def adapt(self, settings: Settings) -> Settings:
-        """The settings for a span that begins here, given the tracer's."""
+        """Return the settings for a span that begins here, given the tracer's."""

@@ -1,4 +1,4 @@
-"""Looks into objects whose text shows what they hold, without running anybody's code."""
+"""Contents of objects whose text shows what they hold, read without running the user's code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VIEWS: tuple[type[Any], ...] = (type({}.values()), type({}.items()))
 
 
 def contents_of(value: Any, most: int = sys.maxsize) -> Any:
-    """What an object holds, as a mapping or list that may be the object's own; None where that cannot be known.
+    """Contents of an object, as a mapping or list that may be the object's own; None where they cannot be known.
 
     Other mappings are not read: to iterate over one is to run its code.
 
@@ -66,7 +66,7 @@ def beginning_of_text(value: Any, most: int) -> tuple[str, int, str]:
 
 
 def is_a(value: Any, kinds: Any) -> bool:
-    """``isinstance`` without asking the object what it is, which evaluates lazy ones and runs ``__getattr__``."""
+    """Check an object's type without reading its ``__class__``, which evaluates lazy ones and runs ``__getattr__``."""
     return issubclass(type(value), kinds)
 
 
@@ -82,7 +82,7 @@ def _stands_for_another(kind: type) -> bool:
 
 
 def behind(value: Any) -> tuple[Any, bool]:
-    """What a lazy object or proxy stands for, if that can be known without asking it, and whether it is one at all.
+    """Return what a lazy object or proxy stands for, if that is known without asking it, and whether it is one at all.
 
     Django's and werkzeug's say to be of another class than they are. One that has not been evaluated is named and
     left alone: to evaluate it is the program's to do.
@@ -99,7 +99,7 @@ def behind(value: Any) -> tuple[Any, bool]:
 
 
 def contain(error: BaseException) -> None:
-    """Raise again what did not come from the user's object that was looked at, but only struck there.
+    """Raise again an error that did not come from the user's object that was looked at, but only struck there.
 
     Ctrl-C, and what the program's own handler of a signal raises, such as SystemExit, may strike anywhere.
     """
@@ -113,7 +113,7 @@ def contain(error: BaseException) -> None:
 
 
 def text_of(value: Any) -> str:
-    """What ``str`` makes of an object, or what its failure tells."""
+    """Text of an object as ``str`` makes it, or a text that names the error."""
     try:
         return str(value)
     except BaseException as error:  # noqa: BLE001 - str() runs the user's code

@@ -1,4 +1,4 @@
-"""How a call ended: ``ok``, ``error``, ``cancelled``, ``abandoned`` or ``late``."""
+"""Outcome of a call: ``ok``, ``error``, ``cancelled``, ``abandoned`` or ``late``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LATE = "late"
 
 
 class Failure(NamedTuple):
-    """What an exception tells of a call that it ended.
+    """Outcome, type, message and stack trace of an exception that ended a call.
 
     Attributes:
         outcome: ``error``, ``cancelled`` or ``abandoned``.
@@ -55,7 +55,7 @@ MAX_CAUSES = 8
 
 
 def stacktrace_of(error: BaseException) -> str:
-    """What ``traceback`` prints of an exception: its innermost calls and those of its nearest causes.
+    """Stack trace of an exception as ``traceback`` prints it: its innermost calls and those of its nearest causes.
 
     A traceback grows by some calls with each span that it passes through, and each of these stores one.
     """
@@ -81,7 +81,7 @@ ABANDONED_FAILURE = Failure(
 
 
 def outcome_of(error: BaseException) -> str:
-    """``error``, ``cancelled`` or ``abandoned``.
+    """Return ``error``, ``cancelled`` or ``abandoned`` for an exception.
 
     A group is what all of its exceptions are: a nursery that is cancelled raises a group of cancellations.
     """
@@ -116,6 +116,6 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 def _group_type() -> Any:
-    """``BaseExceptionGroup``; on Python 3.10 that of the backport, if anybody has imported it."""
+    """Return ``BaseExceptionGroup``; on Python 3.10 that of the backport, if anybody has imported it."""
     own = getattr(builtins, "BaseExceptionGroup", None)
     return own or getattr(sys.modules.get("exceptiongroup"), "BaseExceptionGroup", None)

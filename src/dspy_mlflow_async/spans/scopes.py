@@ -1,4 +1,4 @@
-"""What a call holds while it is open, and what its end must put back; frames point to these."""
+"""Scopes of open calls: the state that a call holds, and that its end must put back; frames point to these."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams.mlflow import (
+    TRACE_CONTEXT,
+    OpenSpan,
+    TracingContext,
+    Unsampled,
+    attach,
+    current_context,
+    detach,
+    disabled_context,
+    reattach,
+)
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans.usage import Ledger
 
 
 class Usage(Protocol):
-    """What counts tokens while a call is open."""
+    """Counter of tokens while a call is open."""
 
     def close(self, outputs: Any, exception: BaseException | None) -> None:
         """Stop counting: the call has returned or raised."""
 
     def attributes(self, outputs: Any) -> dict[str, Any]:
-        """What was counted."""
+        """Return the span attributes for what was counted."""
 
 
 class SpanScope:
-    """A span that is open, and what its end must put back.
+    """Scope of an open span, with the context that its end must put back.
 
     Frames point to it, and contexts to frames. When the last of them is gone before the call has ended, nothing
     can end it any more: it has been abandoned.
@@ -30,9 +40,7 @@ class SpanScope:
 
     __slots__ = ("before", "ended", "ledger", "settings", "show_outputs", "span", "usage")
 
-    def __init__(
-        self, span: seam.OpenSpan, before: seam.TracingContext, settings: Settings, ledger: Ledger | None
-    ) -> None:
+    def __init__(self, span: OpenSpan, before: TracingContext, settings: Settings, ledger: Ledger | None) -> None:
         self.ended = False
         self.span = span
         self.settings = settings
@@ -42,11 +50,11 @@ class SpanScope:
         self.before = before
 
     def enter(self) -> None:
-        """Make the span current. Its frame is entered first, so that whatever interrupts this can be undone."""
-        seam.attach(self.span.otel, self.before)
+        """Make the span current. Its frame is entered first, so that an interruption can be undone."""
+        attach(self.span.otel, self.before)
 
     def __del__(self) -> None:
-        # The collector may run while this very thread holds a lock of an exporter, so only append:
+        # The garbage collector may run while this very thread holds a lock of an exporter, so only append:
         # whoever begins, ends or flushes next ends the span.
         if not self.ended:
             abandoned.append((self.span, self.settings))
@@ -75,21 +83,21 @@ class Region:
     def __init__(self, *, isolated: bool, suppressed: bool) -> None:
         self.isolated = isolated
         self._is_suppressed = suppressed
-        self.trace_context = seam.TRACE_CONTEXT.get()
-        self.before = seam.current_context() if isolated else None
+        self.trace_context = TRACE_CONTEXT.get()
+        self.before = current_context() if isolated else None
 
     def enter(self) -> None:
-        """Let it hold from here on. Its frame is entered first, so that whatever interrupts this can be undone."""
+        """Put it in force. Its frame is entered first, so that an interruption can be undone."""
         if self.isolated:
-            seam.detach()
+            detach()
         if self._is_suppressed:
-            seam.TRACE_CONTEXT.set(seam.disabled_context())
+            TRACE_CONTEXT.set(disabled_context())
 
     def leave(self) -> None:
         """Put back, by value, what held outside."""
-        seam.TRACE_CONTEXT.set(self.trace_context)
+        TRACE_CONTEXT.set(self.trace_context)
         if self.before is not None:
-            seam.reattach(self.before)
+            reattach(self.before)
 
 
 class Untraced:
@@ -106,11 +114,11 @@ class SampledOut(Untraced):
 
     __slots__ = ("before",)
 
-    def __init__(self, span: seam.Unsampled, before: seam.TracingContext) -> None:
+    def __init__(self, span: Unsampled, before: TracingContext) -> None:
         super().__init__()
         self.before = before
-        seam.attach(span.otel, before)
+        attach(span.otel, before)
 
 
 # Spans whose call is gone, for whoever begins, ends or flushes next to end.
-abandoned: deque[tuple[seam.OpenSpan, Settings]] = deque()
+abandoned: deque[tuple[OpenSpan, Settings]] = deque()

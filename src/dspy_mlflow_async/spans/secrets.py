@@ -1,4 +1,4 @@
-"""Says which names are those of secrets, and hides what stands behind such names in the text of objects."""
+"""Names of secrets, and masking of the values behind such names in the text of objects."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ _NO_WORD = re.compile(r"[^A-Za-z0-9]+")
 
 
 def is_secret(key: str) -> bool:
-    """Whether ``key`` as a whole names a secret, in whatever case and with whatever between its words.
+    """Return whether ``key`` as a whole names a secret, in any case and with any separators between its words.
 
     ``max_tokens`` does not.
     """
@@ -104,7 +104,7 @@ def _may_name_a_secret(text: str) -> bool:
 
 
 def names_secret(name: object) -> bool:
-    """The same for what need not be a text: the first of a pair. Header names may be bytes (ASGI)."""
+    """Return whether the first of a pair names a secret. It need not be a text: header names may be bytes (ASGI)."""
     if type(name) is bytes:
         return len(name) <= _LONGEST and is_secret(name.decode("latin-1"))
     return type(name) is str and is_secret(name)
@@ -127,7 +127,7 @@ _AFTER_PAIR = re.compile(r"""\s*(?:,\s*)?[)\]]""")
 
 
 def mask_in_text(text: str) -> str:
-    """The text of an object without the values of what it names as secrets, so far as they can be told apart.
+    """Mask the values of named secrets in the text of an object, as far as they can be told apart.
 
     Linear in the length of the text: what a value has been looked for in is not looked at again.
 
@@ -157,7 +157,7 @@ def mask_in_text(text: str) -> str:
 
 
 def _named(text: str) -> Iterator[re.Match[str]]:
-    """What may be names, searched piece by piece, so that other threads go on between."""
+    """Candidates for names, searched piece by piece, so that other threads go on between."""
     done = 0
     for begin in range(0, len(text), _CHUNK):
         end = begin + _CHUNK
@@ -174,7 +174,7 @@ def _end_of_line(text: str, begin: int) -> int:
 
 
 def _end_of_second(text: str, begin: int) -> tuple[int | None, int]:
-    """Where the second text of a pair ends, None where there is none, and how far was looked for it."""
+    """End of the second text of a pair, None where there is none, and the place up to which it was searched."""
     quote = begin + text.startswith("b", begin)
     if text[quote : quote + 1] not in {"'", '"'}:
         return None, begin
@@ -183,7 +183,7 @@ def _end_of_second(text: str, begin: int) -> tuple[int | None, int]:
 
 
 def _end_of_quoted(text: str, begin: int) -> int:
-    """Behind the quote that closes the one at ``begin``; the end where none does."""
+    """Place behind the quote that closes the one at ``begin``; the end where none does."""
     quote, place = text[begin], begin
     while (found := _SIGN.search(text, place + 1)) is not None:
         place = found.start()

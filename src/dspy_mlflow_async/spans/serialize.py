@@ -1,4 +1,4 @@
-"""Makes any value of a program storable: plain JSON, bounded, without secrets, and never by changing it."""
+"""Conversion of any value of a program to plain JSON: bounded, without secrets, and never by changing the value."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dump(value: Any) -> str:
 
 
 def with_floats_replaced(value: Any, replace: Callable[[float], Any]) -> Any:
-    """A plain value with what ``replace`` makes of NaN and the infinities, for which JSON has no numbers."""
+    """Replace NaN and the infinities in a plain value by ``replace``: JSON has no numbers for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else replace(value)
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def with_floats_replaced(value: Any, replace: Callable[[float], Any]) -> Any:
 
 
 def without_addresses(text: str) -> str:
-    """The text of objects without the places in memory that Python shows, which differ from process to process."""
+    """Remove the memory addresses that Python shows from a text: they differ from process to process."""
     return _ADDRESS.sub("", text)
 
 
@@ -102,11 +102,11 @@ class Plain:
         self.has_unusual_floats = False
 
     def __call__(self, value: Any) -> Any:
-        """The plain form of ``value``."""
+        """Return the plain form of ``value``."""
         return self._plain(value, secrets=self._secrets)
 
     def dumps(self, value: Any) -> str:
-        """The plain form of ``value`` as JSON text."""
+        """Return the plain form of ``value`` as JSON text."""
         return self.encode(self(value))
 
     def encode(self, plain: Any) -> str:
@@ -159,7 +159,7 @@ class Plain:
         return self._bounded(text[:most], len(text), is_whole=len(text) <= most)
 
     def _bounded(self, text: str, total: int, unit: str = bounds.CHARACTERS, *, is_whole: bool) -> str:
-        """As much of a text as fits, without secrets.
+        """Mask a text and cut it to what fits.
 
         Args:
             text: The text, or its beginning with ``MARGIN`` characters more than can fit: what can not is not
@@ -325,7 +325,7 @@ class Plain:
         return beginning_of_text(key, max(self._remaining, 0) + MARGIN)[0]
 
     def _nested(self, owner: Any, shown: Any, *, secrets: bool) -> Any:
-        """``shown`` in place of ``owner``, so that a circle through ``owner`` is noticed."""
+        """Convert ``shown`` in place of ``owner``, so that a circle through ``owner`` is noticed."""
         identity = id(owner)
         if identity in self._path:
             return CIRCULAR
@@ -341,5 +341,5 @@ def _as_it_is(text: str) -> str:
 
 
 def _is_secret_record(record: dict[Any, Any]) -> bool:
-    """Whether this is the name of a secret and its value, as HTTP archives and cloud APIs write headers."""
+    """Return whether this is the name of a secret and its value, as HTTP archives and cloud APIs write headers."""
     return record.get("value") is not None and (names_secret(record.get("name")) or names_secret(record.get("key")))

@@ -1,4 +1,4 @@
-"""A signature's readable forms, made once: they are the same for every call of a predictor, and slow to make."""
+"""Texts of a signature, cached: they are the same for every call of a predictor, and slow to make."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import dspy
 
 
 class SignatureTexts(NamedTuple):
-    """What spans show of a ``dspy.Signature``.
+    """Texts of a ``dspy.Signature`` that spans show.
 
     Attributes:
         short: ``question -> answer``.
@@ -36,7 +36,7 @@ _known: weakref.WeakKeyDictionary[type[dspy.Signature], tuple[Any, SignatureText
 
 
 def _fingerprint(signature: type[dspy.Signature]) -> tuple[Any, ...]:
-    """What the texts are made of: DSPy makes a new class for a change, and some programs write into the old one."""
+    """Key of the cached texts: DSPy makes a new class for a change, and some programs write into the old one."""
     fields = [
         (name, field.annotation, field.default, dict(field.json_schema_extra or {}))
         for name, field in signature.model_fields.items()

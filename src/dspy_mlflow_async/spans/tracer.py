@@ -12,7 +12,7 @@ from opentelemetry.trace import Status, StatusCode
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import dspy as dspy_seam
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow as mlflow_seam
 from dspy_mlflow_async.seams.mlflow import SpanAttributeKey
 from dspy_mlflow_async.seams.mlflow_media import CAN_ATTACH, extract_attachments
 from dspy_mlflow_async.seams.mlflow_promise import LazySpan
@@ -38,22 +38,22 @@ def suppress() -> Iterator[None]:
     as ``mlflow.tracing.context(enabled=False)``, and restored by value, so that the block may end in another task
     than it began in.
     """
-    before = seam.TRACE_CONTEXT.get()
-    seam.TRACE_CONTEXT.set(seam.disabled_context())
+    before = mlflow_seam.TRACE_CONTEXT.get()
+    mlflow_seam.TRACE_CONTEXT.set(mlflow_seam.disabled_context())
     try:
         yield
     finally:
-        seam.TRACE_CONTEXT.set(before)
+        mlflow_seam.TRACE_CONTEXT.set(before)
 
 
 def is_recording(*, heeds_switch: bool = True) -> bool:
-    """Whether a call that begins here may get a span.
+    """Return whether a call that begins here may get a span.
 
     Args:
         heeds_switch: Whether the tracer is the one that ``autolog`` switches, which begins nothing below a call that
             began while it was off.
     """
-    if not seam.is_context_enabled():
+    if not mlflow_seam.is_context_enabled():
         return False
     frame = frames.current()
     scope = frame.scope if frame is not None else None
@@ -87,7 +87,7 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     request: RequestObserver | None = frame.request if frame is not None else None
     if request is not None:
         settings = request.adapt(settings)
-    before = seam.current_context()
+    before = mlflow_seam.current_context()
     where, parent, enclosing = _parent(before, frame)
     root = enclosing.span.root if enclosing is not None and parent is not None else None
     plain = Door(settings).plain(secrets=description.has_secrets, media=True)
@@ -95,10 +95,10 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     attributes = _attributes(description, settings)
     if not plain.has_attachments:
         attributes[SpanAttributeKey.INPUTS] = plain.encode(inputs)
-    span = seam.start_span(description.name, description.span_type, where, parent, root, attributes)
+    span = mlflow_seam.start_span(description.name, description.span_type, where, parent, root, attributes)
     if span is None:
         return None
-    if isinstance(span, seam.Unsampled):
+    if isinstance(span, mlflow_seam.Unsampled):
         frames.enter(call_id, SampledOut(span, before))
         return None
     scope = SpanScope(span, before, settings, enclosing.ledger if enclosing is not None else None)
@@ -122,7 +122,7 @@ def count_only(call_id: str, usage: Usage) -> None:
 
 
 def is_open(call_id: str) -> bool:
-    """Whether the innermost call here is this one, and has a span or is counted."""
+    """Return whether the innermost call here is this one, and has a span or is counted."""
     frame = frames.current()
     return frame is not None and frame.call_id == call_id and isinstance(frame.scope, (SpanScope, Counting))
 
@@ -143,11 +143,11 @@ def end(call_id: str, outputs: Any, exception: BaseException | None) -> None:
     if isinstance(scope, Untraced):
         scope.ended = True
     if isinstance(scope, SampledOut):
-        seam.reattach(scope.before)
+        mlflow_seam.reattach(scope.before)
     if not isinstance(scope, SpanScope) or scope.ended:
         return
     scope.ended = True
-    seam.reattach(scope.before)
+    mlflow_seam.reattach(scope.before)
     if scope.usage is not None:
         scope.usage.close(outputs, exception)
     attributes: dict[str, str] = {}
@@ -168,14 +168,14 @@ def end_abandoned() -> None:
 
 
 @guarded
-def _end_abandoned_span(span: seam.OpenSpan, settings: Settings) -> None:
+def _end_abandoned_span(span: mlflow_seam.OpenSpan, settings: Settings) -> None:
     end_span(span, settings, {}, outcomes.ABANDONED_FAILURE)
 
 
 def _parent(
-    where: seam.TracingContext, frame: frames.Frame | None
-) -> tuple[seam.TracingContext, Any | None, SpanScope | None]:
-    """What is current for a new call, the span to begin under, and our innermost open scope.
+    where: mlflow_seam.TracingContext, frame: frames.Frame | None
+) -> tuple[mlflow_seam.TracingContext, Any | None, SpanScope | None]:
+    """Return the current context for a new call, the span to begin under, and our innermost open scope.
 
     MLflow's current span is the innermost of ours and the user's. In a context that outlives the call it was
     copied in, that span may have ended, and an ended span is nobody's parent: then it is the innermost of our
@@ -192,17 +192,17 @@ def _parent(
     enclosing = _enclosing(frame)
     if type(where.span) is LazySpan:
         where = where._replace(span=where.span.begun())
-    if seam.is_live(where.span):
+    if mlflow_seam.is_live(where.span):
         return where, where.span, enclosing
-    if not seam.has_ended(where.span):
+    if not mlflow_seam.has_ended(where.span):
         return where, None, enclosing  # nothing, a remote parent, or sampled out: it is read from the context
     if enclosing is not None:
         return where, enclosing.span.otel, enclosing
-    return seam.without_span(where), None, None
+    return mlflow_seam.without_span(where), None, None
 
 
 def _is_left_behind(frame: frames.Frame) -> bool:
-    """Whether DSPy has forgotten the call of this frame without telling us its end.
+    """Return whether DSPy has forgotten the call of this frame without reporting its end.
 
     That happens when a KeyboardInterrupt hits between the start handlers and the call. DSPy knows by then that
     another call, or none, is the innermost here. Of a frame that was carried here DSPy knows nothing; an id that
@@ -252,18 +252,20 @@ def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
     return attributes
 
 
-def _without_media(span: seam.OpenSpan, shown: Any, settings: Settings) -> str:
-    """JSON text with references in place of media; what only looked like media is bounded like everything else."""
+def _without_media(span: mlflow_seam.OpenSpan, shown: Any, settings: Settings) -> str:
+    """JSON text with references in place of media; text that only looked like media is bounded like everything else."""
     shown = extract_attachments(span, shown) if CAN_ATTACH else without_media(shown)
     return Door(replace(settings, redact=None)).plain().dumps(shown)
 
 
-def abandon(span: seam.OpenSpan, settings: Settings) -> None:
-    """Let somebody end a span whose call is gone; safe to call from ``__del__``."""
+def abandon(span: mlflow_seam.OpenSpan, settings: Settings) -> None:
+    """Leave a span whose call is gone to be ended later; safe to call from ``__del__``."""
     abandoned.append((span, settings))
 
 
-def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str], failure: Failure | None) -> None:
+def end_span(
+    span: mlflow_seam.OpenSpan, settings: Settings, attributes: dict[str, str], failure: Failure | None
+) -> None:
     """End a span with its outcome, and with the exception that ended it.
 
     Args:
@@ -272,10 +274,10 @@ def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str]
         attributes: JSON texts by key.
         failure: What the call raised, or None.
     """
-    is_late = span.root is not span.otel and seam.has_ended(span.root)
+    is_late = span.root is not span.otel and mlflow_seam.has_ended(span.root)
     if failure is None:
         attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
-        seam.end_span(span, attributes, _OK)
+        mlflow_seam.end_span(span, attributes, _OK)
         return
     failure = Door(settings).failure(failure)
     attributes["outcome"] = dump(failure.outcome)
@@ -286,4 +288,4 @@ def end_span(span: seam.OpenSpan, settings: Settings, attributes: dict[str, str]
         "exception.type": failure.type,
         "exception.stacktrace": failure.stacktrace,
     }
-    seam.end_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {failure.message}"), event)
+    mlflow_seam.end_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {failure.message}"), event)

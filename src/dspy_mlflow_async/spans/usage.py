@@ -80,7 +80,7 @@ def _first_count(usage: Usage, *names: str) -> int | None:
 
 
 def _count(value: Any) -> int | None:
-    """What a provider says, if it is a number: some report flags, texts or NaN beside their counts."""
+    """A provider's count, if it is a number: some report flags, texts or NaN beside their counts."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return int(value)
     return None
@@ -110,21 +110,21 @@ class Ledger:
         self._ended: list[None] = []
 
     def begin(self) -> None:
-        """An LM call begins."""
+        """Count an LM call that begins."""
         self._begun.append(None)
 
     def end(self) -> None:
-        """An LM call has ended."""
+        """Count an LM call that has ended."""
         self._ended.append(None)
 
     @property
     def calls(self) -> int:
-        """How many LM calls have begun."""
+        """Number of LM calls that have begun."""
         return len(self._begun)
 
     @property
     def is_settled(self) -> bool:
-        """Whether no LM call is under way."""
+        """Return whether no LM call is under way."""
         return len(self._begun) == len(self._ended)
 
 
@@ -147,7 +147,7 @@ class CallUsage(UsageTracker):
             self.usage_data = inner.usage_data
 
     def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
-        """What DSPy calls once per provider response that did not come from its cache."""
+        """Add the usage of one provider response that did not come from DSPy's cache; DSPy calls it."""
         self.was_reported = True
         if self.inner is not None:
             self.inner.add_usage(lm, usage_entry)
@@ -158,7 +158,7 @@ class CallUsage(UsageTracker):
                 ledger.entries.append((lm, usage))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallUsage:
-        """``ParallelExecutor`` deep-copies the tracker for each item: copy the user's, share ours."""
+        """Copy the user's tracker, share ours: ``ParallelExecutor`` deep-copies the tracker for each example."""
         if self.inner is None:
             return self
         copied = CallUsage(self._ledgers, copy.deepcopy(self.inner, memo))
@@ -196,7 +196,7 @@ class LmUsage:
         override_usage_tracker(self._tracker)
 
     def close(self, outputs: Any = None, exception: BaseException | None = None) -> None:
-        """Put DSPy's setting back, and tell who wants to know."""
+        """Put DSPy's setting back, and report the call to its ledgers and its request."""
         restore_overrides(self._before)
         for ledger in self._ledgers:
             ledger.end()
@@ -213,7 +213,7 @@ class LmUsage:
             )
 
     def attributes(self, outputs: Any) -> dict[str, Any]:
-        """The attributes of the span: tokens, and whether the answer came from DSPy's cache."""
+        """Return the attributes of the span: tokens, and whether the answer came from DSPy's cache."""
         found: dict[str, Any] = {}
         if tokens := token_usage(self._tracker.entries):
             found[SpanAttributeKey.CHAT_USAGE] = tokens
@@ -256,7 +256,7 @@ class ModuleUsage:
         restore_overrides(self._before)
 
     def attributes(self, outputs: Any) -> dict[str, Any]:
-        """The sum, unless a call is still under way: then MLflow adds up the LM spans themselves."""
+        """Return the sum, unless a call is still under way: then MLflow adds up the LM spans itself."""
         others = self._count_others()
         if not self.ledger.is_settled:
             return {}
@@ -267,7 +267,7 @@ class ModuleUsage:
         return {SpanAttributeKey.CHAT_USAGE: tokens} if tokens else {}
 
     def _count_others(self) -> list[Usage]:
-        """The usage of LM calls that other integrations have recorded below, each once, whoever else heard of it."""
+        """Usage of the LM calls that other integrations have recorded below, each counted once."""
         spans = usage_spans_below(self._span.otel, self._span.trace_id, frozenset(self.ledger.span_ids))
         # An LM that DSPy tells nothing of may have reported to DSPy what another integration has recorded, too.
         heard = [] if self._tracker is None else [token_usage([usage]) for usage in self._tracker.entries]
@@ -290,7 +290,7 @@ class ModuleUsage:
 
 
 class UserTracks:
-    """Takes our tracker away for a module call below which the user has switched on DSPy's own tracking."""
+    """Removal of our tracker for a module call below which the user has switched on DSPy's own tracking."""
 
     __slots__ = ("_before",)
 
@@ -303,14 +303,14 @@ class UserTracks:
         restore_overrides(self._before)
 
     def attributes(self, outputs: Any) -> dict[str, Any]:  # noqa: ARG002 - the interface of its kind
-        """None: the LM calls below have their own."""
+        """Return none: the LM calls below have their own."""
         return {}
 
 
 def module_usage(
     ledger: Ledger | None, span: OpenSpan, ledgers: Sequence[Ledger] = (), request: RequestObserver | None = None
 ) -> tuple[ModuleUsage | UserTracks | None, Ledger]:
-    """What a module call needs, given the ledger of the module calls around it; the rest is ``ModuleUsage``'s.
+    """Begin the usage of a module call, given the ledger of the module calls around it, and what ``ModuleUsage`` takes.
 
     Returns:
         What counts until its end, if anything, and the ledger for the calls below.
@@ -327,7 +327,7 @@ def module_usage(
 
 @functools.lru_cache(maxsize=256)
 def reports_each_response(lm_class: Any) -> bool:
-    """Whether DSPy's own code finalises the calls of this class, which reports all responses but cached ones.
+    """Return whether DSPy's own code finalises the calls of this class, which reports all responses but cached ones.
 
     A class that brings a ``__call__`` or ``acall`` with callbacks of its own may report nothing.
     """
