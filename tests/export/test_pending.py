@@ -10,9 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mlflow.entities import Metric
 
 from dspy_mlflow_async.export.counters import TraceCounters
-from dspy_mlflow_async.export.operations import RunOperation, TraceUpdate
+from dspy_mlflow_async.export.operations import Reference, RunOperation, TraceUpdate
 from dspy_mlflow_async.export.queue.pending import PendingOperations
-from dspy_mlflow_async.export.spool.segments import Reference
 
 KEYS = st.sampled_from("abc")
 SEGMENT = Path("1.seg")

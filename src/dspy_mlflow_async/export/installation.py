@@ -38,7 +38,7 @@ _retiring: Pipeline | None = None  # what was undone while traces were open in i
 _unbind_http: Callable[[], None] | None = None  # the undo of what bounds MLflow's requests, while anybody writes
 _pause = threading.Event()  # never set: a wait on it is a pause
 _LOOK = 0.05  # seconds between two looks whether a trace is still open
-_books = TraceCounters()  # one for the process, whatever is installed
+_counters = TraceCounters()  # one for the process, whatever is installed
 
 
 def pipeline() -> Pipeline:
@@ -48,7 +48,7 @@ def pipeline() -> Pipeline:
         if _pipeline is None and _retiring is not None:
             return _retiring
         if _pipeline is None:
-            _pipeline = Pipeline(ExportOptions(), _books)
+            _pipeline = Pipeline(ExportOptions(), _counters)
         return _pipeline
 
 
@@ -68,7 +68,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
     global _pipeline, _installed, _unbind_http  # noqa: PLW0603
     with _lock:
         old = _pipeline or _take_retiring()
-        mine = Pipeline(options, _books, housekeeping)
+        mine = Pipeline(options, _counters, housekeeping)
         worker_processes.hear_of_celery()
         if old is not None:
             _close(old, successor=mine)
@@ -243,7 +243,7 @@ def secure(timeout: float) -> bool:
 
 def stats() -> ExportStats:
     """Return the counters of this process's traces."""
-    current, counted = _pipeline, _books.stats()
+    current, counted = _pipeline, _counters.stats()
     return counted if current is None else replace(counted, in_progress=current.assembler.count_shown())
 
 
@@ -309,7 +309,7 @@ def discard(trace_id: str) -> None:
 
 def count_sampled() -> None:
     """Count a trace that was left out before its first span."""
-    _books.leave_out()
+    _counters.leave_out()
 
 
 def _leave() -> None:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment, TraceInfo
 
-    from dspy_mlflow_async.export.spool.segments import Reference
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Place of a record in the spool.
+
+    Attributes:
+        segment: The file.
+        offset: Where its line begins, in bytes.
+        length: How many bytes its line has.
+        key: The trace or the run it belongs to.
+        counted: How many traces of the counters it carries: one or none.
+    """
+
+    segment: Path
+    offset: int
+    length: int
+    key: str = ""
+    counted: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

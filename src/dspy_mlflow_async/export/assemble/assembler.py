@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from dspy_mlflow_async.export.counters import TraceCounters
+    from dspy_mlflow_async.export.operations import Reference
     from dspy_mlflow_async.export.options import ExportOptions
-    from dspy_mlflow_async.export.spool.segments import Reference
 
 # Traces whose late spans and late feedback still find their place. MLflow's own cache is as large.
 _RECENT = 1_000

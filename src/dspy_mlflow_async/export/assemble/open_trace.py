@@ -13,7 +13,7 @@ from dspy_mlflow_async.seams import mlflow_traces
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
 
-    from dspy_mlflow_async.export.spool.segments import Reference
+    from dspy_mlflow_async.export.operations import Reference
 
 
 class Annotations:

@@ -11,8 +11,9 @@ from dspy_mlflow_async.export.spool.disk import Disk
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dspy_mlflow_async.export.operations import Reference
     from dspy_mlflow_async.export.queue.pending import Pending, PendingOperations
-    from dspy_mlflow_async.export.spool.segments import Reference, Spool
+    from dspy_mlflow_async.export.spool.segments import Spool
 
 
 class Overflow:

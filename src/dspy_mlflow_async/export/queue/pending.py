@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dspy_mlflow_async.export.counters import Place, TraceCounters
-    from dspy_mlflow_async.export.spool.segments import Reference
+    from dspy_mlflow_async.export.operations import Reference
 
 # How many entries a batch passes over before it is taken as it is: callers wait meanwhile.
 _LOOK_AHEAD = 512

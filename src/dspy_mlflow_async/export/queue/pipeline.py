@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dspy_mlflow_async.export.assemble import deferred
 from dspy_mlflow_async.export.assemble.assembler import TraceAssembler
 from dspy_mlflow_async.export.counters import TraceCounters
-from dspy_mlflow_async.export.operations import Operation
+from dspy_mlflow_async.export.operations import Operation, Reference
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.queue.child_process import ProcessQueue
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
 from dspy_mlflow_async.export.spool.folder import folder_of
 from dspy_mlflow_async.export.spool.follower import SegmentFollower
 from dspy_mlflow_async.export.spool.quota import Quota
-from dspy_mlflow_async.export.spool.segments import Reference, Spool
+from dspy_mlflow_async.export.spool.segments import Spool
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
 

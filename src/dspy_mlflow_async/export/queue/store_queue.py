@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from dspy_mlflow_async.export.counters import TraceCounters
+    from dspy_mlflow_async.export.operations import Reference
     from dspy_mlflow_async.export.options import ExportOptions
-    from dspy_mlflow_async.export.spool.segments import Reference, Spool
+    from dspy_mlflow_async.export.spool.segments import Spool
 
 logger = logging.getLogger("dspy_mlflow_async")
 

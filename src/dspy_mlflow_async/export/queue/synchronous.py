@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dspy_mlflow_async.export.write.errors import Verdict
 from dspy_mlflow_async.export.write.writer import Writer
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.operations import Operation
-    from dspy_mlflow_async.export.queue.pending import Pending
-    from dspy_mlflow_async.export.queue.store_queue import StoreQueue
+    from dspy_mlflow_async.export.queue.availability import Availability
+    from dspy_mlflow_async.export.queue.pending import Pending, PendingOperations
+    from dspy_mlflow_async.export.write.errors import Outcome
 
 # A caller who waits for one operation waits no longer than this for an answer.
 _SECONDS = 10.0
 _SETTLED = frozenset({Verdict.STORED, Verdict.REFUSED})
 
 
+class Queue(Protocol):
+    """Queue as a synchronous writer sees it."""
+
+    uri: str
+    pending: PendingOperations
+    availability: Availability
+
+    def put(self, item: Operation) -> None:
+        """Take an operation."""
+
+    def settle(self, entry: Pending, outcome: Outcome) -> None:
+        """Apply the result of an operation that was in hand."""
+
+    def take_back(self, entries: list[Pending]) -> None:
+        """Queue what could not be brought to the store."""
+
+    def hasten(self) -> None:
+        """Write what waits without lingering."""
+
+    def wait_for_progress(self, seconds: float) -> None:
+        """Wait until something was written, at most so long."""
+
+
 class SynchronousWriter:
     """Brings to the store what a caller waits for; what does not work now is left to the queue."""
 
-    def __init__(self, queue: StoreQueue) -> None:
+    def __init__(self, queue: Queue) -> None:
         self._queue = queue
         self._writer = Writer(queue.uri, request_seconds=_SECONDS)
 

@@ -10,8 +10,8 @@ from dspy_mlflow_async.export.spool import codec, dead_letters
 from dspy_mlflow_async.export.write import prepare
 
 if TYPE_CHECKING:
-    from dspy_mlflow_async.export.operations import Operation
-    from dspy_mlflow_async.export.spool.segments import Reference, Spool
+    from dspy_mlflow_async.export.operations import Operation, Reference
+    from dspy_mlflow_async.export.spool.segments import Spool
 
 logger = logging.getLogger("dspy_mlflow_async")
 

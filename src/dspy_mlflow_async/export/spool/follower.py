@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dspy_mlflow_async.export.operations import Reference
 from dspy_mlflow_async.export.spool import codec, segments
 from dspy_mlflow_async.export.spool.folder import read_file
 from dspy_mlflow_async.export.spool.lock import Lock
@@ -51,13 +52,13 @@ class SegmentFollower:
         with self._lock:
             return self._damaged + sum(followed.damaged for followed in self._followed.values())
 
-    def poll(self, is_mine: Callable[[Path], bool]) -> list[segments.Reference]:
+    def poll(self, is_mine: Callable[[Path], bool]) -> list[Reference]:
         """Return the records that have come since the last time, oldest first.
 
         Args:
             is_mine: Whether a segment is one that this process writes itself, and not to be followed.
         """
-        found: list[segments.Reference] = []
+        found: list[Reference] = []
         with self._lock:
             for segment in segments.segments(self._folder):
                 if not is_mine(segment):
@@ -66,7 +67,7 @@ class SegmentFollower:
                 self._let_go(segment)
         return found
 
-    def _poll_one(self, segment: Path) -> list[segments.Reference]:
+    def _poll_one(self, segment: Path) -> list[Reference]:
         followed = self._followed.get(segment)
         if followed is None or followed.lock is None:
             lock: Lock | None = Lock(segment)
@@ -82,7 +83,7 @@ class SegmentFollower:
             followed.lock = lock
         return self._read(segment, followed)
 
-    def _read(self, segment: Path, followed: _Followed) -> list[segments.Reference]:
+    def _read(self, segment: Path, followed: _Followed) -> list[Reference]:
         try:
             data = read_file(segment, followed.position)
         except OSError:
@@ -105,7 +106,7 @@ class SegmentFollower:
                 continue
             followed.left += 1
             key, counted = codec.peek(payload)
-            found.append(segments.Reference(segment, base + offset, length, key, counted if self._counts else 0))
+            found.append(Reference(segment, base + offset, length, key, counted if self._counts else 0))
         return found
 
     def done(self, segment: Path, offsets: list[int], *, stored: bool) -> None:

@@ -15,10 +15,10 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspy_mlflow_async.export.operations import Reference
 from dspy_mlflow_async.export.spool.folder import make_folder, open_file, read_file, sync_folder, why_refused
 from dspy_mlflow_async.export.spool.group_sync import GroupSync
 
@@ -37,17 +37,6 @@ _SEGMENT_BYTES_IF_EMPTY = 2**20
 SHARED = "-shared.seg"
 # macOS has no fdatasync.
 _sync_file = getattr(os, "fdatasync", os.fsync)
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """Location of a record."""
-
-    segment: Path
-    offset: int
-    length: int
-    key: str = ""
-    counted: int = 0
 
 
 def frame(payload: bytes) -> bytes:
