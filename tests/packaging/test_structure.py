@@ -2,10 +2,12 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from importlib import resources
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import source
@@ -115,6 +117,28 @@ def test_no_file_imports_itself():
 
     assert len(imports["dspy_mlflow_async.export.queue.store_queue"]) > 5  # they are seen at all
     assert len(MODULES) == len(list(graphlib.TopologicalSorter(imports).static_order()))
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("`durable`", r"\bdurable\b(?!`)"),
+        ('`export="process"`', r"ProcessQueue|\"process\""),
+        ('`websocket="message"`', r"\"connection\", \"message\""),
+    ],
+)
+def test_options_are_known_where_the_design_says(option, words):
+    """Deleting an option touches the files that the design names for it, and no others."""
+    page = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {option} |"))
+    named = set(re.findall(r"`([\w/]+\.py)`", row))
+    found = {
+        path.relative_to(source.ROOT).as_posix()
+        for path in MODULES.values()
+        if re.search(words, path.read_text(encoding="utf-8"))
+    }
+
+    assert named == found
 
 
 def test_files_stay_short():
