@@ -23,6 +23,7 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 NAMES = {
     "demo": "trace a DSPy program under concurrency and check every span (about half a minute, once installed)",
     "test": "run the tests against the built wheel",
+    "quick": "run the heart's tests and a few of each room, in about a minute",
     "lint": "check style and format",
     "typing": "check types",
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
