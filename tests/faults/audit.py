@@ -27,7 +27,7 @@ class Row:
         spooled: Traces that are whole in the spool and not in the store.
         dead: Traces that are whole in the dead letters alone.
         dropped: Traces that the library has counted as dropped.
-        sampled: Traces that it has counted as left out on purpose.
+        sampled_out: Traces that it has counted as left out on purpose.
         doubled: Traces with spans, feedback or tokens twice, and those that nobody has begun.
         lost: Calls that are in no place and that nobody has counted.
         faults: Whatever else went wrong.
@@ -209,7 +209,7 @@ def audit(case, database, experiment_id, ledger, spool_root, *, said=(), may=("s
     spooled = whole_in(spooled_spans(spool_root)) - stored
     dead = whole_in(dead_spans(spool_root)) - stored - spooled
     missing = ended - stored - spooled - dead
-    dropped, sampled = (sum(stats[place] for stats in said) for place in ("dropped", "sampled_out"))
+    dropped, sampled_out = (sum(stats[place] for stats in said) for place in ("dropped", "sampled_out"))
     row = Row(
         case,
         made=len(ended | stored | spooled | dead),
@@ -217,9 +217,9 @@ def audit(case, database, experiment_id, ledger, spool_root, *, said=(), may=("s
         spooled=len(spooled),
         dead=len(dead),
         dropped=dropped,
-        sampled=sampled,
+        sampled_out=sampled_out,
         doubled=len(doubled),
-        lost=max(0, len(missing) - dropped - sampled),
+        lost=max(0, len(missing) - dropped - sampled_out),
     )
     faults = [f"{getattr(row, place)} {place}" for place in PLACES if place not in may and getattr(row, place)]
     faults += [f"{key}: {found[key]} is not {begun[key]}" for key in sorted(missing & found.keys())[: row.lost]]  # torn
