@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.programs import ANSWER
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint, Reply
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint, Reply
 
 
 def answer(body: dict[str, Any]) -> Reply:

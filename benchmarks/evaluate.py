@@ -27,7 +27,7 @@ CONTESTANTS = {
 }
 ENDPOINT = """
 import sys
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 text = "[[ ## answer ## ]]\\nyes\\n\\n[[ ## completed ## ]]"
 with LocalEndpoint(lambda body: text, latency=float(sys.argv[1]), keep_requests=False) as endpoint:
     print(endpoint.api_base, flush=True)

@@ -29,7 +29,7 @@ ROUNDS = 3
 HOWS = ("off", "thread", "process")
 ENDPOINT = """
 import sys
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 text = "[[ ## reasoning ## ]]\\nhm\\n\\n[[ ## answer ## ]]\\nyes\\n\\n[[ ## completed ## ]]"
 with LocalEndpoint(lambda body: text, latency=0.1, keep_requests=False) as endpoint:
     print(endpoint.api_base, flush=True)

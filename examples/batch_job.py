@@ -52,7 +52,7 @@ def main() -> None:
         f"{len(done)} of {len(TICKETS)} tickets sorted, {len(did.lm_calls)} LM calls, "
         f"{did.usage.get('total_tokens', 0)} tokens, {did.cost or 0:.4f} USD"
     )
-    print(f"traces stored: {stats().stored}, sampled away: {stats().sampled}")
+    print(f"traces stored: {stats().stored}, sampled away: {stats().sampled_out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dspy
 import pytest
 
 from dspy_mlflow_async import AsyncEvaluate, wrap
-from dspy_mlflow_async.programs import async_form
+from dspy_mlflow_async.async_programs import async_form
 
 
 def said(form, question):

@@ -12,7 +12,7 @@ import dspy_mlflow_async
 from benchmarks.programs import ScriptedLM, make_question
 from dspy_mlflow_async.context import frame
 from dspy_mlflow_async.spans import describe
-from dspy_mlflow_async.spans.contents import _masked, mask
+from dspy_mlflow_async.spans.secret_texts import _masked, mask
 from dspy_mlflow_async.spans.serialize import Plain
 from dspy_mlflow_async.spans.usage import LmUsage
 

@@ -1,4 +1,4 @@
-"""Composition root: installs the tracer in DSPy and MLflow, and removes it without a trace."""
+"""Composition root: installs the tracer in DSPy and MLflow, and uninstalls it completely."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dspy_mlflow_async.context.threads import Undo, patch_attribute
 from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
-from dspy_mlflow_async.seams import mlflow_scope as scope_seam
+from dspy_mlflow_async.seams import mlflow_trace_settings as scope_seam
 from dspy_mlflow_async.seams.listed import lost_features
 from dspy_mlflow_async.seams.mlflow_client import missing_here, name_default_store
-from dspy_mlflow_async.seams.mlflow_provider import patch_trace_disabled
+from dspy_mlflow_async.seams.mlflow_suppression import patch_trace_disabled
 from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dspy_mlflow_async import export, guard
-from dspy_mlflow_async.requests.callers import CallerCounts, caller_counts
+from dspy_mlflow_async.requests.incoming_traceparent import CallerCounts, caller_counts
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
 

@@ -15,7 +15,7 @@ from dspy_mlflow_async.runs.compile import pool_ended
 from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams.dspy import ParallelExecutor
 from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
-from dspy_mlflow_async.seams.dspy_handlers import patch_handlers
+from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
 
 
 class _Patch:

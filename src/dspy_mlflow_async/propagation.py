@@ -10,7 +10,7 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.runs import active_runs
-from dspy_mlflow_async.seams.mlflow import TRACING_VARIABLES
+from dspy_mlflow_async.seams.mlflow_spans import TRACING_VARIABLES
 from dspy_mlflow_async.settings import OVERRIDE
 
 _Result = TypeVar("_Result")

@@ -12,7 +12,7 @@ from mlflow.entities import Assessment, Span, Trace
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.context.threads import patch_attribute
-from dspy_mlflow_async.seams.mlflow_capture import memory_provider
+from dspy_mlflow_async.seams.mlflow_in_memory import memory_provider
 
 __all__ = ["capture_traces", "tree"]
 

@@ -6,15 +6,15 @@ import pytest
 
 import dspy_mlflow_async
 from dspy_mlflow_async import export
-from dspy_mlflow_async.seams import mlflow_scope
+from dspy_mlflow_async.seams import mlflow_trace_settings
 
 
 @pytest.fixture(autouse=True)
 def _leaves_no_scope():
     """After each test no destination, ratio or rule is left in the test's own context."""
     yield
-    assert mlflow_scope.DESTINATION.get() is None
-    assert mlflow_scope.RATIO.get() is None
+    assert mlflow_trace_settings.DESTINATION.get() is None
+    assert mlflow_trace_settings.RATIO.get() is None
     assert export.KEEPS.get() is None
 
 

@@ -239,7 +239,7 @@ async def test_a_callers_trace_is_taken_up(traces):
     async with client(asking_app(session_id="x-session-id", traceparent=True)) as http:
         with mlflow.start_span("caller") as caller:
             parent = f"00-{caller.trace_id[3:]}-{caller.span_id}-01"
-            from dspy_mlflow_async.seams import mlflow as seam
+            from dspy_mlflow_async.seams import mlflow_spans as seam
 
             before = seam.detach()  # the server is another process
             await asyncio.gather(ask(http, "a"), ask(http, "b"))

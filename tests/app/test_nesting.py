@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from clean import assert_context_is_clean
 from dspy_mlflow_async import request, wrap
 from dspy_mlflow_async.asgi import TracingMiddleware
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow_spans as seam
 from dspy_mlflow_async.spans import tracer
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, chain_tree

@@ -11,7 +11,7 @@ from mlflow.tracing.distributed import get_tracing_context_headers_for_http_requ
 from servers import environment, marker_of, running, script, settled
 
 import dspy_mlflow_async
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, predict_tree
 

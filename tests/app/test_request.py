@@ -12,7 +12,7 @@ import mlflow
 import pytest
 
 from dspy_mlflow_async import request
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.requests import options, record
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, Chain, EchoLM, chain_tree, predict_tree

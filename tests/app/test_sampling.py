@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 import dspy_mlflow_async
 from dspy_mlflow_async import request, wrap
 from dspy_mlflow_async.requests.sampling import is_kept
-from dspy_mlflow_async.seams import mlflow_scope
+from dspy_mlflow_async.seams import mlflow_trace_settings
 from dspy_mlflow_async.testing import tree
 from echo import Chain, EchoLM, chain_tree
 
@@ -85,13 +85,13 @@ def test_the_sampler_goes_with_autolog():
     dspy_mlflow_async.autolog(silent=True)
     initialize = provider._initialize_tracer_provider
     with request(sample=0.5):
-        assert isinstance(provider._get_tracer("x").sampler, mlflow_scope.RatioSampler)
+        assert isinstance(provider._get_tracer("x").sampler, mlflow_trace_settings.RatioSampler)
         mlflow.tracing.reset()
-        assert isinstance(provider._get_tracer("x").sampler, mlflow_scope.RatioSampler)
+        assert isinstance(provider._get_tracer("x").sampler, mlflow_trace_settings.RatioSampler)
 
     dspy_mlflow_async.autolog(disable=True)
 
-    assert not isinstance(provider._get_tracer("x").sampler, mlflow_scope.RatioSampler)
+    assert not isinstance(provider._get_tracer("x").sampler, mlflow_trace_settings.RatioSampler)
     assert provider._initialize_tracer_provider is not initialize or initialize.__module__ == provider.__name__
 
 

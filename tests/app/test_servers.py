@@ -17,7 +17,7 @@ import pytest
 from mlflow.entities.trace_state import TraceState
 from servers import EXAMPLES, MARKER, environment, load, marker_of, running, script, settled, stored
 
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.testing import tree
 from mlflow_server import mlflow_server
 

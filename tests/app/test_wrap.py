@@ -15,7 +15,7 @@ import pytest
 
 import dspy_mlflow_async
 from dspy_mlflow_async import request, wrap
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, Chain, EchoLM, chain_tree, predict_tree
 

@@ -92,7 +92,7 @@ def test_demo_runs_on_a_model_of_the_user(command):
     before = """
 import atexit
 from dspy_mlflow_async.cli.demo.script import Script, load_tickets
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 script, asked = Script(load_tickets()), set()
 def answer(body):
     text = str(body["messages"])

@@ -8,7 +8,7 @@ import dspy
 import httpx
 import pytest
 
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint, text_of
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint, text_of
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 

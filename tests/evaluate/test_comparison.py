@@ -9,7 +9,7 @@ import pytest
 from small import examples
 
 from dspy_mlflow_async import AsyncEvaluate, Case, aevaluate_all, evaluate_all
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.evaluate import summary
 from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
 from dspy_mlflow_async.evaluate.example_result import Outcome

@@ -13,7 +13,7 @@ from small import examples
 import dspy_mlflow_async
 from clean import assert_context_is_clean
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
-from dspy_mlflow_async.evaluate import fingerprint, journal, local, stored_runs
+from dspy_mlflow_async.evaluate import fingerprint, journal, local_records, stored_runs
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
 from dspy_mlflow_async.runs.evaluation import Evaluation
@@ -288,4 +288,4 @@ async def test_journal_keeps_what_has_ended(experiment, turns, is_native):
     await kept.end()
 
     assert {0} == journal.read(run, keys).outcomes.keys()
-    assert [] == local.read(run.info.run_id)  # the store has it
+    assert [] == local_records.read(run.info.run_id)  # the store has it

@@ -14,7 +14,7 @@ import mlflow
 import pytest
 from interrupted import SIZE, evaluate, lm_at
 
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint, text_of
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint, text_of
 
 HERE = Path(__file__).parent
 

@@ -18,7 +18,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from stores import call, check_sum, span_processor, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export.assemble import assembler, deferred
+from dspy_mlflow_async.export.assemble import assembler, gc_deferred
 
 
 def test_a_trace_arrives_whole(sqlite):
@@ -146,7 +146,7 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
 
 def test_undone_after_the_collectors_callbacks_were_cleared(sqlite):
     """The list is everybody's: that ours is gone keeps nothing from being undone."""
-    gc.callbacks.remove(deferred._note)
+    gc.callbacks.remove(gc_deferred._note)
     sqlite.undo()
     assert MlflowV3SpanExporter is type(span_processor().span_exporter)
 

@@ -31,8 +31,8 @@ from dspy_mlflow_async.export.queue import pending, store_queue
 from dspy_mlflow_async.export.queue.pipeline import Pipeline
 from dspy_mlflow_async.export.spool import segments as spools
 from dspy_mlflow_async.export.write import errors
-from dspy_mlflow_async.export.write.concurrency import map_concurrently
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, classify
+from dspy_mlflow_async.export.write.parallel_requests import map_concurrently
 from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.seams.mlflow_http import Status

@@ -148,7 +148,7 @@ def test_processes_with_one_spool_in_an_outage(make, server, proxy, tmp_path):
 
 FORKS = """
 import faulthandler, json, multiprocessing
-from dspy_mlflow_async.export import gate
+from dspy_mlflow_async.export.write import fork_gate
 faulthandler.register(signal.SIGUSR1)
 
 def work(ids, go_on):
@@ -179,7 +179,7 @@ threads = [*threads_of(2, ids, lambda: not over.is_set()), threading.Thread(targ
 threads[-1].start()
 context, children = multiprocessing.get_context("fork"), []
 for number in range(10):
-    while not gate.writes._inside:  # the writer is at work
+    while not fork_gate.writes._inside:  # the writer is at work
         threading.Event().wait(0.001)
     children.append(context.Process(target=child, args=(f"{what}/{number}",)))
     children[-1].start()

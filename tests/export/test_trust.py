@@ -16,7 +16,7 @@ from stores import call, wait_until
 from dspy_mlflow_async import export
 from dspy_mlflow_async.cli.doctor import checks
 from dspy_mlflow_async.cli.doctor.findings import Level
-from dspy_mlflow_async.evaluate import local
+from dspy_mlflow_async.evaluate import local_records
 from dspy_mlflow_async.export.operations import RunOperation
 from dspy_mlflow_async.export.spool import codec, folder, segments
 from dspy_mlflow_async.export.spool.lock import Lock
@@ -152,7 +152,7 @@ def test_all_files_of_a_spool_are_their_owners(spool_dir, make):
         call()
         assert export.flush(100)
         Lock(installed.queue.spool.folder / "drain.lock").acquire()
-        local.LocalCopy("run").add("{}")
+        local_records.LocalCopy("run").add("{}")
     finally:
         os.umask(before)
     paths = [path for path in spool_dir.rglob("*") if path.exists()]
@@ -163,11 +163,11 @@ def test_all_files_of_a_spool_are_their_owners(spool_dir, make):
 
 def test_finished_examples_of_a_stranger_are_not_resumed(spool_dir, strange):
     """What a resume finds on this machine is this user's own."""
-    local.LocalCopy("run").add("{}")
-    assert "{}" in local.read("run")
+    local_records.LocalCopy("run").add("{}")
+    assert "{}" in local_records.read("run")
     strange()
 
-    assert [] == local.read("run")
+    assert [] == local_records.read("run")
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint, text_of
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint, text_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -22,13 +22,13 @@ BESIDE = {
     "fallback": {"guard", "seams"},
     "guard": {"printable"},
     "printable": set(),
-    "programs": set(),
+    "async_programs": set(),
     "settings": set(),
 }
 # Cross-cutting, for every room: the boundary around failures, the settings, what may be shown, and names of others.
 FOR_ALL = {"guard", "printable", "seams", "settings"}
 # What stands between the tracer and those who use it.
-FOR_USERS = {"__init__", "health", "programs", "propagation", "testing"}
+FOR_USERS = {"__init__", "health", "async_programs", "propagation", "testing"}
 MAX_LINES = 500  # rooms, not splinters: a file holds one whole idea
 MODULES = source.modules()
 

@@ -12,7 +12,7 @@ from runtools import TIMEOUT, Candidates, Program, Turns, devset, evaluate, in_t
 
 import dspy_mlflow_async
 from dspy_mlflow_async.runs import active_runs
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow_spans as seam
 
 
 def active_name():

@@ -276,4 +276,4 @@ def test_nothing_else_goes_to_the_store():
         if re.search(r"(?<!class )\bPlain\(", path.read_text())
     }
 
-    assert {"spans/door.py", "spans/serialize.py", "evaluate/identity.py"} == makers
+    assert {"spans/door.py", "spans/serialize.py", "evaluate/fingerprint.py"} == makers

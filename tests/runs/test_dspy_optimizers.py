@@ -14,7 +14,7 @@ from runtools import Program, devset
 from test_compile_content import OPTIMIZERS, examples, judge, roots, scripted, tagged
 
 import dspy_mlflow_async
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from echo import find_marker
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"

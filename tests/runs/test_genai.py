@@ -17,7 +17,7 @@ from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from runtools import SOURCE_RUN, TIMEOUT
 
 import dspy_mlflow_async
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.composition import current_settings
 from dspy_mlflow_async.testing import tree
 from echo import Chain, chain_tree, find_marker

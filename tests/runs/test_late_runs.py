@@ -16,7 +16,7 @@ from test_store_failure import flush_all, server, store_at  # noqa: F401 - a fix
 import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all
 from dspy_mlflow_async.export.write import late_runs
-from dspy_mlflow_async.runs import bounded, selection
+from dspy_mlflow_async.runs import selection, store_timeout
 from slow_store import slow_store
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
@@ -287,7 +287,7 @@ def test_away_to_the_end_then_replay(server, monkeypatch, tmp_path):  # noqa: F8
 
 def test_a_locked_database(store, monkeypatch):
     """A SQL store that somebody locks while evaluations begin: they have their runs when it is free."""
-    for module in (bounded, selection):
+    for module in (store_timeout, selection):
         monkeypatch.setattr(module, "TIMEOUT", 1.0)
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")
     dspy_mlflow_async.autolog(log_evals=True, silent=True)

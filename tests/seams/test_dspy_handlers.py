@@ -10,7 +10,7 @@ from dspy.primitives import PythonInterpreter
 from dspy.teleprompt import LabeledFewShot
 from mlflow.dspy.callback import MlflowCallback
 
-from dspy_mlflow_async.seams.dspy_handlers import patch_handlers
+from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
 from echo import EchoLM
 
 

@@ -10,7 +10,7 @@ from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import TracerProvider
 
 import dspy_mlflow_async
-from dspy_mlflow_async.seams import mlflow as seam
+from dspy_mlflow_async.seams import mlflow_spans as seam
 from dspy_mlflow_async.testing import capture_traces, tree
 from echo import Chain, EchoLM, chain_tree, marker
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_mlflow_async import autolog
-from dspy_mlflow_async.spans.contents import MARGIN, mask, mask_beginning
-from dspy_mlflow_async.spans.patterns import RULES, SHORTEST_TOKEN, TOKENS
-from dspy_mlflow_async.spans.secrets import MASK, is_secret
+from dspy_mlflow_async.spans.secret_names import MASK, is_secret
+from dspy_mlflow_async.spans.secret_patterns import RULES, SHORTEST_TOKEN, TOKENS
+from dspy_mlflow_async.spans.secret_texts import MARGIN, mask, mask_beginning
 from dspy_mlflow_async.spans.serialize import Plain
 
 DOCS = Path(__file__).parents[2] / "docs" / "masking.md"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_mlflow_async.spans.secrets import MASK, _names_secret, is_secret, mask_in_text
+from dspy_mlflow_async.spans.secret_names import MASK, _names_secret, is_secret, mask_in_text
 from dspy_mlflow_async.spans.serialize import Plain
 
 SECRET = "hunter2"  # noqa: S105 - nobody's

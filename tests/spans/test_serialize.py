@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracing.utils import TraceJSONEncoder
 
-from dspy_mlflow_async.spans.secrets import MASK
+from dspy_mlflow_async.spans.secret_names import MASK
 from dspy_mlflow_async.spans.serialize import CIRCULAR, MAX_DEPTH, Plain
 
 MiB = 1024 * 1024

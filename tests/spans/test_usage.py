@@ -7,7 +7,7 @@ import mlflow
 import pytest
 
 from dspy_mlflow_async import suppress
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.spans.usage import token_usage
 from dspy_mlflow_async.testing import tree
 from echo import TIMEOUT, Barrier, Chain, EchoLM, marker

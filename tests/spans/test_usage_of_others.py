@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from dspy_mlflow_async import request
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from echo import Chain, EchoLM
 
 USAGE = "mlflow.chat.tokenUsage"

@@ -18,7 +18,7 @@ from dspy_mlflow_async import (
     suppress,
 )
 from dspy_mlflow_async.cli.doctor import Diagnosis, diagnose
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.testing import capture_traces, tree
 
 version: str = dspy_mlflow_async.__version__

@@ -13,7 +13,7 @@ from dspy_mlflow_async.asgi.receive_ahead import Receive
 from dspy_mlflow_async.asgi.websocket import Connection
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests import sampling
-from dspy_mlflow_async.requests.callers import Callers, Trust
+from dspy_mlflow_async.requests.incoming_traceparent import Callers, Trust
 from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage
 from dspy_mlflow_async.requests.options import Options, call, refuse_async
 from dspy_mlflow_async.requests.scope import Scope

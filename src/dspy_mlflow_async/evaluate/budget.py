@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.runs.usage import cost_of
-from dspy_mlflow_async.seams.mlflow import TokenUsageKey
+from dspy_mlflow_async.seams.mlflow_spans import TokenUsageKey
 
 logger = logging.getLogger("dspy_mlflow_async")
 

@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import dspy
 
-from dspy_mlflow_async.evaluate.stragglers import Threads
-from dspy_mlflow_async.programs import async_form
+from dspy_mlflow_async.async_programs import async_form
+from dspy_mlflow_async.evaluate.abandoned_threads import Threads
 
 # Sync metrics are short as a rule: this many threads are enough, however many examples are in flight.
 METRIC_THREADS = 64

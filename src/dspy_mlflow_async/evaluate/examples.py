@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from dspy_mlflow_async.evaluate.abandoned_threads import Threads
 from dspy_mlflow_async.evaluate.calling import Caller
 from dspy_mlflow_async.evaluate.example_result import NO_TOKENS, Outcome, Tokens
 from dspy_mlflow_async.evaluate.limits import Entrance, Slots
-from dspy_mlflow_async.evaluate.stragglers import Threads
 from dspy_mlflow_async.runs.evaluation import Evaluation
 from dspy_mlflow_async.runs.feedback import text_of
 from dspy_mlflow_async.runs.usage import restore, tokens_by_model

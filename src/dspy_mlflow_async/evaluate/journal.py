@@ -20,13 +20,13 @@ import anyio.to_thread
 import dspy
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.evaluate import local
+from dspy_mlflow_async.evaluate import local_records
 from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
 from dspy_mlflow_async.evaluate.fingerprint import MAX_VALUE_BYTES
-from dspy_mlflow_async.evaluate.local import LocalCopy
+from dspy_mlflow_async.evaluate.local_records import LocalCopy
 from dspy_mlflow_async.evaluate.uninterrupted import run_uninterrupted
 from dspy_mlflow_async.runs.handle import RunHandle
-from dspy_mlflow_async.seams import mlflow_artifacts as artifacts
+from dspy_mlflow_async.seams import mlflow_artifact_reads as artifacts
 from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.spans.door import MAX_FAILURE_BYTES, Door
 
@@ -155,7 +155,7 @@ def read(run: Any, keys: Sequence[str]) -> Stored:
         line
         for name in (run.data.tags.get(export.CREATION_TAG), run.info.run_id)
         if name is not None
-        for line in local.read(name)
+        for line in local_records.read(name)
     ]
     here = {outcome.index: (outcome, line) for outcome, line in _outcomes(kept, keys)}
     unstored = [line for index, (_, line) in here.items() if index not in found]

@@ -19,7 +19,7 @@ from dspy_mlflow_async.runs.artifacts import columns_of
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
 from dspy_mlflow_async.runs.results import quantile
 from dspy_mlflow_async.runs.usage import cost_of
-from dspy_mlflow_async.seams.mlflow import TokenUsageKey
+from dspy_mlflow_async.seams.mlflow_spans import TokenUsageKey
 from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")

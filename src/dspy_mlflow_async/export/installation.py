@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export import shutdown as process_exit
 from dspy_mlflow_async.export import worker_processes
-from dspy_mlflow_async.export.assemble import deferred
+from dspy_mlflow_async.export.assemble import gc_deferred
 from dspy_mlflow_async.export.assemble.span_processor import (
     RetiringProcessor,
     WholeTraceExporter,
@@ -80,7 +80,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
                 by_id_seam.patch_by_id(_OnTheirWay()),
                 patch_prices(),
                 process_exit.on_signals(_leave, options.exit_timeout + 5),
-                deferred.watch(),
+                gc_deferred.watch(),
             ]
         for processor, _ in mlflow_processor.replace_processors(_ours_for):
             _take_over(processor)
@@ -347,7 +347,7 @@ def _after_fork_in_child() -> None:
     if current is not None:
         for uri in current.queues:
             mlflow_store.abandon_connections(uri)
-        deferred.waiting.clear()  # the parent's
+        gc_deferred.waiting.clear()  # the parent's
         current.after_fork()
         current.is_closed = current is retiring  # the parent ends what is open there
         if _installed is not None:

@@ -1,4 +1,4 @@
-"""Worker processes: detection of this one as such, and the end of those in pools."""
+"""Worker processes: whether this is one, and what is flushed when those of pools exit."""
 
 from __future__ import annotations
 

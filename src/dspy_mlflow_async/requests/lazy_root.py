@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams import mlflow_promise as promise_seam
-from dspy_mlflow_async.seams.mlflow import (
+from dspy_mlflow_async.seams import mlflow_lazy_span as promise_seam
+from dspy_mlflow_async.seams.mlflow_spans import (
     INVALID_SPAN,
     OpenSpan,
     SpanAttributeKey,
@@ -24,9 +24,9 @@ from dspy_mlflow_async.seams.mlflow import (
 )
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import tracer
-from dspy_mlflow_async.spans.contents import mask
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import Failure
+from dspy_mlflow_async.spans.secret_texts import mask
 
 
 class Beginning(NamedTuple):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dspy_mlflow_async.async_programs import is_coroutine_function
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.programs import is_coroutine_function
 from dspy_mlflow_async.requests import sampling
-from dspy_mlflow_async.seams import mlflow_scope
+from dspy_mlflow_async.seams import mlflow_trace_settings
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans.door import Door
 
@@ -105,7 +105,7 @@ class Options:
         """
         kwargs = dict(kwargs or {})
         metadata = _texts(_ask(self.metadata, args, kwargs), args, kwargs, door)
-        for key, value in ((mlflow_scope.SESSION, self.session_id), (mlflow_scope.USER, self.user)):
+        for key, value in ((mlflow_trace_settings.SESSION, self.session_id), (mlflow_trace_settings.USER, self.user)):
             said = _ask(value, args, kwargs)
             if said is not None and said != "":
                 metadata[key] = cut(door.text(said, MAX_SEEN_CHARACTERS), MAX_ID_CHARACTERS)
@@ -196,7 +196,7 @@ def _check_experiment(experiment_id: str) -> None:
 
     def ask() -> None:
         try:
-            answers.put(mlflow_scope.why_not(experiment_id))
+            answers.put(mlflow_trace_settings.why_not(experiment_id))
         except Exception as error:  # noqa: BLE001 - handed over
             answers.put(error)
 

@@ -10,7 +10,7 @@ from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.observer import LmCall, RequestObserver
 
 if TYPE_CHECKING:
-    from dspy_mlflow_async.seams.mlflow import OpenSpan
+    from dspy_mlflow_async.seams.mlflow_spans import OpenSpan
 
 MAX_LM_CALLS = 1_000
 MAX_TRACE_IDS = 1_000

@@ -17,8 +17,9 @@ from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage, Root
 from dspy_mlflow_async.requests.options import Options, Text, Texts
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams import mlflow_scope as scope_seam
-from dspy_mlflow_async.seams.mlflow import (
+from dspy_mlflow_async.seams import mlflow_trace_settings as scope_seam
+from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan
+from dspy_mlflow_async.seams.mlflow_spans import (
     TRACE_CONTEXT,
     TracingContext,
     attach,
@@ -26,7 +27,6 @@ from dspy_mlflow_async.seams.mlflow import (
     extended_context,
     reattach,
 )
-from dspy_mlflow_async.seams.mlflow_promise import LazySpan
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import Failure, failure_of

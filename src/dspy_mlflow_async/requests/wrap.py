@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import dspy
 
-from dspy_mlflow_async.programs import async_form, is_coroutine_function
+from dspy_mlflow_async.async_programs import async_form, is_coroutine_function
 from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.lazy_root import Beginning
 from dspy_mlflow_async.requests.options import Options, Text, Texts

@@ -20,8 +20,8 @@ from dspy_mlflow_async.runs.stack import (
     stack,
     was_opened_here,
 )
-from dspy_mlflow_async.seams import mlflow as tracing
 from dspy_mlflow_async.seams import mlflow_runs
+from dspy_mlflow_async.seams import mlflow_spans as tracing
 from dspy_mlflow_async.seams.installed import has_runs
 
 __all__ = [

@@ -14,7 +14,7 @@ import dspy
 
 from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
-from dspy_mlflow_async.spans.opaque import contain
+from dspy_mlflow_async.spans.safe_inspection import contain
 from dspy_mlflow_async.spans.serialize import dump, with_floats_replaced
 
 logger = logging.getLogger("dspy_mlflow_async")

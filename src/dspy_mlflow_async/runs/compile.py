@@ -16,8 +16,8 @@ import dspy
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs, artifacts, selection
-from dspy_mlflow_async.runs.bounded import ask
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
+from dspy_mlflow_async.runs.store_timeout import ask
 from dspy_mlflow_async.runs.usage import add_up
 from dspy_mlflow_async.seams import dspy as dspy_seam
 from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam

@@ -12,7 +12,7 @@ import dspy
 from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.feedback import feedback_of, metric_name, text_of
-from dspy_mlflow_async.seams.mlflow import SOURCE_SCORER_TAG, TRACE_CONTEXT, OpenSpan, extended_context
+from dspy_mlflow_async.seams.mlflow_spans import SOURCE_SCORER_TAG, TRACE_CONTEXT, OpenSpan, extended_context
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.usage import Ledger
 

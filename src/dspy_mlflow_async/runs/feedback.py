@@ -10,8 +10,8 @@ import dspy
 from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Feedback
 
 from dspy_mlflow_async.spans.door import Door
-from dspy_mlflow_async.spans.opaque import contain
 from dspy_mlflow_async.spans.outcome import failure_of
+from dspy_mlflow_async.spans.safe_inspection import contain
 from dspy_mlflow_async.spans.serialize import with_floats_replaced
 
 MAX_FEEDBACK_BYTES = 64 * 1024

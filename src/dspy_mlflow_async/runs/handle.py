@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.runs.artifacts import table_json
-from dspy_mlflow_async.runs.bounded import TIMEOUT, ask
+from dspy_mlflow_async.runs.store_timeout import TIMEOUT, ask
 from dspy_mlflow_async.seams.mlflow_runs import (
     MLFLOW_LOGGED_ARTIFACTS,
     PendingRun,

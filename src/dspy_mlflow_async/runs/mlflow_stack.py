@@ -11,7 +11,7 @@ from typing import Any
 from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import stack
-from dspy_mlflow_async.runs.nesting import replace_start_run
+from dspy_mlflow_async.runs.nested_runs import replace_start_run
 from dspy_mlflow_async.seams import mlflow_runs
 
 logger = logging.getLogger("dspy_mlflow_async")

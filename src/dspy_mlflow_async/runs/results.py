@@ -11,7 +11,7 @@ from typing import Any
 from dspy_mlflow_async.runs import artifacts
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.usage import add_up
-from dspy_mlflow_async.spans.opaque import contain
+from dspy_mlflow_async.spans.safe_inspection import contain
 
 
 class Results:

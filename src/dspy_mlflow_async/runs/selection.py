@@ -14,8 +14,8 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.export import before_leaving
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs
-from dspy_mlflow_async.runs.bounded import TIMEOUT, ask
 from dspy_mlflow_async.runs.handle import KILLED, RunHandle
+from dspy_mlflow_async.runs.store_timeout import TIMEOUT, ask
 from dspy_mlflow_async.seams import mlflow_runs
 
 logger = logging.getLogger("dspy_mlflow_async")

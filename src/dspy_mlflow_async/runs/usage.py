@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dspy_mlflow_async.seams import mlflow_runs
-from dspy_mlflow_async.seams.mlflow import TokenUsageKey
+from dspy_mlflow_async.seams.mlflow_spans import TokenUsageKey
 from dspy_mlflow_async.spans.usage import Ledger, token_usage
 
 

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
 
-from dspy_mlflow_async.seams.instances import instance_of
+from dspy_mlflow_async.seams.check_samples import instance_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Extent of the MLflow that is installed, and the sentences to say where it is not enough."""
+"""MLflow distribution that is installed, whole or mlflow-tracing alone, and the sentences where it is not enough."""
 
 from __future__ import annotations
 

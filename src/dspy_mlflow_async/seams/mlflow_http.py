@@ -1,4 +1,4 @@
-"""MLflow's HTTP requests: bounded, and traced by nobody.
+"""MLflow's HTTP requests: with timeouts, and excluded from instrumentation.
 
 For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 """

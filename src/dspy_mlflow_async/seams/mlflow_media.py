@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.mlflow import OpenSpan
+from dspy_mlflow_async.seams.mlflow_spans import OpenSpan
 
 try:  # mlflow >= 3.12
     from mlflow.environment_variables import MLFLOW_TRACE_EXTRACT_ATTACHMENTS

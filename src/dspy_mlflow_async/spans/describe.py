@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import dspy
 import pydantic
 
-from dspy_mlflow_async.seams.mlflow import EXCLUDE_LM_PARAMS, SpanAttributeKey, SpanType
-from dspy_mlflow_async.spans.opaque import behind, contain
+from dspy_mlflow_async.seams.mlflow_spans import EXCLUDE_LM_PARAMS, SpanAttributeKey, SpanType
+from dspy_mlflow_async.spans.safe_inspection import behind, contain
 from dspy_mlflow_async.spans.serialize import without_addresses
 from dspy_mlflow_async.spans.signatures import texts_of
 

@@ -1,4 +1,4 @@
-"""Redaction, masking and bounds of everything that this package stores: the one door to the store.
+"""Sanitizing step before anything is stored: whatever this package writes is redacted, masked and bounded here.
 
 Spans, artifacts, params, tags, metadata, sessions, users, feedback and exceptions pass it. ``Plain`` does the work;
 nothing else makes one, which a test of the structure holds.
@@ -16,10 +16,10 @@ import orjson
 
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.settings import Settings
-from dspy_mlflow_async.spans.contents import mask, mask_beginning
-from dspy_mlflow_async.spans.opaque import text_of
 from dspy_mlflow_async.spans.outcome import Failure, stacktrace_of
-from dspy_mlflow_async.spans.secrets import MASK, is_secret
+from dspy_mlflow_async.spans.safe_inspection import text_of
+from dspy_mlflow_async.spans.secret_names import MASK, is_secret
+from dspy_mlflow_async.spans.secret_texts import mask, mask_beginning
 from dspy_mlflow_async.spans.serialize import Plain
 
 MAX_DOCUMENT_BYTES = 1024**3  # an artifact: what somebody loads again is not cut

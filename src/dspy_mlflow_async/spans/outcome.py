@@ -9,7 +9,7 @@ import traceback
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
-from dspy_mlflow_async.spans.opaque import contain
+from dspy_mlflow_async.spans.safe_inspection import contain
 
 OK = "ok"
 ERROR = "error"

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from dspy_mlflow_async.seams.mlflow import (
+from dspy_mlflow_async.seams.mlflow_spans import (
     TRACE_CONTEXT,
     OpenSpan,
     TracingContext,

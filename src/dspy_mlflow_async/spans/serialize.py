@@ -15,11 +15,11 @@ import pydantic
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans import bounds
 from dspy_mlflow_async.spans.bounds import Mark
-from dspy_mlflow_async.spans.contents import MARGIN, mask
 from dspy_mlflow_async.spans.media import blocks_of, in_few_words, may_be_attached
-from dspy_mlflow_async.spans.opaque import beginning_of_text, behind, contain, contents_of, is_a, text_of
-from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN
-from dspy_mlflow_async.spans.secrets import MASK, is_secret, mask_in_text, names_secret
+from dspy_mlflow_async.spans.safe_inspection import beginning_of_text, behind, contain, contents_of, is_a, text_of
+from dspy_mlflow_async.spans.secret_names import MASK, is_secret, mask_in_text, names_secret
+from dspy_mlflow_async.spans.secret_patterns import SHORTEST_TOKEN
+from dspy_mlflow_async.spans.secret_texts import MARGIN, mask
 
 CIRCULAR = "[circular]"
 MAX_DEPTH = 200

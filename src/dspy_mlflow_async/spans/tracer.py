@@ -12,10 +12,10 @@ from opentelemetry.trace import Status, StatusCode
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import dspy as dspy_seam
-from dspy_mlflow_async.seams import mlflow as mlflow_seam
-from dspy_mlflow_async.seams.mlflow import SpanAttributeKey
+from dspy_mlflow_async.seams import mlflow_spans as mlflow_seam
+from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan
 from dspy_mlflow_async.seams.mlflow_media import CAN_ATTACH, extract_attachments
-from dspy_mlflow_async.seams.mlflow_promise import LazySpan
+from dspy_mlflow_async.seams.mlflow_spans import SpanAttributeKey
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.describe import Description

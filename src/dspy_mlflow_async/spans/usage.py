@@ -26,8 +26,8 @@ from dspy_mlflow_async.seams.dspy import (
     restore_overrides,
     usage_tracker,
 )
-from dspy_mlflow_async.seams.mlflow import OpenSpan, SpanAttributeKey, TokenUsageKey
 from dspy_mlflow_async.seams.mlflow_live import usage_spans_below
+from dspy_mlflow_async.seams.mlflow_spans import OpenSpan, SpanAttributeKey, TokenUsageKey
 from dspy_mlflow_async.spans.observer import LmCall, RequestObserver
 from dspy_mlflow_async.spans.outcome import OK, outcome_of
 

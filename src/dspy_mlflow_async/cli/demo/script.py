@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from dspy_mlflow_async.cli.endpoint import text_of
+from dspy_mlflow_async.cli.llm_endpoint import text_of
 
 _MARKER = re.compile(r"#([a-z-]+/\d+)")
 _FIELD = re.compile(r"\[\[ ## (\w+) ## ]]")

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dspy_mlflow_async import autolog
 from dspy_mlflow_async.cli.demo.script import Script, Ticket, load_tickets, markers_in
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 
 LATENCY = 0.15  # seconds for which each answer of the local endpoint is awaited
 _NOISY = ("alembic", "mlflow", "dspy", "httpx", "LiteLLM")

@@ -9,7 +9,7 @@ import dspy
 
 from dspy_mlflow_async import autolog, testing
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
-from dspy_mlflow_async.cli.endpoint import LocalEndpoint
+from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.composition import is_installed
 
 _THREADS = 3

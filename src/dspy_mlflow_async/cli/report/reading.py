@@ -12,9 +12,9 @@ from mlflow.exceptions import MlflowException
 
 from dspy_mlflow_async.cli.report.scores import number_of
 from dspy_mlflow_async.evaluate import journal, stored_runs
-from dspy_mlflow_async.seams import mlflow_artifacts
-from dspy_mlflow_async.spans.contents import mask
+from dspy_mlflow_async.seams import mlflow_artifact_reads
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
+from dspy_mlflow_async.spans.secret_texts import mask
 
 EVALUATE_ALL, COMPILE, EVALUATION, RUN = "evaluate_all", "compile", "evaluation", "run"
 _BEST_SCORE = "dspy.best_score."
@@ -120,7 +120,7 @@ def read(run_id: str) -> Node:
 
 def result_table(run: Any) -> list[dict[str, Any]]:
     """Return the rows of an evaluation's result table; empty where it has none."""
-    content = mlflow_artifacts.read(run, "result_table.json")
+    content = mlflow_artifact_reads.read(run, "result_table.json")
     if content is None:
         return []
     table = json.loads(content)

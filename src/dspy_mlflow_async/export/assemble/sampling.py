@@ -1,4 +1,4 @@
-"""Sampling of whole traces: a predicate in ``KEEPS`` decides, at its end, on each trace that began in that context."""
+"""Tail sampling: decides on whole traces, at their end, by the rule that was set where they began."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.trace.export import SpanExportResult
 
-from dspy_mlflow_async.export.assemble import deferred
+from dspy_mlflow_async.export.assemble import gc_deferred
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_live as live_seam
 from dspy_mlflow_async.seams import mlflow_processor, mlflow_traces
@@ -156,11 +156,11 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Take a span that ended."""
-        if deferred.is_running_here():
-            deferred.put_off(self._end, span)
+        if gc_deferred.is_running_here():
+            gc_deferred.put_off(self._end, span)
             return
-        if deferred.waiting:
-            deferred.take_up()
+        if gc_deferred.waiting:
+            gc_deferred.take_up()
         self._end(span)
 
     def _end(self, span: ReadableSpan) -> None:

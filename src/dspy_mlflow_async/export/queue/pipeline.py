@@ -6,12 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from dspy_mlflow_async.export.assemble import deferred
+from dspy_mlflow_async.export.assemble import gc_deferred
 from dspy_mlflow_async.export.assemble.assembler import TraceAssembler
 from dspy_mlflow_async.export.counters import TraceCounters
 from dspy_mlflow_async.export.operations import Operation, Reference
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
-from dspy_mlflow_async.export.queue.child_process import ProcessQueue
+from dspy_mlflow_async.export.queue.export_process import ProcessQueue
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
 from dspy_mlflow_async.export.spool.folder import folder_of
 from dspy_mlflow_async.export.spool.follower import SegmentFollower
@@ -148,7 +148,7 @@ class Pipeline:
 
     def keep_house(self) -> None:
         """End the spans deferred from garbage collection, and do the caller's own chores, which may end spans."""
-        deferred.take_up()
+        gc_deferred.take_up()
         if self._housekeeping is not None:
             self._housekeeping()
 
@@ -194,7 +194,7 @@ class Pipeline:
             How many operations were left, by spool folder.
         """
         self.stop_ticking()
-        deferred.take_up()
+        gc_deferred.take_up()
         self.assembler.hand_on_everything()
         left = {}
         for queue in list(self.queues.values()):

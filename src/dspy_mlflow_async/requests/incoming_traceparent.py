@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dspy_mlflow_async.requests.options import call, refuse_async
-from dspy_mlflow_async.seams import mlflow_promise as promise_seam
+from dspy_mlflow_async.seams import mlflow_lazy_span as promise_seam
 
 AsgiScope = Any
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -21,7 +21,7 @@ from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import Span as OtelSpan
 
 from dspy_mlflow_async.seams import mlflow_live as live_seam
-from dspy_mlflow_async.seams import mlflow_provider as provider_seam
+from dspy_mlflow_async.seams import mlflow_suppression as provider_seam
 from dspy_mlflow_async.seams.listed import taken
 
 __all__ = ["EXCLUDE_LM_PARAMS", "SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]

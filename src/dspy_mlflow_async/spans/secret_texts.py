@@ -13,7 +13,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 
-from dspy_mlflow_async.spans.assignments import (
+from dspy_mlflow_async.spans.secret_assignments import (
     JUDGED,
     PLACEHOLDER,
     SHORTEST,
@@ -24,8 +24,8 @@ from dspy_mlflow_async.spans.assignments import (
     may_have_values,
     values,
 )
-from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN, TOKENS
-from dspy_mlflow_async.spans.secrets import MASK, is_secret
+from dspy_mlflow_async.spans.secret_names import MASK, is_secret
+from dspy_mlflow_async.spans.secret_patterns import SHORTEST_TOKEN, TOKENS
 
 MARGIN = 4096  # characters behind a bound that are looked at, so that a secret which it splits is known for one
 _CHUNK = 16_384  # characters that one pass in C may take while other threads wait

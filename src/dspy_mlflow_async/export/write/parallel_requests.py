@@ -1,4 +1,4 @@
-"""Concurrent requests, for a server that is far away: what takes long is the way, not the work."""
+"""Parallel requests to a server, to hide the latency of its network."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from dspy_mlflow_async.spans.patterns import SHORTEST_TOKEN
-from dspy_mlflow_async.spans.secrets import is_secret
+from dspy_mlflow_async.spans.secret_names import is_secret
+from dspy_mlflow_async.spans.secret_patterns import SHORTEST_TOKEN
 
 SHORTEST = 8  # characters; what is shorter holds no secret that could be told apart
 JUDGED = 256  # characters of a value by which it is judged

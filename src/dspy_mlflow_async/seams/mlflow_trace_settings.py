@@ -18,7 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
 
-from dspy_mlflow_async.seams.mlflow import forget_tracer
+from dspy_mlflow_async.seams.mlflow_spans import forget_tracer
 from dspy_mlflow_async.seams.patching import patch
 
 SESSION = TraceMetadataKey.TRACE_SESSION

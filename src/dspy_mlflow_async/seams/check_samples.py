@@ -1,4 +1,4 @@
-"""Instances, one of each class of MLflow and DSPy that has instance attributes we touch, as far as it costs nothing."""
+"""Sample objects of MLflow and DSPy, on which the check looks for the private attributes that only instances have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker threads that outlive their example: Python cannot stop them, so what they hold is theirs until they end."""
+"""Worker threads that outlive their example: Python cannot stop them, so they keep their slots until they end."""
 
 from __future__ import annotations
 

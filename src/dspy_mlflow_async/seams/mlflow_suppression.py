@@ -77,7 +77,7 @@ def _trace_disabled(f: Any) -> Any:
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         # A function of MLflow's runs this, with MLflow's globals.
-        from dspy_mlflow_async.seams.mlflow_provider import run_disabled
+        from dspy_mlflow_async.seams.mlflow_suppression import run_disabled
 
         return run_disabled(f, args, kwargs)
 
