@@ -171,10 +171,12 @@ def _is_basic(value: bytes) -> bool:
 def _credentials(data: bytes, lowered: bytes, word: bytes, check: Callable[[bytes], bool]) -> Iterator[Span]:
     place = lowered.find(word)
     while place >= 0:
-        found = _CREDENTIAL.match(data, place + len(word))
+        end = place + len(word)
+        found = _CREDENTIAL.match(data, end)
         if found is not None and check(found["value"]):
-            yield found.start("value"), end_of(_CREDENTIAL_REST, data, found.end())
-        place = lowered.find(word, place + len(word))
+            end = end_of(_CREDENTIAL_REST, data, found.end())
+            yield found.start("value"), end
+        place = lowered.find(word, end)
 
 
 _BEGIN = re.compile(rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
