@@ -199,7 +199,9 @@ def test_no_command_line_shows_a_password(spool_dir):
     program.stdin.flush()
 
     try:
-        wait_until(lambda: any(b"child_process" in line and str(spool_dir).encode() in line for line in commands()), 60)
+        wait_until(
+            lambda: any(b"export_process" in line and str(spool_dir).encode() in line for line in commands()), 60
+        )
         assert not any(b"s3cret" in line for line in commands())
     finally:
         program.communicate(timeout=60)

@@ -43,7 +43,7 @@ import sys, types
 package = types.ModuleType("dspy_mlflow_async")
 package.__path__ = [sys.argv[1]]
 sys.modules["dspy_mlflow_async"] = package
-from dspy_mlflow_async.export.queue.child_process import main
+from dspy_mlflow_async.export.queue.export_process import main
 main(sys.argv[2])
 """
 
