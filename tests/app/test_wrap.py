@@ -393,7 +393,7 @@ def test_a_store_that_is_away_does_not_hold_up_the_start(monkeypatch, caplog):
     from dspy_mlflow_async.requests import options
 
     monkeypatch.setattr(options, "CHECK_TIMEOUT", 0.2)
-    monkeypatch.setattr(options.mlflow_scope, "why_not", lambda experiment_id: threading.Event().wait(TIMEOUT))
+    monkeypatch.setattr(options.mlflow_trace_settings, "why_not", lambda experiment_id: threading.Event().wait(TIMEOUT))
     with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
         wrap(Chain(), experiment_id="1")
 
