@@ -7,6 +7,7 @@ from stores import read, wait_until
 from test_spool import PROGRAM, finish, place, start  # noqa: F401 - `place` is a fixture
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.export import worker_processes
 
 # The writer of a worker never gets to write: what is stored has come by the disk.
 WORKER = """
@@ -196,3 +197,11 @@ def test_signals_that_end_a_process(place, name, handler):  # noqa: F811
 
     assert {"default": -getattr(signal, name), "user": 7, "ignored": 0}[handler] == process.returncode
     assert set(ids) == set(read(*place))
+
+
+def test_linux_is_asked_once_whether_this_is_a_fork(monkeypatch):
+    """Every trace wants to know, in its caller's thread."""
+    before = worker_processes.may_end_unheard()
+    monkeypatch.setattr(worker_processes, "Path", None)
+
+    assert before is worker_processes.may_end_unheard()

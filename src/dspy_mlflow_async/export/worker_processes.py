@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import multiprocessing.util
 import os
@@ -27,6 +28,7 @@ def may_end_unheard() -> bool:
     return _is_forked or multiprocessing.parent_process() is not None or _is_fork_of_linux()
 
 
+@functools.cache  # asked for each trace; whoever is forked from here is one by `_is_forked`
 def _is_fork_of_linux() -> bool:
     """Return whether this process was forked before this module was imported, as far as Linux tells."""
     try:
