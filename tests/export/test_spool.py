@@ -343,6 +343,22 @@ def test_a_store_that_is_away_keeps_the_spool(spooled, monkeypatch):
     assert 13 == export.spools()[0].records
 
 
+def test_what_is_refused_stays_where_no_dead_letter_can_be_written(spooled):
+    """A record that is safe on disk is not given up for a letter that the disk does not take."""
+    folder = export.spools()[0].folder
+    mlflow.MlflowClient(spooled.uri).delete_experiment(spooled.experiment_id)
+    (folder / "dead.letters").mkdir()
+    summary = export.replay(folder=folder)
+
+    assert (13, 0) == (summary.stored + summary.left, summary.dead)
+    assert summary.left >= len(spooled.ids)
+    assert any("dead letter" in error for error in summary.errors)
+    (folder / "dead.letters").rmdir()
+    mlflow.MlflowClient(spooled.uri).restore_experiment(spooled.experiment_id)
+    assert 0 == export.replay(folder=folder).left
+    assert set(spooled.ids) == set(spooled.read())
+
+
 def test_a_spool_in_use_is_left_alone(make):
     """The segments of a living process are its own to send."""
     installed = make(max_waiting_bytes=0)

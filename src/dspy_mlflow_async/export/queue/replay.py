@@ -252,7 +252,7 @@ class _ReplayQueue(StoreQueue):
         super().__init__(ExportOptions(), TraceCounters(), uri, Spool(folder, uri, tail=self._tail))
         self._skipped = 0
         self._stored = self._traces = self._dead = 0
-        self._unreadable: list[str] = []
+        self._left: list[str] = []  # why records stay that are not tried again
         self._reasons: dict[str, str] = {}  # why something of a key is left
         self._round = 0  # how often each suspect has been tried
         self._pauses = Backoff()
@@ -293,15 +293,21 @@ class _ReplayQueue(StoreQueue):
         if outcome.verdict is Verdict.STORED:
             self._stored += 1
             self._traces += entry.counted
-        elif outcome.verdict is Verdict.REFUSED:
+        elif outcome.verdict is not Verdict.REFUSED:
+            self._reasons[entry.key] = f"{type(outcome.error).__name__}: {outcome.error}"[:300]
+
+    def _refused(self, entry: Pending, outcome: Outcome) -> bool:
+        is_dead = super()._refused(entry, outcome)
+        if is_dead:
             self._dead += 1
         else:
-            self._reasons[entry.key] = f"{type(outcome.error).__name__}: {outcome.error}"[:300]
+            self._left.append(f"no dead letter can be written: {outcome.error}"[:300])
+        return is_dead
 
     def _leave_alone(self, entry: Pending, error: codec.UnreadableError) -> None:
         super()._leave_alone(entry, error)
         if entry.reference is not None:
-            self._unreadable.append(f"{entry.reference.segment.name}: {error}")
+            self._left.append(f"{entry.reference.segment.name}: {error}")
 
     def _found_away(self, error: Exception | None) -> None:  # noqa: ARG002 - whoever asked is told in the end
         self.availability.pause(self.availability.fail())
@@ -313,8 +319,8 @@ class _ReplayQueue(StoreQueue):
             stored=self._stored,
             traces=self._traces,
             dead=self._dead,
-            left=len(self.pending) + len(self._unreadable),
+            left=len(self.pending) + len(self._left),
             damaged=self._tail.damaged,
             skipped=self._skipped,
-            errors=(*self._unreadable, *reasons),
+            errors=tuple(dict.fromkeys((*self._left, *reasons))),
         )

@@ -200,11 +200,24 @@ class StoreQueue:
             for waiting in self.pending.behind(item.key):
                 self.overflow.spill(waiting)
         else:
-            if isinstance(item, RunOperation) and item.write_status is not None:
-                item.write_status.was_refused = True
-            is_kept = self.overflow.disk.dead_letter(item, f"{type(outcome.error).__name__}: {outcome.error}")
-            self.pending.finish(entry, "dead" if is_kept else "dropped")
-            self.overflow.disk.forget(item, stored=False)
+            self._refused(entry, outcome)
+
+    def _refused(self, entry: Pending, outcome: Outcome) -> bool:
+        """Give up what the store never takes; where there can be no dead letter, its record stays in the spool.
+
+        Returns:
+            Whether it is a dead letter.
+        """
+        item = outcome.item
+        if isinstance(item, RunOperation) and item.write_status is not None:
+            item.write_status.was_refused = True
+        is_kept = self.overflow.disk.dead_letter(item, f"{type(outcome.error).__name__}: {outcome.error}")
+        if not is_kept and self.overflow.spill(entry):
+            self.pending.finish(entry, None)
+            return False
+        self.pending.finish(entry, "dead" if is_kept else "dropped")
+        self.overflow.disk.forget(item, stored=False)
+        return is_kept
 
     def _found_away(self, error: Exception | None) -> None:
         """Try again soon, and after some attempts bring what waits to safety."""

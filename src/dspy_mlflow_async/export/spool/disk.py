@@ -90,7 +90,9 @@ class Disk:
         try:
             dead_letters.append(self.spool.folder, self.spool.uri, _encode(item), reason)
         except Exception:  # noqa: BLE001 - a full disk: nothing is left to try
-            logger.warning("dspy-mlflow-async: the store refuses %s and the disk too; lost: %s", item.key, reason)
+            logger.warning(
+                "dspy-mlflow-async: the store refuses %s, and no dead letter can be written: %s", item.key, reason
+            )
             return False
         logger.warning(
             "dspy-mlflow-async: the store refuses %s; kept in %s: %s",
