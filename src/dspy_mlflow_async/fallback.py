@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -24,23 +24,6 @@ _OF_MLFLOW = ("log_traces", "log_traces_from_compile", "log_traces_from_eval", "
 ThreadPoolExecutor = concurrent.futures.ThreadPoolExecutor
 
 
-class _Said:
-    """Flag of a warning that is given once. ``lock`` guards it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.is_said = False
-
-    def first(self) -> bool:
-        """Return whether this is the first call."""
-        with self.lock:
-            before, self.is_said = self.is_said, True
-        return not before
-
-
-_said = _Said()
-
-
 def autolog(
     log_traces: bool = True,
     log_traces_from_compile: bool = False,
@@ -52,15 +35,20 @@ def autolog(
     **_: Any,
 ) -> None:
     """Call ``mlflow.dspy.autolog`` with the arguments that it knows, and warn once that it traces in our place."""
-    if not disable and _said.first():
-        logger.warning(
-            "These versions of DSPy and MLflow lack what dspy-mlflow-async stands on: %s. MLflow's own "
-            "mlflow.dspy.autolog() traces in its place, and what dspy-mlflow-async adds to that is off. "
-            "dspy-mlflow-async doctor says more.",
-            "; ".join(map(str, lost_ground())),
-        )
+    if not disable:
+        _say_what_is_lost()
     values = (log_traces, log_traces_from_compile, log_traces_from_eval, log_compiles, log_evals)
     _autolog_of_mlflow(**dict(zip(_OF_MLFLOW, values, strict=True)), disable=disable, silent=silent)
+
+
+@functools.cache  # once a process
+def _say_what_is_lost() -> None:
+    logger.warning(
+        "These versions of DSPy and MLflow lack what dspy-mlflow-async stands on: %s. MLflow's own "
+        "mlflow.dspy.autolog() traces in its place, and what dspy-mlflow-async adds to that is off. "
+        "dspy-mlflow-async doctor says more.",
+        "; ".join(map(str, lost_ground())),
+    )
 
 
 autolog.integration_name = "dspy"  # type: ignore[attr-defined]

@@ -106,7 +106,7 @@ class Waiting(RuleBasedStateMachine):
     @rule(data=st.data())
     def spill(self, data):
         """Something in memory goes to the disk, in whoever's hands it is; it keeps its place."""
-        residents = [entry for key in self.come for entry in self.pending.behind(key)]
+        residents = [entry for key in self.come for entry in self.pending.residents_of(key)]
         if residents:
             entry = data.draw(st.sampled_from(residents))
             assert self.pending.spill(entry, self.reference(entry.key, entry.counted))
@@ -122,7 +122,7 @@ class Waiting(RuleBasedStateMachine):
         """What is here is what has come and is not done with, and the counters know where it is."""
         numbers = sorted(number for of_key in self.come.values() for number in of_key)
         stats = self.books.stats()
-        entries = [entry for key in self.come for entry in self.pending.behind(key)]
+        entries = [entry for key in self.come for entry in self.pending.residents_of(key)]
         assert len(numbers) == len(self.pending) == self.pending.resident + self.pending.spooled
         assert self.pending.size == sum(entry.size for entry in entries)
         assert stats.waiting == sum(entry.counted for entry in entries)

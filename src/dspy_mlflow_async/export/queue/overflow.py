@@ -56,19 +56,17 @@ class Overflow:
             self._pending.add_spooled([item.reference], coming_from="waiting")
         return True
 
-    def write_ahead(self, item: Operation, *, durable: bool) -> None:
-        """Keep a copy on disk of an operation that waits in memory.
+    def write_ahead(self, item: Operation, *, is_wanted: bool, durable: bool) -> None:
+        """Keep a copy on disk of an operation that waits in memory, and discard the earlier one that it supersedes.
 
         Args:
             item: The operation.
+            is_wanted: Whether there shall be a copy; else the earlier one goes alone.
             durable: Return only when the copy would survive a power cut, and warn where there can be none.
         """
-        if not self.is_partial(item):
-            self.disk.save(item, durable=durable, is_needed=durable)
-
-    def settle_copies(self, item: Operation, *, are_wanted: bool) -> None:
-        """Discard the earlier copy of an operation, once there is a better one or none is wanted."""
-        if (item.reference is not None or not are_wanted) and not self.is_partial(item):
+        if self.is_partial(item):
+            return
+        if not is_wanted or self.disk.save(item, durable=durable, is_needed=durable):
             self._discard_superseded(item)
 
     def _discard_superseded(self, item: Operation) -> None:
@@ -137,15 +135,13 @@ class Overflow:
         for entry in self._pending.close():
             if not self.spill(entry):
                 self._pending.finish(entry, "dropped")
-        self.disk.close()
-        if self.copies is not self.disk:
-            self.copies.close()
+        for disk in {self.disk, self.copies}:
+            disk.close()
 
     def after_fork(self) -> None:
         """Leave what is on disk and what is locked to the parent, in a forked child."""
-        self.disk.spool.after_fork()
-        if self.copies is not self.disk:
-            self.copies.spool.after_fork()
+        for disk in {self.disk, self.copies}:
+            disk.spool.after_fork()
 
 
 def not_shown(item: Operation) -> None:

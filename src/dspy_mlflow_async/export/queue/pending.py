@@ -321,7 +321,7 @@ class PendingOperations:
             self._place_on_disk(entry, reference)
             return True
 
-    def behind(self, key: str) -> list[Pending]:
+    def residents_of(self, key: str) -> list[Pending]:
         """Return all of one trace or run that is in memory."""
         with self._lock:
             return [entry for entry in self._by_key.get(key, ()) if entry.operation is not None]

@@ -92,9 +92,7 @@ class StoreQueue:
         self.worker.wake()
 
     def _write_ahead(self, item: Operation) -> None:
-        if self.writes_ahead:
-            self.overflow.write_ahead(item, durable=self.options.durable)
-        self.overflow.settle_copies(item, are_wanted=self.writes_ahead)
+        self.overflow.write_ahead(item, is_wanted=self.writes_ahead, durable=self.options.durable)
 
     def take_back(self, entries: list[Pending]) -> None:
         """Queue what a caller has had in hand and could not bring to the store."""
@@ -197,7 +195,7 @@ class StoreQueue:
                 not_shown(item)
             self.pending.finish(entry, None)
         elif outcome.verdict is Verdict.SUSPECT and not self.pending.suspect(entry):
-            for waiting in self.pending.behind(item.key):
+            for waiting in self.pending.residents_of(item.key):
                 self.overflow.spill(waiting)
         else:
             self._refused(entry, outcome)
