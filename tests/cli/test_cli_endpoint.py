@@ -129,7 +129,7 @@ async def test_thousand_requests_at_once():
     async def ask(endpoint, number):
         reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
         body = json.dumps({"messages": [{"role": "user", "content": f"n{number}"}]}).encode()
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nConnection: close\r\n")
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n")
         writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
         text = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")[2]
         writer.close()

@@ -6,11 +6,13 @@ import asyncio
 import inspect
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypedDict
+
+from aiohttp import web  # comes with LiteLLM, so with DSPy: also where mlflow-tracing alone is installed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _BACKLOG = 2048
-_MAX_HEADER_BYTES = 64 * 1024
+_KEEPALIVE_SECONDS = 3600.0
 _START_SECONDS = 10.0
 _OK = HTTPStatus.OK.value
 
@@ -108,7 +110,6 @@ class LocalEndpoint:
         self._started = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
-        self._connections: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, name="local-endpoint", daemon=True)
 
     @property
@@ -162,55 +163,39 @@ class LocalEndpoint:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=_BACKLOG, limit=_MAX_HEADER_BYTES)
-        self._port = server.sockets[0].getsockname()[1]
-        self._started.set()
+        app = web.Application(client_max_size=0)  # prompts may be of any size
+        app.router.add_get("/{base:.*}models", _models)
+        app.router.add_post("/{base:.*}chat/completions", self._complete)
+        app.router.add_route("*", "/{path:.*}", _unknown)
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=_KEEPALIVE_SECONDS, shutdown_timeout=0)
+        await runner.setup()
         try:
+            await web.TCPSite(runner, "127.0.0.1", 0, backlog=_BACKLOG).start()
+            self._port = runner.addresses[0][1]
+            self._started.set()
             await self._stop.wait()
         finally:
-            server.close()
-            for connection in list(self._connections):
-                connection.cancel()
-            await asyncio.gather(*self._connections, return_exceptions=True)
+            await runner.cleanup()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine always runs in a task
-        self._connections.add(task)
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
         try:
-            while await self._one_request(reader, writer):
-                pass
-        except (ConnectionError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the client has gone, or speaks no HTTP or no JSON
-        except asyncio.CancelledError:
-            pass  # we stop; nobody awaits this task but _serve
-        finally:
-            self._connections.discard(task)
-            writer.close()
-
-    async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; return whether the connection may be used again."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        request_line, *lines = head.split("\r\n")
-        method, path, _ = request_line.split(" ", 2)
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        raw = await reader.readexactly(int(headers.get("content-length") or 0))
-        path = path.partition("?")[0].rstrip("/")
-        if method == "GET" and path.endswith("/models"):
-            await _send_json(writer, _OK, {"object": "list", "data": [{"id": "scripted", "object": "model"}]})
-        elif method == "POST" and path.endswith("/chat/completions"):
-            body = json.loads(raw)
-            try:
-                reply = _as_reply(await self._ask(body))
-            except Exception as error:  # noqa: BLE001 - whatever the script raises is the server's failure
-                reply = Reply(status=500, content=f"{type(error).__name__}: {error}")
-            await self._send_reply(writer, body, headers, reply)
-            if reply.get("hang_up"):
-                return False
-        else:
-            message = f"This endpoint knows POST /v1/chat/completions and GET /v1/models, not {method} {path}."
-            await _send_json(writer, 404, _error(message, 404))
-        return headers.get("connection", "").lower() != "close"
+            reply = _as_reply(await self._ask(body))
+        except Exception as error:  # noqa: BLE001 - whatever the script raises is the server's failure
+            reply = Reply(status=500, content=f"{type(error).__name__}: {error}")
+        status = reply.get("status", _OK)
+        usage = _usage(body, reply) if status == _OK else {}
+        if self._keep_requests:
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            self.requests.append(Request(body, headers, reply, usage))
+        if latency := reply.get("latency", self._latency):
+            await asyncio.sleep(latency)
+        if body.get("stream") and status == _OK:
+            return await _stream(request, body, reply, usage)
+        if reply.get("hang_up"):
+            _hang_up(request)
+        answer = _completion(body, reply, usage) if status == _OK else _error(reply.get("content"), status)
+        return web.json_response(answer, status=status, headers=reply.get("headers"))
 
     async def _ask(self, body: dict[str, Any]) -> Any:
         if self._pool is not None:
@@ -218,20 +203,20 @@ class LocalEndpoint:
         said = self._answer(body)
         return await said if inspect.isawaitable(said) else said
 
-    async def _send_reply(
-        self, writer: asyncio.StreamWriter, body: dict[str, Any], headers: Mapping[str, str], reply: Reply
-    ) -> None:
-        status = reply.get("status", 200)
-        usage = _usage(body, reply) if status == _OK else {}
-        if self._keep_requests:
-            self.requests.append(Request(body, headers, reply, usage))
-        if latency := reply.get("latency", self._latency):
-            await asyncio.sleep(latency)
-        if body.get("stream") and status == _OK:
-            await _send_stream(writer, body, reply, usage)
-        elif not reply.get("hang_up"):
-            answer = _completion(body, reply, usage) if status == _OK else _error(reply.get("content"), status)
-            await _send_json(writer, status, answer, reply.get("headers"))
+
+async def _models(_: web.Request) -> web.Response:
+    return web.json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+
+
+async def _unknown(request: web.Request) -> web.Response:
+    known = "POST /v1/chat/completions and GET /v1/models"
+    message = f"This endpoint knows {known}, not {request.method} {request.path}."
+    return web.json_response(_error(message, 404), status=404)
+
+
+def _hang_up(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.close()
 
 
 def text_of(body: Mapping[str, Any]) -> str:
@@ -287,7 +272,7 @@ def _error(message: str | None, status: int) -> dict[str, Any]:
     return {"error": {"message": message or "scripted failure", "type": "scripted", "code": status}}
 
 
-async def _pieces(body: Mapping[str, Any], reply: Reply, usage: dict[str, int]) -> AsyncIterator[dict[str, Any]]:
+def _pieces(body: Mapping[str, Any], reply: Reply, usage: dict[str, int]) -> Iterator[dict[str, Any]]:
     envelope = _envelope(body, "chat.completion.chunk")
 
     def piece(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -298,8 +283,6 @@ async def _pieces(body: Mapping[str, Any], reply: Reply, usage: dict[str, int]) 
     for number, word in enumerate(words):
         if reply.get("hang_up") and number >= len(words) // 2:
             return
-        if pause := reply.get("chunk_latency"):
-            await asyncio.sleep(pause)
         yield piece({"content": word if number == len(words) - 1 else f"{word} "})
     for number, call in enumerate(reply.get("tool_calls") or ()):
         yield piece({"tool_calls": [{"index": number, **call}]})
@@ -308,31 +291,17 @@ async def _pieces(body: Mapping[str, Any], reply: Reply, usage: dict[str, int]) 
         yield {**envelope, "choices": [], "usage": usage}
 
 
-async def _send_stream(
-    writer: asyncio.StreamWriter, body: Mapping[str, Any], reply: Reply, usage: dict[str, int]
-) -> None:
-    writer.write(_head(_OK, "text/event-stream", {"Transfer-Encoding": "chunked", **(reply.get("headers") or {})}))
-    async for piece in _pieces(body, reply, usage):
-        writer.write(_chunk(f"data: {json.dumps(piece)}\n\n".encode()))
-        await writer.drain()
-    if not reply.get("hang_up"):
-        writer.write(_chunk(b"data: [DONE]\n\n") + _chunk(b""))
-    await writer.drain()
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-async def _send_json(
-    writer: asyncio.StreamWriter, status: int, value: Any, headers: Mapping[str, str] | None = None
-) -> None:
-    data = json.dumps(value).encode()
-    writer.write(_head(status, "application/json", {"Content-Length": str(len(data)), **(headers or {})}) + data)
-    await writer.drain()
-
-
-def _head(status: int, kind: str, headers: Mapping[str, str]) -> bytes:
-    lines = [f"HTTP/1.1 {status} Scripted", f"Content-Type: {kind}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+async def _stream(
+    request: web.Request, body: Mapping[str, Any], reply: Reply, usage: dict[str, int]
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **(reply.get("headers") or {})})
+    await response.prepare(request)
+    for piece in _pieces(body, reply, usage):
+        if piece["choices"] and "content" in piece["choices"][0]["delta"]:
+            await asyncio.sleep(reply.get("chunk_latency", 0))
+        await response.write(f"data: {json.dumps(piece)}\n\n".encode())
+    if reply.get("hang_up"):
+        _hang_up(request)
+    else:
+        await response.write(b"data: [DONE]\n\n")
+    return response
