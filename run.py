@@ -31,6 +31,7 @@ NAMES = {
     "light": "run what applies with mlflow-tracing alone, against a server of another environment",
     "newest": "run the tests on the newest DSPy and MLflow, pre-releases too",
     "drill": "take the private names of DSPy and MLflow away, one by one, and see that a program runs on",
+    "docs": "build the documentation's site, with warnings as errors",
     "bench": "measure what tracing costs",
     "faults": "try what may go wrong, and show where every trace is (two to three minutes; --long for hours)",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",

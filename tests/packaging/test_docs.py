@@ -12,7 +12,13 @@ from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint, text_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("celery", "commands", "concurrency", "testing"))]
+RUN = [
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("celery", "commands", "concurrency", "getting-started", "langgraph", "testing")
+    ),
+]
 FIELD = re.compile(r"\[\[ ## (\w+) ## ]]")
 
 
