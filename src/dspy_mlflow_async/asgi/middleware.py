@@ -15,7 +15,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.incoming_traceparent import Callers, Trust
 from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage
-from dspy_mlflow_async.requests.options import Options, call, refuse_async
+from dspy_mlflow_async.requests.options import Options, Show, call, refuse_async
 from dspy_mlflow_async.requests.scope import Scope
 from dspy_mlflow_async.settings import Redact
 
@@ -50,6 +50,8 @@ class TracingMiddleware:
         experiment_id: The experiment that the traces go to, or a function.
         sample: As for ``request``: a ratio from 0 to 1, or ratios by outcome.
         redact: As for ``request``.
+        inputs: As for ``request``: by default the inputs of the first DSPy call, so that the list of traces shows them.
+        outputs: The same: by default the outputs of the last.
         traceparent: Whose ``traceparent`` header is believed: nobody's (False), everybody's (True), that of requests
             for which a function of the ASGI scope is true, or of callers that connect from one of these networks
             (``["10.0.0.0/8"]``). Both are counted, see ``stats()``.
@@ -77,6 +79,8 @@ class TracingMiddleware:
         experiment_id: str | int | OfScope | None = None,
         sample: sampling.Sample = 1.0,
         redact: Redact | None = None,
+        inputs: Show = True,
+        outputs: Show = True,
         traceparent: Trust = False,
         response_header: str | None = "x-trace-id",
         websocket: Literal["connection", "message"] = "connection",
@@ -100,6 +104,8 @@ class TracingMiddleware:
             metadata,
             experiment_id,
             redact,
+            inputs,
+            outputs,
         )
         self._options.check_experiment()
         self._callers = Callers(traceparent)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.requests.preview import Preview
 from dspy_mlflow_async.requests.record import Record
 from dspy_mlflow_async.seams import mlflow_lazy_span as promise_seam
 from dspy_mlflow_async.seams.mlflow_spans import (
@@ -34,7 +35,7 @@ class Beginning(NamedTuple):
 
     Attributes:
         name: The span's name.
-        inputs: What to show as its inputs; None for nothing.
+        inputs: What to show as its inputs; None for those of its first call.
         attributes: Further attributes by key.
     """
 
@@ -48,6 +49,7 @@ class Root:
 
     Args:
         record: Who is told the trace's id.
+        preview: What the span shows of its calls.
         settings: What the span goes by.
         describe: What is known of the request when the span begins.
         where: What is current around the request.
@@ -59,6 +61,7 @@ class Root:
     def __init__(
         self,
         record: Record,
+        preview: Preview,
         settings: Settings,
         describe: Callable[[], Beginning],
         where: TracingContext,
@@ -70,6 +73,7 @@ class Root:
         self._open: OpenSpan | None = None
         self._is_over = False
         self._record = record
+        self.preview = preview
         self._settings = settings
         self._describe = describe
         self._where = where
@@ -120,8 +124,8 @@ class Root:
         beginning = self._describe()
         plain = Door(self._settings).plain()
         attributes = {key: plain.encode(plain(value)) for key, value in beginning.attributes.items()}
-        if beginning.inputs is not None:
-            attributes[SpanAttributeKey.INPUTS] = plain.encode(plain(beginning.inputs))
+        if (inputs := self.preview.of_inputs(beginning.inputs)) is not None:
+            attributes[SpanAttributeKey.INPUTS] = inputs
         tracer_ = current_tracer(where)
         if self._remote is not None and parent is None:
             parent = self._remote
@@ -133,6 +137,7 @@ class Root:
             self._span = begun.otel
         elif begun is not None:
             self._open, self._span = begun, begun.otel
+            self.preview.begin(begun)
             self._record.on_span_start(begun)
 
     def promised_trace_id(self) -> str | None:
@@ -164,7 +169,7 @@ class Root:
 
         Args:
             failure: What ended the request, or None.
-            outputs: What to show as its outputs; None for nothing.
+            outputs: What to show as its outputs; None for those of its last call.
             attributes: Further attributes by key.
         """
         with self._lock:
@@ -175,6 +180,7 @@ class Root:
             if self._open is not None:
                 self._end(self._open, failure, outputs, attributes or {})
         finally:
+            self.preview.close()
             if self._adopted is not None:
                 promise_seam.remote_traces.release(self._adopted)
 
@@ -183,8 +189,8 @@ class Root:
         texts: dict[str, str] = {}
         try:
             texts = {key: plain.encode(plain(value)) for key, value in attributes.items()}
-            if outputs is not None:
-                texts[SpanAttributeKey.OUTPUTS] = plain.encode(plain(outputs))
+            if (shown := self.preview.of_outputs(outputs, failure)) is not None:
+                texts[SpanAttributeKey.OUTPUTS] = shown
         finally:
             tracer.end_span(span, self._settings, texts, failure)
 
@@ -210,6 +216,16 @@ class CurrentMessage:
         """The message's span, once it has started."""
         root = self.root
         return None if root is None else root.span
+
+    def call_started(self, span: OpenSpan, inputs: str | None) -> None:
+        """Let the message's span show what its first call is asked."""
+        if (root := self.root) is not None:
+            root.preview.call_started(span, inputs)
+
+    def call_ended(self, span: OpenSpan, outputs: str | None) -> None:
+        """Let the message's span show what its last call has returned."""
+        if (root := self.root) is not None:
+            root.preview.call_ended(span, outputs)
 
     def begin(self) -> Any:
         """Return the message's span; between two messages INVALID_SPAN, so that calls begin traces of their own."""

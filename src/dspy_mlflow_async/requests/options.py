@@ -29,6 +29,8 @@ CHECK_TIMEOUT = 5.0  # seconds
 
 Text = str | int | Callable[..., Any] | None
 Texts = Mapping[str, Any] | Callable[..., Any] | None
+# True for what there is, False for nothing, or a function of what there is, as it is stored, that returns what to show.
+Show = bool | Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Options:
     metadata: Texts = None
     experiment_id: Text = None
     redact: Redact | None = None
+    inputs: Show = True
+    outputs: Show = True
     sampling: sampling.ByRatio | sampling.ByOutcome | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,11 +83,23 @@ class Options:
                 raise TypeError(f"{name} must be a mapping or a function of the call's arguments, not {value!r}")
         if self.redact is not None and not callable(self.redact):
             raise TypeError(f"redact must be a function of one value, not {self.redact!r}")
-        for name in ("session_id", "user", "experiment_id", "tags", "metadata", "redact"):
+        for name in ("inputs", "outputs"):
+            _check_show(name, getattr(self, name))
+        for name in ("session_id", "user", "experiment_id", "tags", "metadata", "redact", "inputs", "outputs"):
             refuse_async(name, getattr(self, name))
         if self.experiment_id == "":
             raise ValueError("experiment_id must not be empty")
         object.__setattr__(self, "sampling", sampling.parse(self.sample))
+
+    def check_span(self) -> None:
+        """Refuse what a request without a span would not show.
+
+        Raises:
+            ValueError: For ``inputs`` or ``outputs`` without a ``name``.
+        """
+        for name in ("inputs", "outputs"):
+            if self.name is None and getattr(self, name) is not True:
+                raise ValueError(f"{name}= is shown on the span that name= makes: give a name, too")
 
     def check_experiment(self) -> None:
         """Ask the store about the experiment, where it is known now.
@@ -128,6 +144,11 @@ def cut(text: str, limit: int) -> str:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def _check_show(name: str, value: Any) -> None:
+    if not isinstance(value, bool) and not callable(value):
+        raise TypeError(f"{name} must be True, False or a function of what would be shown, not {value!r}")
 
 
 def refuse_async(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.settings import Redact, Settings
-from dspy_mlflow_async.spans.observer import LmCall, RequestObserver
+from dspy_mlflow_async.spans.observer import CallObserver, LmCall, RequestObserver
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.seams.mlflow_spans import OpenSpan
@@ -29,6 +29,7 @@ class Record:
 
     def __init__(self, outer: RequestObserver | None = None, redact: Redact | None = None) -> None:
         self._outer = outer
+        self._shows: CallObserver | None = None
         self._redact = redact
         self._adapted: tuple[Settings, Settings] | None = None
         self._calls: list[LmCall] = []
@@ -96,6 +97,24 @@ class Record:
         """Note that the request has this trace."""
         if trace_id not in self._trace_ids and len(self._trace_ids) < MAX_TRACE_IDS:
             self._trace_ids[trace_id] = None
+
+    def show_by(self, shows: CallObserver) -> None:
+        """Tell ``shows`` of the request's outermost DSPy calls, so that its root can show them."""
+        self._shows = shows
+
+    def call_started(self, span: OpenSpan, inputs: str | None) -> None:
+        """Note that an outermost DSPy call starts, with the JSON text of its inputs."""
+        if self._shows is not None:
+            self._shows.call_started(span, inputs)
+        if self._outer is not None:
+            self._outer.call_started(span, inputs)
+
+    def call_ended(self, span: OpenSpan, outputs: str | None) -> None:
+        """Note that it has ended, with the JSON text of its outputs; None where it has not returned."""
+        if self._shows is not None:
+            self._shows.call_ended(span, outputs)
+        if self._outer is not None:
+            self._outer.call_ended(span, outputs)
 
     def lm_call_ended(self, call: LmCall) -> None:
         """Note that an LM call has ended."""

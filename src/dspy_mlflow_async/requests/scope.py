@@ -15,7 +15,8 @@ from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage, Root
-from dspy_mlflow_async.requests.options import Options, Text, Texts
+from dspy_mlflow_async.requests.options import Options, Show, Text, Texts
+from dspy_mlflow_async.requests.preview import Preview
 from dspy_mlflow_async.requests.record import Record
 from dspy_mlflow_async.seams import mlflow_trace_settings as scope_seam
 from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan
@@ -101,17 +102,22 @@ class Scope:
             promise = self.root.promise
         elif self._message is not None:
             promise = LazySpan(self._message)
+            self.record.show_by(self._message)
         else:
             return
         self._where = here
         attach(promise, here)
 
     def _new_root(self, here: TracingContext) -> Root:
-        around = self._inside
+        around, settings = self._inside, self._settings()
+        options = self._options if around is None else around._options
+        preview = Preview(options.inputs, options.outputs, settings)
+        self.record.show_by(preview)
+        known = self.record, preview, settings, self._beginning
         if around is None or around._message is None:
-            return Root(self.record, self._settings(), self._beginning, here, self._said, self._remote)
+            return Root(*known, here, self._said, self._remote)
         where, successor = around._where or here, around._message.successor
-        return Root(self.record, self._settings(), self._beginning, where, around._said, self._remote, successor)
+        return Root(*known, where, around._said, self._remote, successor)
 
     def _beginning(self) -> Beginning:
         beginning = self._describe() if self._describe is not None else Beginning("request")
@@ -194,13 +200,17 @@ class request:  # noqa: N801 - used like a function
         metadata: Trace metadata by key.
         experiment_id: The experiment that the traces go to.
         redact: Sees each value before it is stored, as ``autolog``'s ``redact`` and before it.
+        inputs: What the span of ``name`` shows as its inputs. True for those of the first DSPy call of the block,
+            False for none, or a function of them, as they are stored (masked, bounded JSON), that returns what to show.
+        outputs: The same of the outputs of the last call that has returned.
 
     Yields:
         A ``Record`` with ``trace_id``, ``usage`` (tokens), ``cost`` (US dollars) and ``lm_calls``.
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For an unknown key of ``sample``, or a ratio outside 0 to 1.
+        ValueError: For an unknown key of ``sample``, a ratio outside 0 to 1, or ``inputs`` or ``outputs`` without
+            ``name``.
     """
 
     def __init__(
@@ -214,8 +224,11 @@ class request:  # noqa: N801 - used like a function
         metadata: Texts = None,
         experiment_id: Text = None,
         redact: Redact | None = None,
+        inputs: Show = True,
+        outputs: Show = True,
     ) -> None:
-        options = Options(name, sample, session_id, user, tags, metadata, experiment_id, redact)
+        options = Options(name, sample, session_id, user, tags, metadata, experiment_id, redact, inputs, outputs)
+        options.check_span()
         self._options = options
         # Those of the blocks that are open: several inside each other, and in any number of tasks and threads. The
         # context of a block keeps its scope; one that is dropped with its context is abandoned.

@@ -30,19 +30,20 @@ class _End(NamedTuple):
     error: BaseException | None
 
 
-def stream_in(scope: Scope, values: Values) -> AsyncIterator[Any]:
+def stream_in(scope: Scope, values: Values, shown: Callable[[Any], Any]) -> AsyncIterator[Any]:
     """Yield the values of a stream whose program runs in ``scope``; the consumer's own code does not.
 
     Args:
         scope: A scope that has not begun. It begins with the first value that is asked for, and ends with the stream.
         values: Makes the stream, in the scope.
+        shown: Returns what to show of the stream's prediction.
     """
-    return _from_task(scope, values)
+    return _from_task(scope, values, shown)
 
 
-async def _from_task(scope: Scope, values: Values) -> AsyncGenerator[Any, None]:
+async def _from_task(scope: Scope, values: Values, shown: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
     if not _is_asyncio():
-        async with aclosing(_in_consumer(scope, values)) as taken:
+        async with aclosing(_in_consumer(scope, values, shown)) as taken:
             async for value in taken:
                 yield value
         return
@@ -51,7 +52,7 @@ async def _from_task(scope: Scope, values: Values) -> AsyncGenerator[Any, None]:
     channel: asyncio.Queue[Any] = asyncio.Queue(_BUFFER)
     scope.enter()
     try:
-        task = asyncio.create_task(_pump(scope, values, channel))
+        task = asyncio.create_task(_pump(scope, values, channel, shown))
     finally:
         scope.leave()
     try:
@@ -76,7 +77,7 @@ def _is_asyncio() -> bool:
         return False
 
 
-async def _pump(scope: Scope, values: Values, channel: asyncio.Queue[Any]) -> None:
+async def _pump(scope: Scope, values: Values, channel: asyncio.Queue[Any], shown: Callable[[Any], Any]) -> None:
     error: BaseException | None = None
     final: Any = None
     try:
@@ -87,13 +88,13 @@ async def _pump(scope: Scope, values: Values, channel: asyncio.Queue[Any]) -> No
                 await channel.put(value)
     except BaseException as raised:  # noqa: BLE001 - the consumer raises it
         error = raised
-    scope.close(error, final)
+    scope.close(error, shown(final))
     if isinstance(error, asyncio.CancelledError) and channel.full():
         return  # the consumer has gone
     await channel.put(_End(error))
 
 
-async def _in_consumer(scope: Scope, values: Values) -> AsyncGenerator[Any, None]:
+async def _in_consumer(scope: Scope, values: Values, shown: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
     """Stream without asyncio: in the consumer's task, whose context has the scope until the program has begun."""
     error: BaseException | None = None
     final: Any = None
@@ -118,5 +119,5 @@ async def _in_consumer(scope: Scope, values: Values) -> AsyncGenerator[Any, None
         error = raised
         raise
     finally:
-        scope.close(error, final)
+        scope.close(error, shown(final))
         await taken.aclose()

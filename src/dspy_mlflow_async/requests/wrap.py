@@ -11,7 +11,7 @@ import dspy
 from dspy_mlflow_async.async_programs import async_form, is_coroutine_function
 from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.lazy_root import Beginning
-from dspy_mlflow_async.requests.options import Options, Text, Texts
+from dspy_mlflow_async.requests.options import Options, Show, Text, Texts
 from dspy_mlflow_async.requests.scope import Scope
 from dspy_mlflow_async.requests.stream import stream_in
 from dspy_mlflow_async.requests.threads import in_thread
@@ -35,6 +35,8 @@ def wrap(
     metadata: Texts = None,
     experiment_id: Text = None,
     redact: Redact | None = None,
+    inputs: Show = True,
+    outputs: Show = True,
 ) -> Wrapped:
     """Give each call of a program a scope of its own: session, user, tags, destination and sampling.
 
@@ -54,6 +56,9 @@ def wrap(
         metadata: Trace metadata by key, alike.
         experiment_id: The experiment that the traces go to, or a function.
         redact: Sees each value of these calls before it is stored, before ``autolog``'s own ``redact``.
+        inputs: What the span of ``name`` shows as its inputs: True for the call's arguments, False for nothing, or a
+            function of them, as they are stored (masked, bounded JSON), that returns what to show.
+        outputs: The same of the call's result.
 
     Returns:
         The program with the same call forms, ``__call__``, ``acall``, ``stream`` and ``batch``. Everything else is
@@ -61,12 +66,14 @@ def wrap(
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For an unknown key of ``sample``, a ratio outside 0 to 1, or an experiment that the store does not
-            have. A store that does not answer within some seconds is not waited for.
+        ValueError: For an unknown key of ``sample``, a ratio outside 0 to 1, ``inputs`` or ``outputs`` without
+            ``name``, or an experiment that the store does not have. A store that does not answer within some seconds
+            is not waited for.
     """
     if not callable(program):
         raise TypeError(f"wrap takes a program that can be called, not {program!r}")
-    options = Options(name, sample, session_id, user, tags, metadata, experiment_id, redact)
+    options = Options(name, sample, session_id, user, tags, metadata, experiment_id, redact, inputs, outputs)
+    options.check_span()
     options.check_experiment()
     return Wrapped(program, options)
 
@@ -164,7 +171,7 @@ class Wrapped:
             )
             return cast("AsyncGenerator[Any, None]", streamer(*args, **kwargs))
 
-        return stream_in(self._scope(args, kwargs), values)
+        return stream_in(self._scope(args, kwargs), values, self._shown)
 
     def batch(self, examples: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``dspy.Module.batch``, each example a request of its own."""

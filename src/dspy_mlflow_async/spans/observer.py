@@ -36,7 +36,17 @@ class Observer(Protocol):
         """Take note of a span that begins."""
 
 
-class RequestObserver(Observer, Protocol):
+class CallObserver(Protocol):
+    """Observer of the outermost DSPy calls of a request."""
+
+    def call_started(self, span: Any, inputs: str | None) -> None:
+        """Take note of a call that begins, and of the JSON text of its inputs."""
+
+    def call_ended(self, span: Any, outputs: str | None) -> None:
+        """Take note of its end, and of the JSON text of its outputs; None where it has not returned."""
+
+
+class RequestObserver(Observer, CallObserver, Protocol):
     """Observer of the spans and LM calls inside of a request."""
 
     def lm_call_ended(self, call: LmCall) -> None:

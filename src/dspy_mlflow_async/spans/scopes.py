@@ -18,6 +18,7 @@ from dspy_mlflow_async.seams.mlflow_spans import (
     reattach,
 )
 from dspy_mlflow_async.settings import Settings
+from dspy_mlflow_async.spans.observer import RequestObserver
 from dspy_mlflow_async.spans.usage import Ledger
 
 
@@ -38,10 +39,12 @@ class SpanScope:
     can end it any more: it has been abandoned.
     """
 
-    __slots__ = ("before", "ended", "ledger", "settings", "show_outputs", "span", "usage")
+    __slots__ = ("before", "ended", "ledger", "request", "settings", "show_outputs", "span", "told", "usage")
 
     def __init__(self, span: OpenSpan, before: TracingContext, settings: Settings, ledger: Ledger | None) -> None:
         self.ended = False
+        self.request: RequestObserver | None = None  # the request around it
+        self.told: RequestObserver | None = None  # the same, for its outermost calls: it is told of their ends
         self.span = span
         self.settings = settings
         self.ledger = ledger

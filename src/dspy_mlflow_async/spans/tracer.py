@@ -105,12 +105,17 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     frames.enter(call_id, scope)
     scope.enter()
     if plain.has_attachments:
-        span.otel.set_attribute(SpanAttributeKey.INPUTS, _without_media(span, inputs, settings))
+        attributes[SpanAttributeKey.INPUTS] = _without_media(span, inputs, settings)
+        span.otel.set_attribute(SpanAttributeKey.INPUTS, attributes[SpanAttributeKey.INPUTS])
     example: Observer | None = frame.example if frame is not None else None
     if example is not None:
         example.on_span_start(span)
     if request is not None:
         request.on_span_start(span)
+        scope.request = request
+        if enclosing is None or enclosing.request is not request:
+            scope.told = request
+            request.call_started(span, attributes.get(SpanAttributeKey.INPUTS))
     return scope
 
 
@@ -154,6 +159,10 @@ def end(call_id: str, outputs: Any, exception: BaseException | None) -> None:
     try:
         attributes |= _end_attributes(scope, outputs)
     finally:
+        if scope.told is not None:
+            scope.told.call_ended(
+                scope.span, None if exception is not None else attributes.get(SpanAttributeKey.OUTPUTS)
+            )
         end_span(scope.span, scope.settings, attributes, failure_of(exception) if exception is not None else None)
 
 
