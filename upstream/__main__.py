@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 HERE = Path(__file__).resolve().parent
 WANTED = HERE.parent / "docs" / "upstream.md"
@@ -24,7 +23,7 @@ SUITES = {
     "mlflow": ("tests/tracing", "tests/tracking/fluent", "tests/genai/evaluate", "tests/dspy"),
     "dspy": ("tests",),
 }
-PASSED, NO_RESULT, TIMED_OUT = "passed", "no result", "timed out"
+PASSED, NO_RESULT, TIMED_OUT, CRASHED = "passed", "no result", "timed out", "crashed"
 _NOTHING_SELECTED = 5  # an exit code of pytest
 _ROW = re.compile(r"^\| `((?:mlflow|dspy): [^`]+)` \| ([a-z ]+) → ([a-z ]+) \|", re.MULTILINE)
 _TAIL = 4000  # characters of a test's text, or of a process's output, in the report
@@ -120,7 +119,7 @@ def report(off: Results, on: Results, differences: list[Difference]) -> int:
             if result.message:
                 print(f"  {mode}: {result.message}")
     silent = sorted(
-        test for test in off if test in on and {off[test].status, on[test].status} <= {NO_RESULT, TIMED_OUT}
+        test for test in off if test in on and {off[test].status, on[test].status} <= {NO_RESULT, TIMED_OUT, CRASHED}
     )
     passed = sum(result.status == PASSED for result in off.values())
     print(
@@ -128,7 +127,7 @@ def report(off: Results, on: Results, differences: list[Difference]) -> int:
         f"{len(differences)} different, {len(unlisted)} of them not listed."
     )
     for test in silent:
-        print(f"Not compared, no result either way: {test}")
+        print(f"Not compared, no result either way: {test} ({off[test].message})")
     return 1 if unlisted else 0
 
 
@@ -178,11 +177,11 @@ def _label(group: list[str]) -> str:
 
 def _run(root: Path, mode: str, group: list[str], options: argparse.Namespace) -> Results:
     """The result of each test of some files, from a process of its own with a folder of its own."""
-    label = _label(group)
     with tempfile.TemporaryDirectory() as folder:
-        result, output = Path(folder) / "result.xml", Path(folder) / "output.txt"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={result}"]
-        command += ["-p", f"autolog_{mode}", f"--timeout={options.test_timeout:g}", "-o", "junit_family=xunit1", *group]
+        lines, output = Path(folder) / "lines.json", Path(folder) / "output.txt"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
+        command += ["-p", f"autolog_{mode}", "-p", "line_per_test", f"--lines={lines}"]
+        command += ["--continue-on-collection-errors", f"--timeout={options.test_timeout:g}", *group]
         command += ["-k", options.select] if options.select else []
         with output.open("wb") as written:
             process = subprocess.Popen(
@@ -191,37 +190,39 @@ def _run(root: Path, mode: str, group: list[str], options: argparse.Namespace) -
             )  # fmt: skip
         try:
             code = process.wait(options.timeout)
+            status, why = CRASHED, f"pytest ended with exit code {code}"
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return {label: Result(TIMED_OUT, f"no end within {options.timeout:g} s", _tail(output))}
-        if code == _NOTHING_SELECTED:
-            return {}
-        if not result.is_file():
-            return {label: Result(NO_RESULT, f"pytest ended with exit code {code}", _tail(output))}
-        cases = ET.parse(result).iter("testcase")
-        return {
-            f"{case.get('file') or label}::{case.get('classname')}::{case.get('name')}": _result(case) for case in cases
-        }
+            code = process.wait()
+            status, why = TIMED_OUT, f"no end within {options.timeout:g} s"
+        results = _read(lines, Result(status, why, _tail(output)))
+        if not results and code != _NOTHING_SELECTED:
+            results = {_label(group): Result(status if status == TIMED_OUT else NO_RESULT, why, _tail(output))}
+        return results
+
+
+def _read(lines: Path, unfinished: Result) -> Results:
+    """The result of each test that ended; that of the one under way is ``unfinished``, and none came to the rest."""
+    results: Results = {}
+    for line in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else ():
+        told = json.loads(line)
+        before = results.get(told["test"])
+        if before is None or before.status in ("waiting", "running"):  # the first end counts: a failure before an error
+            results[told["test"]] = Result(told["status"], _first_line(told["message"]), told["text"])
+    rest = {"running": unfinished, "waiting": Result(NO_RESULT, f"not reached: {unfinished.message}")}
+    return {test: rest.get(result.status, result) for test, result in results.items()}
 
 
 def _environment(mode: str, folder: str, options: argparse.Namespace) -> dict[str, str]:
     # MLflow's own exporter, once asynchronous, lets tests fail that read a trace right after the call.
     is_asynchronous = mode == "on" and not options.on_synchronous
     return os.environ | {
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
         "DSPY_CACHEDIR": f"{folder}/cache",
         "DSPY_MLFLOW_ASYNC_SPOOL": f"{folder}/spool",
         "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(is_asynchronous).lower(),
     }
-
-
-def _result(case: ET.Element) -> Result:
-    for child in case:
-        if child.tag in ("error", "failure", "skipped"):
-            return Result(child.tag, _first_line(child.get("message") or ""), (child.text or "")[-_TAIL:])
-    return Result(PASSED)
 
 
 def _first_line(message: str) -> str:

@@ -26,9 +26,29 @@ WAITS_WITH_US = """
 import sys
 import threading
 
+def test_ends_before():
+    pass
+
+def test_fails_before():
+    assert False, "before"
+
 def test_waits():
     if "dspy_mlflow_async" in sys.modules:
         threading.Event().wait()
+
+def test_never_reached():
+    pass
+"""
+DIES_WITH_US = """
+import os
+import sys
+
+def test_ends_before():
+    pass
+
+def test_dies():
+    if "dspy_mlflow_async" in sys.modules:
+        os._exit(7)
 """
 LOADS_US = """
 def test_alike():
@@ -37,7 +57,7 @@ def test_alike():
 def test_loads_us():
     import dspy_mlflow_async
 """
-WITHOUT_CALLBACKS = "dspy: tests/test_small.py::tests.test_small::test_without_callbacks"
+WITHOUT_CALLBACKS = "dspy: tests/test_small.py::test_without_callbacks"
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -85,16 +105,37 @@ def test_a_difference_is_wanted_in_the_listed_direction_alone(tmp_path, directio
     assert done.returncode == code
 
 
-def test_a_file_that_never_ends_is_a_difference(tmp_path):
-    """Its process is ended after the time given, and the side that hangs is told."""
+def test_what_ended_before_a_hanging_test_is_kept(tmp_path):
+    """Its process is ended after the time given; the side that hangs is told, and no test that had ended is lost."""
     checkout(tmp_path, WAITS_WITH_US)
 
     done = compare(tmp_path, "--timeout", "25")
 
     name = "dspy: tests/test_small.py"
-    assert f"| `{name}::tests.test_small::test_waits` | passed → no result | DIFFERS |" in done.stdout
-    assert f"| `{name}` | no result → timed out | DIFFERS |" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `dspy: ")]
+    assert rows == [
+        f"| `{name}::test_never_reached` | passed → no result | DIFFERS |",
+        f"| `{name}::test_waits` | passed → timed out | DIFFERS |",
+    ]
     assert "  on: no end within 25 s" in done.stdout
+    assert "  on: not reached: no end within 25 s" in done.stdout
+    assert "4 compared, 3 of them pass without us" in done.stdout
+    assert done.returncode == 1
+
+
+def test_what_ended_before_a_crash_is_kept(tmp_path):
+    """A test that ends its process is told with the exit code, and a file that cannot be imported is named."""
+    checkout(tmp_path, DIES_WITH_US)
+    (tmp_path / "tests" / "test_heavy.py").write_text("import no_such_module\n")
+
+    done = compare(tmp_path, "--together")
+
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `dspy: ")]
+    assert rows == ["| `dspy: tests/test_small.py::test_dies` | passed → crashed | DIFFERS |"]
+    assert "  on: pytest ended with exit code 7" in done.stdout
+    reason = "ModuleNotFoundError: No module named 'no_such_module'"
+    assert f"Not compared, no result either way: dspy: tests/test_heavy.py ({reason})" in done.stdout
+    assert "3 compared, 2 of them pass without us; 1 different, 1 of them not listed." in done.stdout
     assert done.returncode == 1
 
 
