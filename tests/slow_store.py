@@ -15,6 +15,7 @@ class SlowStore:
 
     Attributes:
         delay: Seconds; may be changed at any time.
+        wait: A function that returns when a request may go on, in place of ``delay``.
         is_away: Whether it forwards nothing and answers 503, as a proxy before a server that is down.
         loses: A part of a request's path; such requests are done, and their answers lost.
         requests: What it was asked, oldest first.
@@ -22,6 +23,7 @@ class SlowStore:
 
     def __init__(self, server_uri):
         self.delay = 0.0
+        self.wait = lambda: time.sleep(self.delay)
         self.is_away = False
         self.loses = None
         self.requests = []
@@ -47,7 +49,7 @@ def _handler_of(store):
         def _forward(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             store.requests.append(f"{self.command} {urlsplit(self.path).path}")
-            time.sleep(store.delay)
+            store.wait()
             if store.is_away:
                 self.send_response(503)
                 self.send_header("Content-Length", "0")

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-import time
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,36 +13,64 @@ from test_spool import PROGRAM, place, read, start  # noqa: F401 - `place` is a 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export.spool import group_sync, segments
 
-SYNC_SECONDS = 0.05
+
+class SlowDisk:
+    """A disk whose syncs end when they are told to.
+
+    Attributes:
+        begun: How many syncs have begun.
+    """
+
+    def __init__(self, sync):
+        self.begun = 0
+        self._sync = sync
+        self._go = threading.Semaphore(0)
+
+    def __call__(self, handle):
+        self.begun += 1
+        assert self._go.acquire(timeout=30)
+        self._sync(handle)
+
+    def go(self, syncs=1):
+        self._go.release(syncs)
 
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """A disk that takes its time; gives what it was asked to sync."""
-    synced, sync = [], segments._sync_file
+    """A disk that takes its time."""
+    disk = SlowDisk(segments.sync_file)
+    monkeypatch.setattr(segments, "sync_file", disk)
+    return disk
 
-    def slow_sync(handle):
-        threading.Event().wait(SYNC_SECONDS)
-        sync(handle)
-        synced.append(handle)
 
-    monkeypatch.setattr(segments, "_sync_file", slow_sync)
-    return synced
+def have_written(spool, records):
+    """Wait until a spool has this many records, and those who wrote them are about to wait for a sync."""
+    folder = spool.folder
+    wait_until(lambda: records == sum(path.read_bytes().count(b"\n") for path in folder.glob("*.seg")))
+    spool.written()  # whoever has just written has let go of the lock
 
 
 def test_a_slow_disk(make, slow_disk):
     """A call costs one sync, or two if one is under way; those that wait at the same time share it."""
     installed = make(durable=True)
+    installed.stop_writing()
+    ids, rounds, callers = [], 10, 16
+    with ThreadPoolExecutor(callers) as pool:
+        for number in range(rounds):
+            first = pool.submit(call)
+            wait_until(lambda syncs=2 * number + 1: syncs == slow_disk.begun)
+            others = [pool.submit(call) for _ in range(callers - 1)]
+            have_written(installed.queue.spool, callers * (number + 1))
+            assert not any(future.done() for future in (first, *others))
+            slow_disk.go()
+            ids.append(first.result(30))
+            assert not any(future.done() for future in others)
+            slow_disk.go()
+            ids.extend(future.result(30) for future in others)
 
-    def timed(_):
-        begun = time.monotonic()
-        return call(), time.monotonic() - begun
-
-    with ThreadPoolExecutor(16) as pool:
-        ids, seconds = zip(*pool.map(timed, range(160)), strict=True)
-
-    assert SYNC_SECONDS <= min(seconds)
-    assert 10 <= len(slow_disk) <= 80
+    assert 2 * rounds == slow_disk.begun
+    slow_disk.go(1000)
+    installed.write_again()
     assert export.flush(100)
     traces = installed.read()
     assert set(ids) == set(traces)
@@ -51,62 +79,46 @@ def test_a_slow_disk(make, slow_disk):
     assert 0 == sum(info.records for info in export.spools())
 
 
-def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, monkeypatch):
+def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, slow_disk):
     """While a newcomer syncs, all those return whose records an earlier sync has made safe."""
     written = segments.Spool(tmp_path / "spool", "uri")
-    sync, begun = segments._sync_file, []
-    go = [threading.Event() for _ in range(3)]
-
-    def slow_sync(handle):
-        begun.append(1)
-        assert go[min(len(begun), len(go)) - 1].wait(30)
-        sync(handle)
-
-    monkeypatch.setattr(segments, "_sync_file", slow_sync)
 
     def put(key):
         written.put(b"{}", key=key, counted=1, durable=True)
 
     with ThreadPoolExecutor(16) as pool:
         first = pool.submit(put, "first")
-        wait_until(lambda: len(begun) == 1)
+        wait_until(lambda: 1 == slow_disk.begun)
         second = [pool.submit(put, f"second {number}") for number in range(10)]
-        wait_until(lambda: written._live and 11 in map(len, written._live.values()))
-        go[0].set()
-        wait_until(lambda: len(begun) == 2)
+        have_written(written, 11)
+        slow_disk.go()
+        wait_until(lambda: 2 == slow_disk.begun)
         third = [pool.submit(put, f"third {number}") for number in range(4)]
-        wait_until(lambda: 15 in map(len, written._live.values()))
-        go[1].set()
-        wait_until(lambda: len(begun) == 3)
+        have_written(written, 15)
+        slow_disk.go()
+        wait_until(lambda: 3 == slow_disk.begun)
         for future in (first, *second):
             future.result(10)
         assert not any(future.done() for future in third)
-        go[2].set()
+        slow_disk.go(1000)
     written.close()
 
 
-def test_who_waits_while_a_segment_is_closed(tmp_path, monkeypatch):
+def test_who_waits_while_a_segment_is_closed(tmp_path, slow_disk):
     """The sync of the full segment, which another caller makes, is waited for like any other."""
     written = segments.Spool(tmp_path / "spool", "uri")
     reference = written.put(b"{}", key="first", counted=1)
-    handle, end = written._handle, written._written
-    sync, begun, go = segments._sync_file, threading.Event(), threading.Event()
-
-    def slow_sync(handle):
-        begun.set()
-        assert go.wait(30)
-        sync(handle)
-
-    monkeypatch.setattr(segments, "_sync_file", slow_sync)
     with ThreadPoolExecutor(2) as pool:
         closing = pool.submit(written.close)
-        assert begun.wait(30)
-        waiting = pool.submit(written._sync_to, reference.segment, handle, end)
-        wait_until(lambda: waiting.done() or written._syncs._changed._waiters)
-        assert not waiting.done()
-        go.set()
-        waiting.result(10)
-        closing.result(10)
+        wait_until(lambda: 1 == slow_disk.begun)
+        waiting = pool.submit(written.sync, reference)
+        with pytest.raises(futures.TimeoutError):
+            waiting.result(0.2)
+        slow_disk.go()
+        waiting.result(30)
+        closing.result(30)
+
+    assert 1 == slow_disk.begun
 
 
 def test_an_interrupted_sync_is_anothers_turn():
@@ -127,18 +139,22 @@ def test_an_interrupted_sync_is_anothers_turn():
 def test_many_callers_share_few_syncs(tmp_path, slow_disk):
     """Each waits for the sync under way and for the next one, and so 64 of them need no more than one of them does."""
     written = segments.Spool(tmp_path / "spool", "uri")
-    waited = []
 
-    def put_some(_):
-        for _ in range(8):
-            before = len(slow_disk)
-            written.put(b"{}", key="key", counted=1, durable=True)
-            waited.append(len(slow_disk) - before)
+    def put(key):
+        written.put(b"{}", key=key, counted=1, durable=True)
 
     with ThreadPoolExecutor(64) as pool:
-        list(pool.map(put_some, range(64)))
-    assert len(slow_disk) <= 3 * 8
-    assert sorted(waited)[len(waited) * 95 // 100] <= 3
+        for number in range(8):
+            first = pool.submit(put, "first")
+            wait_until(lambda syncs=2 * number + 1: syncs == slow_disk.begun)
+            others = [pool.submit(put, "other") for _ in range(63)]
+            have_written(written, 64 * (number + 1))
+            slow_disk.go(2)
+            for future in (first, *others):
+                future.result(30)
+
+    assert 2 * 8 == slow_disk.begun
+    slow_disk.go(1000)
     written.close()
 
 

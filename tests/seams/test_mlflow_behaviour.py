@@ -1,11 +1,14 @@
 """MLflow's modes and ways that our spans must keep: one provider or two, remote parents, processors, time-outs."""
 
 import asyncio
+import contextvars
 import importlib
 
 import dspy
 import mlflow
 import pytest
+from opentelemetry import baggage as otel_baggage
+from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import TracerProvider
 
@@ -186,7 +189,29 @@ def test_capturing_restores_the_provider(store_uri):
     assert (["inside"], ["nested"]) == tuple([tree(trace)[0] for trace in each] for each in (traces, nested))
 
 
-def test_tracing_variables_are_there():
-    """Current span, OpenTelemetry's context, session and tags: each can be read, set and put back."""
-    for variable in seam.TRACING_VARIABLES:
-        variable.set(variable.get())
+def test_tracing_variables_carry_all_that_mlflow_keeps_in_the_context(captured):
+    """Read here and set in an empty context, they bring span, session and sampling there; put back, they are gone."""
+
+    def seen():
+        with mlflow.start_span("child") as span:
+            session = seam.TRACE_CONTEXT.get()
+            return span.parent_id, session and session.metadata, otel_baggage.get_baggage("mine"), span.trace_id
+
+    def carry(values):
+        before = [variable.get() for variable in seam.TRACING_VARIABLES]
+        for variable, value in zip(seam.TRACING_VARIABLES, values, strict=True):
+            variable.set(value)
+        there = seen()
+        for variable, value in zip(seam.TRACING_VARIABLES, before, strict=True):
+            variable.set(value)
+        return there, seen()
+
+    token = otel_context.attach(otel_baggage.set_baggage("mine", "kept"))
+    with mlflow.tracing.context(metadata={"mlflow.trace.session": "s"}), mlflow.start_span("parent") as parent:
+        values = [variable.get() for variable in seam.TRACING_VARIABLES]
+        there, after = contextvars.Context().run(carry, values)
+    otel_context.detach(token)
+
+    assert (parent.span_id, {"mlflow.trace.session": "s"}, "kept", parent.trace_id) == there
+    assert (None, None, None) == after[:3]
+    assert parent.trace_id != after[3]

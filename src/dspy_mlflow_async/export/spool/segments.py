@@ -36,7 +36,7 @@ _SEGMENT_BYTES_IF_EMPTY = 2**20
 # The name of a segment that a draining child may read while its process still writes it.
 SHARED = "-shared.seg"
 # macOS has no fdatasync.
-_sync_file = getattr(os, "fdatasync", os.fsync)
+sync_file = getattr(os, "fdatasync", os.fsync)
 
 
 def frame(payload: bytes) -> bytes:
@@ -140,8 +140,7 @@ class Spool:
             payload: The record, encoded.
             key: What it belongs to; kept with the reference.
             counted: How many traces it carries; kept with the reference.
-            durable: Return only when it would survive a power cut. Callers that wait at the same time share
-                one sync.
+            durable: Return only when it would survive a power cut, as after ``sync``.
             is_vital: Whether the reserve of the quota is for it, too.
 
         Raises:
@@ -153,14 +152,15 @@ class Spool:
         with self._append:
             if self._handle < 0 or self._written >= _SEGMENT_BYTES:
                 self._open_segment()
-            segment, handle, offset = self._segment, self._handle, self._written
+            segment, offset = self._segment, self._written
             assert segment is not None  # noqa: S101 - for the type checker
-            self._write(handle, line, offset)
-            self._written = end = offset + len(line)
+            self._write(self._handle, line, offset)
+            self._written = offset + len(line)
             self._live.setdefault(segment, set()).add(offset)
+        reference = Reference(segment, offset, len(line), key, counted)
         if durable:
-            self._sync_to(segment, handle, end)
-        return Reference(segment, offset, len(line), key, counted)
+            self.sync(reference)
+        return reference
 
     def _write(self, handle: int, line: bytes, offset: int) -> None:
         written = 0
@@ -172,7 +172,14 @@ class Spool:
                 os.ftruncate(handle, offset)  # half a record would be a damaged one
             raise
 
-    def _sync_to(self, segment: Path, handle: int, end: int) -> None:
+    def sync(self, reference: Reference) -> None:
+        """Return only when a record would survive a power cut. Callers that wait at the same time share one sync.
+
+        Raises:
+            OSError: If the disk is broken.
+        """
+        segment, end = reference.segment, reference.offset + reference.length
+
         def is_safe() -> bool:
             if segment in self._unsynced:
                 raise OSError(errno.EIO, "could not be synced", str(segment))
@@ -180,14 +187,14 @@ class Spool:
 
         def sync() -> None:
             reached = self._written
-            self._sync_with_name(handle)
+            self._sync_with_name(self._handle)  # of the record's segment, which is retired in a turn of its own alone
             self._synced = reached
 
         self._syncs.until(is_safe, sync)
 
     def _sync_with_name(self, handle: int) -> None:
         """Sync the current segment, and once its name in the folder."""
-        _sync_file(handle)
+        sync_file(handle)
         if not self._is_name_safe:
             sync_folder(self.folder)
             self._is_name_safe = True
