@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from stores import call
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export.spool import dead_letters, segments
+from dspy_mlflow_async.export.spool import dead_letters
+from dspy_mlflow_async.export.spool.format import scan
+from dspy_mlflow_async.export.spool.paths import segments_of
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_letters_that_come_meanwhile_are_kept(tmp_path):
     revived = sum(dead_letters.revive(folder, uri, lambda letter: True) for _ in range(50))
     writer.join(60)
     left = dead_letters.read(folder)
-    records = [payload for segment in segments.segments(folder) for _, payload in segments.scan(segment.read_bytes())]
+    records = [payload for segment in segments_of(folder) for _, payload in scan(segment.read_bytes())]
 
     assert 301 == revived + len(left)
     assert 301 == len({*records, *(letter.record for letter in left)})

@@ -11,7 +11,7 @@ from stores import call, wait_until
 from test_spool import PROGRAM, place, read, start  # noqa: F401 - `place` is a fixture
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export.spool import group_sync, segments
+from dspy_mlflow_async.export.spool import segments
 
 
 class SlowDisk:
@@ -123,7 +123,7 @@ def test_who_waits_while_a_segment_is_closed(tmp_path, slow_disk):
 
 def test_an_interrupted_sync_is_anothers_turn():
     """Ctrl-C in the one who syncs leaves nobody waiting for ever."""
-    group, synced = group_sync.GroupSync(), []
+    group, synced = segments.GroupSync(), []
 
     def interrupted():
         raise KeyboardInterrupt

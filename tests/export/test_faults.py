@@ -31,6 +31,8 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.export.queue import pending, store_queue
 from dspy_mlflow_async.export.queue.pipeline import Pipeline
 from dspy_mlflow_async.export.spool import segments as spools
+from dspy_mlflow_async.export.spool.format import scan
+from dspy_mlflow_async.export.spool.paths import segments_of
 from dspy_mlflow_async.export.write import errors
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, classify
 from dspy_mlflow_async.export.write.parallel_requests import map_concurrently
@@ -86,7 +88,7 @@ def test_a_server_that_is_killed_and_comes_back(make, server):
     assert [1.0, 2.0] == [metric.value for metric in client.get_metric_history(run_id, "score")]
     assert ({"p": "v"}, "FINISHED", 1234) == (run.data.params, run.info.status, run.info.end_time)
     assert ["folder/table.json"] == [file.path for file in client.list_artifacts(run_id, "folder")]
-    assert [] == spools.segments(installed.queue.spool.folder) or export.stats().spooled == 0
+    assert [] == segments_of(installed.queue.spool.folder) or export.stats().spooled == 0
 
 
 def test_pauses_leave_the_programs_random_numbers_alone():
@@ -396,7 +398,7 @@ def test_a_refusal_goes_to_the_dead_letters(sqlite):
     assert export.flush(100)
     assert 1 == export.stats().dead
     letters = (sqlite.queue.spool.folder / "dead.letters").read_bytes()
-    ((_, letter),) = spools.scan(letters)
+    ((_, letter),) = scan(letters)
     assert b"must be in the 'active' state" in letter
     (info,) = export.spools()
     assert (1, 0) == (info.dead, info.records)
@@ -643,7 +645,7 @@ def test_a_clock_that_goes_backwards_between_segments(make, monkeypatch):
     export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
     installed.queue.save_everything()
     folder = installed.queue.spool.folder
-    assert 2 == len(spools.segments(folder))
+    assert 2 == len(segments_of(folder))
 
     assert (2, 0) == ((summary := export.replay(folder=folder)).stored, summary.dead)
     assert 1 == len(installed.read()[trace_id].info.assessments)

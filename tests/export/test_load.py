@@ -14,7 +14,7 @@ from stores import check_sum, read, wait_until
 from test_spool import PROGRAM, finish, place, start  # noqa: F401 - `place` is a fixture
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export.spool import segments
+from dspy_mlflow_async.export.spool.paths import segments_of
 
 TASKS = 128
 # Writing one takes about 6 ms of CPU, most of them SQLAlchemy's: all 20,000 take minutes.
@@ -138,7 +138,7 @@ def test_processes_with_one_spool_in_an_outage(make, server, proxy, tmp_path):
     traces = installed.read()
     assert len(ids) == len(set(ids)) == len(traces)
     assert set(ids) == set(traces)
-    assert [] == [segment for info in export.spools() for segment in segments.segments(info.folder)]
+    assert [] == [segment for info in export.spools() for segment in segments_of(info.folder)]
     assert [0] == [info.dead for info in export.spools()]
     results = results_of(proxy.answers)
     assert {("trace", trace_id) for trace_id in ids} <= set(results)

@@ -14,8 +14,9 @@ from stores import call, wait_until
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export.operations import RunOperation, TraceUpdate
-from dspy_mlflow_async.export.spool import codec, segments
-from dspy_mlflow_async.export.spool.folder import make_folder
+from dspy_mlflow_async.export.spool import codec
+from dspy_mlflow_async.export.spool.format import done_offsets, frame, scan
+from dspy_mlflow_async.export.spool.paths import make_folder, segments_of
 from dspy_mlflow_async.export.spool.quota import Quota, SpoolFullError
 
 NOWHERE = "http://127.0.0.1:9"
@@ -30,9 +31,7 @@ def fail(text):
 
 
 def spooled_ids(folder):
-    return {
-        codec.peek(payload)[0] for path in segments.segments(folder) for _, payload in segments.scan(path.read_bytes())
-    }
+    return {codec.peek(payload)[0] for path in segments_of(folder) for _, payload in scan(path.read_bytes())}
 
 
 def size_of(folder):
@@ -155,7 +154,7 @@ def test_an_intact_record_that_cannot_be_decoded_is_kept(make, spool_dir, change
     folder = installed.queue.spool.folder
     make_folder(folder, installed.queue.spool.uri)
     record = codec.loads(codec.encode(TraceUpdate(key="tr-1", tags={"a": "b"})))
-    line = segments.frame(codec.dumps(record | change))
+    line = frame(codec.dumps(record | change))
     segment = folder / "00000000000000000001-1-abc.seg"
     segment.write_bytes(line)
     with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):
@@ -164,7 +163,7 @@ def test_an_intact_record_that_cannot_be_decoded_is_kept(make, spool_dir, change
         assert export.flush(60)
 
     assert line == segment.read_bytes()
-    assert {} == segments.done_offsets(segment)
+    assert {} == done_offsets(segment)
     assert ["left alone" in record.getMessage() for record in caplog.records] == [True]
 
 

@@ -24,41 +24,42 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.export.operations import RunOperation, TraceUpdate
 from dspy_mlflow_async.export.queue import store_queue
 from dspy_mlflow_async.export.spool import codec, segments
-from dspy_mlflow_async.export.spool.lock import Lock
+from dspy_mlflow_async.export.spool.format import done_offsets, frame, mark_done, scan
+from dspy_mlflow_async.export.spool.paths import Lock, segments_of
 from dspy_mlflow_async.export.write import errors
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_lines_can_be_read_back(payloads):
     """Any payloads, in their order, with their offsets."""
-    data = b"".join(map(segments.frame, payloads))
+    data = b"".join(map(frame, payloads))
 
-    found = list(segments.scan(data))
+    found = list(scan(data))
     assert payloads == [payload for _, payload in found]
-    assert all(data[offset:].startswith(segments.frame(payload)) for offset, payload in found)
+    assert all(data[offset:].startswith(frame(payload)) for offset, payload in found)
 
 
 def test_a_segment_cut_at_every_byte():
     """Whole lines before the cut are read, the torn one is counted once, nothing is invented."""
     payloads = [b'{"a": 1}', b'{"b": "x\\n"}', b"{}"]
-    lines = [segments.frame(payload) for payload in payloads]
+    lines = [frame(payload) for payload in payloads]
     data = b"".join(lines)
     ends = list(itertools.accumulate(map(len, lines)))
     for cut in range(len(data) + 1):
         whole = sum(cut >= end - 1 for end in ends)  # the line's end may be missing
         is_torn = cut > (ends[whole - 1] if whole else 0)
-        assert [*payloads[:whole], *[None] * is_torn] == [payload for _, payload in segments.scan(data[:cut])]
+        assert [*payloads[:whole], *[None] * is_torn] == [payload for _, payload in scan(data[:cut])]
 
 
 def test_every_flipped_bit():
     """A flipped bit costs at most one record, and is counted unless it hit the end of a line."""
     payloads = [b'{"a": 1}', b'{"b": "xyz"}', b'{"c": []}']
-    data = b"".join(map(segments.frame, payloads))
+    data = b"".join(map(frame, payloads))
     for index in range(len(data)):
         for bit in range(8):
             damaged = bytearray(data)
             damaged[index] ^= 1 << bit
-            found = [payload for _, payload in segments.scan(bytes(damaged))]
+            found = [payload for _, payload in scan(bytes(damaged))]
             good = [payload for payload in found if payload is not None]
             assert len(good) >= 2
             assert set(good) <= set(payloads)
@@ -69,18 +70,18 @@ def test_damaged_notes_of_what_is_done_cost_nothing(tmp_path):
     """A damaged note counts as not written: the record is sent again, never forgotten."""
     segment = tmp_path / "1-1-a.seg"
     segment.write_bytes(b"")
-    segments.mark_done(segment, [0, 1234])
-    segments.mark_done(segment, [99], stored=False)
+    mark_done(segment, [0, 1234])
+    mark_done(segment, [99], stored=False)
     note = segment.with_suffix(".done")
     data = note.read_bytes()
     whole = {0: True, 1234: True, 99: False}
 
-    assert whole == segments.done_offsets(segment)
+    assert whole == done_offsets(segment)
     for index in range(len(data)):
         damaged = bytearray(data)
         damaged[index] ^= 1
         note.write_bytes(damaged)
-        assert segments.done_offsets(segment).items() <= whole.items()
+        assert done_offsets(segment).items() <= whole.items()
 
 
 def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkey
 
     assert [True] == synced
     assert b"[]" == written.read(first)
-    assert 2 == len(segments.segments(written.folder))
+    assert 2 == len(segments_of(written.folder))
 
 
 def test_a_sync_that_fails_when_a_segment_is_closed(tmp_path, monkeypatch):
@@ -127,11 +128,11 @@ def test_a_full_segment_is_its_writers_until_it_is_done_with(tmp_path, monkeypat
     monkeypatch.setattr(segments, "_SEGMENT_BYTES", 1)
     written = segments.Spool(tmp_path / "spool", "uri")
     references = [written.put(b"{}", key=str(n), counted=1) for n in range(3)]
-    locks = [Lock(segment) for segment in segments.segments(written.folder)]
+    locks = [Lock(segment) for segment in segments_of(written.folder)]
 
     assert [False] * 3 == [lock.acquire() for lock in locks]
     written.done(references[:1])
-    assert [reference.segment for reference in references[1:]] == segments.segments(written.folder)
+    assert [reference.segment for reference in references[1:]] == segments_of(written.folder)
     written.close()
     assert [True] * 2 == [lock.acquire() for lock in locks[1:]]
     assert b"{}" == written.read(references[1])

@@ -18,8 +18,9 @@ from dspy_mlflow_async.cli.doctor import checks
 from dspy_mlflow_async.cli.doctor.findings import Level
 from dspy_mlflow_async.evaluate import local_records
 from dspy_mlflow_async.export.operations import RunOperation
-from dspy_mlflow_async.export.spool import codec, folder, segments
-from dspy_mlflow_async.export.spool.lock import Lock
+from dspy_mlflow_async.export.spool import codec
+from dspy_mlflow_async.export.spool.format import frame, mark_done
+from dspy_mlflow_async.export.spool.paths import Lock, folder_of, make_folder, read_file
 
 STRANGER = os.geteuid() + 1
 
@@ -33,10 +34,10 @@ def run_id(store_uri):
 
 def plant(root, uri, run_id, name=None):
     """A spool for a store with one record: a metric of a run."""
-    place = root / (name or folder.folder_of(root, uri).name)
-    folder.make_folder(place, uri)
+    place = root / (name or folder_of(root, uri).name)
+    make_folder(place, uri)
     payload = codec.encode(RunOperation(key=run_id, metrics=[Metric("planted", 1.0, 1, 0)]))
-    (place / "00000000000000000001-1-abc.seg").write_bytes(segments.frame(payload))
+    (place / "00000000000000000001-1-abc.seg").write_bytes(frame(payload))
     return place
 
 
@@ -95,14 +96,14 @@ def test_a_link_to_a_spool_is_not_followed(spool_dir, store_uri, run_id, tmp_pat
     assert (f"{place}: not used: it is a link",) == export.replay().errors
 
     place.unlink()
-    folder.make_folder(place, store_uri)
+    make_folder(place, store_uri)
     (segment,) = elsewhere.glob("*.seg")
     (place / segment.name).symlink_to(segment)
 
     assert 0 == export.replay().stored
     assert not planted(run_id)
     with pytest.raises(OSError, match="symbolic links"):
-        segments.mark_done(place / segment.name, [0]) or folder.read_file(place / segment.name)
+        mark_done(place / segment.name, [0]) or read_file(place / segment.name)
 
 
 def test_a_note_that_names_another_store_is_not_believed(spool_dir, store_uri, run_id):
@@ -130,12 +131,12 @@ def test_a_process_adopts_nothing_of_a_planted_spool(spool_dir, store_uri, run_i
 @pytest.mark.parametrize("path", ["/etc/cron.d/x", "../x", "a/../../x", "..", "a\\..\\x", "", ".", "a\0b"])
 def test_an_artifact_stays_within_its_run(path, spool_dir, store_uri, run_id):
     """A record that names a path elsewhere is not written, and no file appears outside."""
-    place = spool_dir / folder.folder_of(spool_dir, store_uri).name
-    folder.make_folder(place, store_uri)
+    place = spool_dir / folder_of(spool_dir, store_uri).name
+    make_folder(place, store_uri)
     record = codec.encode(RunOperation(key=run_id, path="forged", content=b"x"))
     forged = codec.loads(record)
     forged["path"] = path
-    (place / "00000000000000000001-1-abc.seg").write_bytes(segments.frame(codec.dumps(forged)))
+    (place / "00000000000000000001-1-abc.seg").write_bytes(frame(codec.dumps(forged)))
 
     summary = export.replay()
 

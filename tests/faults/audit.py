@@ -10,7 +10,7 @@ import sqlalchemy
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export.queue import replay
-from dspy_mlflow_async.export.spool import segments
+from dspy_mlflow_async.export.spool.paths import segments_of
 
 PLACES = ("stored", "spooled", "dead", "dropped", "sampled_out")
 
@@ -165,7 +165,7 @@ def spooled_spans(root):
     """The ids of the spans of each trace that lies in a spool and is not done with, in state whole or late."""
     spans = defaultdict(set)
     for info in export.spools(root):
-        for segment in segments.segments(info.folder):
+        for segment in segments_of(info.folder):
             for _, payload in replay.pending(segment):
                 _add(spans, payload)
     return spans

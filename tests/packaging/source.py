@@ -72,27 +72,6 @@ def imported_modules(path, name):
     return found
 
 
-def imported_at_once(path, name):
-    """The modules that a file imports when it is imported: neither in a function, nor for type checkers alone."""
-
-    def statements(body):
-        for node in body:
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                yield from statements(node.orelse)
-            elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield node
-                yield from statements(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt))
-
-    found = set()
-    for node in statements(parse(path).body):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & modules().keys()
-            found |= submodules or {node.module}
-    return found & modules().keys() - {name}
-
-
 def touched_names(path):
     """The names of DSPy and MLflow that a file touches and that no documentation of theirs has: ``module:name``."""
     tree = parse(path)

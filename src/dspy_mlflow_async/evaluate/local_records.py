@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from dspy_mlflow_async.export.options import spool_root
-from dspy_mlflow_async.export.spool.folder import open_file, read_file, why_refused
+from dspy_mlflow_async.export.spool.paths import open_file, read_file, why_refused
 
 logger = logging.getLogger("dspy_mlflow_async")
 

@@ -16,10 +16,9 @@ from dspy_mlflow_async.export.counters import TraceCounters
 from dspy_mlflow_async.export.operations import Operation
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
-from dspy_mlflow_async.export.spool import segments as spools
-from dspy_mlflow_async.export.spool.folder import read_file, uri_of
 from dspy_mlflow_async.export.spool.follower import SegmentFollower
-from dspy_mlflow_async.export.spool.lock import Lock
+from dspy_mlflow_async.export.spool.format import read_notes
+from dspy_mlflow_async.export.spool.paths import Lock, read_file, segments_of, uri_of
 from dspy_mlflow_async.export.spool.segments import Spool
 from dspy_mlflow_async.export.write.errors import Backoff
 from dspy_mlflow_async.seams import mlflow_http
@@ -193,7 +192,7 @@ class ProcessQueue(StoreQueue):
 
     def take_over(self) -> None:
         """Have the child send what ended processes have left behind."""
-        if spools.segments(self.spool.folder):
+        if segments_of(self.spool.folder):
             self.child.nudge(hurry=False)
 
     def next_wait(self) -> float | None:
@@ -216,7 +215,7 @@ class ProcessQueue(StoreQueue):
 
     def _read_notes(self) -> None:
         for segment in self.spool.written():
-            notes, self._read_until[segment] = spools.read_notes(segment, self._read_until.get(segment, 0))
+            notes, self._read_until[segment] = read_notes(segment, self._read_until.get(segment, 0))
             notes = self._unmatched.pop(segment, {}) | notes
             references = []
             for entry in self.pending.at(segment, list(notes)):
@@ -279,8 +278,8 @@ def main(path: str) -> None:
     if not lock.acquire():  # another child drains for all
         return
     lock.note("")
-    tail = SegmentFollower(folder, counts=True, follows_living=True)
-    queue = StoreQueue(ExportOptions(), TraceCounters(), uri, Spool(folder, uri, tail=tail))
+    follower = SegmentFollower(folder, counts=True, follows_living=True)
+    queue = StoreQueue(ExportOptions(), TraceCounters(), uri, Spool(folder, uri, follower=follower))
     gone_since: float | None = None
     away_at = 0
     while True:

@@ -13,8 +13,8 @@ from dspy_mlflow_async.export.operations import Operation, Reference
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.queue.export_process import ProcessQueue
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
-from dspy_mlflow_async.export.spool.folder import folder_of
 from dspy_mlflow_async.export.spool.follower import SegmentFollower
+from dspy_mlflow_async.export.spool.paths import folder_of
 from dspy_mlflow_async.export.spool.quota import Quota
 from dspy_mlflow_async.export.spool.segments import Spool
 from dspy_mlflow_async.guard import guarded
@@ -71,8 +71,9 @@ class Pipeline:
             spool = Spool(folder, stable_uri, is_shared=True, quota=quota)
             queue = ProcessQueue(self.options, self.counters, stable_uri, spool)
         else:
-            tail = SegmentFollower(folder, counts=False, follows_living=False)
-            queue = StoreQueue(self.options, self.counters, uri, Spool(folder, stable_uri, tail=tail, quota=quota))
+            follower = SegmentFollower(folder, counts=False, follows_living=False)
+            spool = Spool(folder, stable_uri, follower=follower, quota=quota)
+            queue = StoreQueue(self.options, self.counters, uri, spool)
         if self._is_ending:
             queue.prepare_for_end()
         return queue

@@ -12,11 +12,11 @@ from dspy_mlflow_async.export.counters import TraceCounters
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.queue.pending import Pending
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
-from dspy_mlflow_async.export.spool import codec, dead_letters, segments
+from dspy_mlflow_async.export.spool import codec, dead_letters
 from dspy_mlflow_async.export.spool.dead_letters import DeadLetter
-from dspy_mlflow_async.export.spool.folder import read_file, uri_of, why_refused
 from dspy_mlflow_async.export.spool.follower import SegmentFollower
-from dspy_mlflow_async.export.spool.lock import Lock
+from dspy_mlflow_async.export.spool.format import done_offsets, scan
+from dspy_mlflow_async.export.spool.paths import Lock, begun, read_file, segments_of, uri_of, why_refused
 from dspy_mlflow_async.export.spool.segments import Spool
 from dspy_mlflow_async.export.write.errors import Backoff, Outcome, Verdict
 from dspy_mlflow_async.seams import mlflow_http, mlflow_store
@@ -183,7 +183,7 @@ def _info(folder: Path) -> SpoolInfo:
         return info
     records = traces = size = damaged = 0
     in_use = False
-    paths = segments.segments(folder)
+    paths = segments_of(folder)
     for segment in paths:
         for _, payload in pending(segment):
             if payload is None:
@@ -199,7 +199,7 @@ def _info(folder: Path) -> SpoolInfo:
         else:
             in_use = True
     dead = len(dead_letters.read(folder))
-    oldest = segments.begun(paths[0]) / 1e9 if paths else None
+    oldest = begun(paths[0]) / 1e9 if paths else None
     return replace(
         info, records=records, traces=traces, size=size, damaged=damaged, dead=dead, in_use=in_use, oldest=oldest
     )
@@ -207,12 +207,12 @@ def _info(folder: Path) -> SpoolInfo:
 
 def pending(segment: Path) -> Iterator[tuple[int, bytes | None]]:
     """Yield the records of a segment that are not done with, and its damaged stretches as None."""
-    done = segments.done_offsets(segment)
+    done = done_offsets(segment)
     try:
         data = read_file(segment)
     except OSError:
         return
-    for offset, payload in segments.scan(data):
+    for offset, payload in scan(data):
         if offset not in done:
             yield offset, payload
 
@@ -248,8 +248,8 @@ class _ReplayQueue(StoreQueue):
     """Queue over what others have left in a spool, written in the thread of whoever asks for it."""
 
     def __init__(self, folder: Path, uri: str) -> None:
-        self._tail = SegmentFollower(folder, counts=True, follows_living=False)
-        super().__init__(ExportOptions(), TraceCounters(), uri, Spool(folder, uri, tail=self._tail))
+        self._follower = SegmentFollower(folder, counts=True, follows_living=False)
+        super().__init__(ExportOptions(), TraceCounters(), uri, Spool(folder, uri, follower=self._follower))
         self._skipped = 0
         self._stored = self._traces = self._dead = 0
         self._left: list[str] = []  # why records stay that are not tried again
@@ -265,7 +265,7 @@ class _ReplayQueue(StoreQueue):
     def find(self) -> None:
         """Take what nobody else has, with its locks."""
         self.enqueue_spooled(self.spool.adopt())
-        self._skipped = sum(segment not in self._tail for segment in segments.segments(self.spool.folder))
+        self._skipped = sum(segment not in self._follower for segment in segments_of(self.spool.folder))
 
     def send_batch(self) -> bool:
         """Write a batch, after a pause where the last one failed.
@@ -320,7 +320,7 @@ class _ReplayQueue(StoreQueue):
             traces=self._traces,
             dead=self._dead,
             left=len(self.pending) + len(self._left),
-            damaged=self._tail.damaged,
+            damaged=self._follower.damaged,
             skipped=self._skipped,
             errors=tuple(dict.fromkeys((*self._left, *reasons))),
         )

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from dspy_mlflow_async.export.spool import codec, segments
-from dspy_mlflow_async.export.spool.folder import make_folder, open_file, read_file, sync_folder, why_refused
+from dspy_mlflow_async.export.spool import codec
+from dspy_mlflow_async.export.spool.format import frame, scan
+from dspy_mlflow_async.export.spool.paths import make_folder, open_file, read_file, sync_folder, why_refused
+from dspy_mlflow_async.export.spool.segments import Spool
 
 _NAME = "dead.letters"
 
@@ -42,7 +44,7 @@ def append(folder: Path, uri: str, record: bytes, reason: str) -> None:
     make_folder(folder, uri)
     letter = codec.dumps({"reason": reason, "time": time.time(), "record": record.decode()})
     with _locked(folder) as handle:
-        os.write(handle, segments.frame(letter))
+        os.write(handle, frame(letter))
 
 
 def read(folder: Path) -> list[DeadLetter]:
@@ -81,7 +83,7 @@ def revive(folder: Path, uri: str, is_wanted: Callable[[DeadLetter], bool]) -> i
             else:
                 kept.append(line)
         if wanted:
-            spool = segments.Spool(folder, uri)
+            spool = Spool(folder, uri)
             for record in wanted:
                 spool.put(record, key="", counted=0, durable=record is wanted[-1])
             spool.close()
@@ -91,7 +93,7 @@ def revive(folder: Path, uri: str, is_wanted: Callable[[DeadLetter], bool]) -> i
 
 def _letters(data: bytes) -> Iterator[tuple[bytes, DeadLetter | None]]:
     """Yield the lines of the file, each with what it says; None for one that is damaged."""
-    for (offset, payload), (end, _) in pairwise([*segments.scan(data), (len(data), None)]):
+    for (offset, payload), (end, _) in pairwise([*scan(data), (len(data), None)]):
         letter = None
         if payload is not None:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):

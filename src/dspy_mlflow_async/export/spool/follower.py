@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspy_mlflow_async.export.operations import Reference
-from dspy_mlflow_async.export.spool import codec, segments
-from dspy_mlflow_async.export.spool.folder import read_file
-from dspy_mlflow_async.export.spool.lock import Lock
+from dspy_mlflow_async.export.spool import codec
+from dspy_mlflow_async.export.spool.format import done_offsets, frame, mark_done, scan
+from dspy_mlflow_async.export.spool.paths import SHARED, Lock, read_file, remove, segments_of
 
 # Read no more at once than this beyond the last whole record.
 _CHUNK = 8 * 2**20
@@ -60,7 +60,7 @@ class SegmentFollower:
         """
         found: list[Reference] = []
         with self._lock:
-            for segment in segments.segments(self._folder):
+            for segment in segments_of(self._folder):
                 if not is_mine(segment):
                     found += self._poll_one(segment)
             for segment in list(self._followed):
@@ -76,10 +76,10 @@ class SegmentFollower:
                     lock = None
             except OSError:
                 return []
-            if lock is None and not (self._follows_living and segment.name.endswith(segments.SHARED)):
+            if lock is None and not (self._follows_living and segment.name.endswith(SHARED)):
                 return []
             if followed is None:
-                followed = self._followed[segment] = _Followed(lock, done=segments.done_offsets(segment))
+                followed = self._followed[segment] = _Followed(lock, done=done_offsets(segment))
             followed.lock = lock
         return self._read(segment, followed)
 
@@ -90,7 +90,7 @@ class SegmentFollower:
             return []
         found = []
         base = followed.position
-        for offset, payload in segments.scan(data):
+        for offset, payload in scan(data):
             if payload is None:
                 if b"\n" not in data[offset:]:
                     if followed.lock is not None:  # nobody will complete it
@@ -100,7 +100,7 @@ class SegmentFollower:
                 followed.damaged += 1
                 followed.position = base + data.index(b"\n", offset) + 1
                 continue
-            length = len(segments.frame(payload)) if len(payload) < _CHUNK else len(payload) + 32
+            length = len(frame(payload)) if len(payload) < _CHUNK else len(payload) + 32
             followed.position = min(base + offset + length, base + len(data))
             if base + offset in followed.done:
                 continue
@@ -112,7 +112,7 @@ class SegmentFollower:
     def done(self, segment: Path, offsets: list[int], *, stored: bool) -> None:
         """Note that records are done with."""
         with contextlib.suppress(OSError):  # then they are sent twice, which the store does not mind
-            segments.mark_done(segment, offsets, stored=stored)
+            mark_done(segment, offsets, stored=stored)
         with self._lock:
             if followed := self._followed.get(segment):
                 followed.left -= len(offsets)
@@ -128,7 +128,7 @@ class SegmentFollower:
                 self._damaged += followed.damaged
                 with contextlib.suppress(OSError):
                     segment.rename(segment.with_suffix(".damaged"))
-            segments.remove(segment)
+            remove(segment)
             followed.lock.release()
             del self._followed[segment]
 

@@ -1,16 +1,20 @@
-"""Folder of a spool: its place, its store, its owner, and that a power cut leaves it its names."""
+"""Paths of a spool: its folder and whose it is, its segments in order, and locks that end with their process."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import IO, Any
 
 _URI_FILE = "tracking-uri"
+# The name of a segment that a draining child may read while its process still writes it.
+SHARED = "-shared.seg"
 
 
 def folder_of(root: Path, uri: str) -> Path:
@@ -119,3 +123,58 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def remove(segment: Path) -> None:
+    """Delete a segment whose records are all done with."""
+    for path in (segment, segment.with_suffix(".done")):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def begun(segment: Path) -> int:
+    """Return when a segment was begun, nanoseconds since the epoch."""
+    stamp = segment.name.partition("-")[0]
+    return int(stamp) if stamp.isdecimal() else 0
+
+
+def segments_of(folder: Path) -> list[Path]:
+    """Return the segments of a spool, oldest first; none of a folder that is not this user's alone."""
+    if why_refused(folder) is not None:
+        return []
+    try:
+        return sorted(path for path in folder.glob("*.seg") if not path.is_symlink())
+    except OSError:
+        return []
+
+
+class Lock:
+    """File lock that belongs to this open file, not to the process; it ends with the process, however that ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: IO[Any] | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock, unless somebody has it."""
+        handle = os.fdopen(open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            return False
+        self._handle = handle
+        return True
+
+    def note(self, text: str) -> None:
+        """Write something into the file, in place of what was there, for others to read."""
+        if self._handle is not None:
+            self._handle.truncate(0)
+            self._handle.write(text.encode())
+            self._handle.flush()
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
