@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.evaluate.evaluate_all import aevaluate_all, evaluate_all
     from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
     from dspy_mlflow_async.health import flush, stats
-    from dspy_mlflow_async.propagation import ThreadPoolExecutor, propagate
+    from dspy_mlflow_async.propagation import ThreadPoolExecutor
+    from dspy_mlflow_async.remote.carried import attached, carry
+    from dspy_mlflow_async.remote.propagated import propagate
     from dspy_mlflow_async.requests.scope import request
     from dspy_mlflow_async.requests.wrap import wrap
     from dspy_mlflow_async.runs.run_block import run
@@ -22,7 +24,9 @@ __all__ = [
     "ThreadPoolExecutor",
     "TracingCallback",
     "aevaluate_all",
+    "attached",
     "autolog",
+    "carry",
     "evaluate_all",
     "flush",
     "propagate",
@@ -40,10 +44,12 @@ _HOMES = {
     "ThreadPoolExecutor": "propagation",
     "TracingCallback": "callback",
     "aevaluate_all": "evaluate.evaluate_all",
+    "attached": "remote.carried",
     "autolog": "composition",
+    "carry": "remote.carried",
     "evaluate_all": "evaluate.evaluate_all",
     "flush": "health",
-    "propagate": "propagation",
+    "propagate": "remote.propagated",
     "request": "requests.scope",
     "run": "runs.run_block",
     "stats": "health",

@@ -158,12 +158,12 @@ class TracingCallback(autolog_seam.StatelessCallback):
         if scope is not None:
             scope.show_outputs = functools.partial(describe.describe_outputs, instance)
             outermost = scope.ledger is None
-            others = (_ledgers(None), _request()) if outermost else ()
+            others = (ledgers_of(None), _request()) if outermost else ()
             scope.usage, scope.ledger = module_usage(scope.ledger, scope.span, *others)
 
     @_begins
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        ledgers, request = _ledgers(instance), _request()
+        ledgers, request = ledgers_of(instance), _request()
         scope = self._start(call_id, describe.describe_lm, instance, inputs)
         if scope is not None:
             scope.usage = LmUsage(instance, ledgers if scope.ledger is None else [*ledgers, scope.ledger], request)
@@ -294,7 +294,7 @@ def _has_begun(call_id: str) -> bool:
     return frame is not None and frame.call_id == call_id
 
 
-def _ledgers(lm: Any) -> list[Ledger]:
+def ledgers_of(lm: Any) -> list[Ledger]:
     """Return the ledgers that count an LM call which begins here, besides its span."""
     frame = frames.current()
     if frame is None:

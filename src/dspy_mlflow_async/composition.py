@@ -8,7 +8,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from dspy_mlflow_async import export as export_room
@@ -204,6 +204,15 @@ def is_disabled() -> bool:
 def current_settings() -> Settings | None:
     """Return the settings of the last ``autolog`` call, or None where there is none in force."""
     return _installation.settings
+
+
+def arguments_here() -> dict[str, Any] | None:
+    """Return the arguments with which ``autolog`` does elsewhere what it does here; None where it is off."""
+    override = OVERRIDE.get()
+    settings = _installation.settings if override is None else override.settings
+    if settings is None:
+        return None
+    return {**_installation.beyond_mlflow, **{field.name: getattr(settings, field.name) for field in fields(settings)}}
 
 
 def ensure_sampler() -> None:

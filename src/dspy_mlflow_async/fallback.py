@@ -93,6 +93,17 @@ def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
     return function
 
 
+def carry(**_: Any) -> Any:
+    """Return nothing to speak of: MLflow's own tracing has nothing that other processes could take up."""
+    return SimpleNamespace()
+
+
+@contextlib.contextmanager
+def attached(carried: Any) -> Iterator[None]:  # noqa: ARG001 - the tracer's signature
+    """Leave the block as it is."""
+    yield
+
+
 @contextlib.contextmanager
 def suppress() -> Iterator[None]:
     """Record nothing in this block, as far as ``mlflow.tracing.context`` reaches."""

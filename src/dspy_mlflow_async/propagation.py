@@ -26,25 +26,6 @@ def capture() -> Carrier:
     return Carrier({frames.VARIABLE: frames.to_carry(), **{variable: variable.get() for variable in _VARIABLES}})
 
 
-def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Bind ``function`` to the tracing context of here and now.
-
-    For threads that a program starts itself, which inherit nothing in Python::
-
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            pool.submit(propagate(program), question="...")
-
-    Args:
-        function: Any callable; a coroutine function stays one, and what it returns to be awaited or iterated over
-            later runs here, too.
-
-    Returns:
-        A function that may be called any number of times, at once and anywhere, each time under the span that is
-        current now, with its session, user, tags and metadata.
-    """
-    return capture().bind(function)
-
-
 class ThreadPoolExecutor(concurrent.futures.ThreadPoolExecutor):
     """A ``concurrent.futures.ThreadPoolExecutor`` whose every call runs in the tracing context of its ``submit``."""
 

@@ -61,6 +61,17 @@ class Settings:
         if self.redact is not None and not callable(self.redact):
             raise TypeError(f"redact must be a function of one value, not {self.redact!r}")
 
+    def with_redact(self, redact: Redact) -> Settings:
+        """Return these settings with ``redact`` applied before their own."""
+        own = self.redact
+        if own is None:
+            return replace(self, redact=redact)
+
+        def both(value: Any) -> Any:
+            return own(redact(value))
+
+        return replace(self, redact=both)
+
     def __copy__(self) -> Settings:
         """Return itself: it never changes."""
         return self

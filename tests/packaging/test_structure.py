@@ -15,7 +15,19 @@ import source
 import dspy_mlflow_async
 
 # From the top down. A room may import those below it. `export` stands beside them, and knows only these.
-ROOMS = ("cli", "asgi", "requests", "evaluate", "composition", "callback", "hooks", "runs", "spans", "context")
+ROOMS = (
+    "cli",
+    "asgi",
+    "requests",
+    "evaluate",
+    "remote",
+    "composition",
+    "callback",
+    "hooks",
+    "runs",
+    "spans",
+    "context",
+)
 BESIDE = {
     "export": {"guard", "printable", "seams", "settings"},
     "seams": {"seams"},

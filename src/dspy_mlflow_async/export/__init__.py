@@ -2,7 +2,17 @@
 
 from dspy_mlflow_async.export.assemble.sampling import KEEPS
 from dspy_mlflow_async.export.counters import ExportStats
-from dspy_mlflow_async.export.installation import count_sampled, discard, flush, hold, install, release, secure, stats
+from dspy_mlflow_async.export.installation import (
+    count_sampled,
+    discard,
+    flush,
+    hold,
+    install,
+    keep,
+    release,
+    secure,
+    stats,
+)
 from dspy_mlflow_async.export.operations import Creation
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue.replay import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
@@ -30,6 +40,7 @@ __all__ = [
     "install",
     "is_refusal",
     "is_stand_in",
+    "keep",
     "known",
     "letters",
     "new_id",

@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal
 
 Place = Literal["open", "waiting", "spooled", "stored", "dead", "dropped", "sampled_out"]
-_Event = Literal["started", "ended", "left out"]
+_Event = Literal["started", "ended", "left out", "remote span"]
+
+
+class Counted(IntEnum):
+    """Thing that an operation carries for the counters. Records of the spool have it as a digit."""
+
+    NOTHING = 0
+    TRACE = 1
+    REMOTE_SPAN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSpanCounts:
+    """Counts of the ended spans of this process whose trace began in another one, by where they are now.
+
+    Attributes:
+        ended: All of them: the sum of the others.
+        stored: In the store.
+        waiting: In memory, not yet stored.
+        spooled: On disk, not yet stored.
+        dead: Refused by the store for good; on disk, with the reason.
+        dropped: Lost, with a warning.
+    """
+
+    ended: int = 0
+    stored: int = 0
+    waiting: int = 0
+    spooled: int = 0
+    dead: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +56,7 @@ class ExportStats:
         sampled_out: Left out on purpose, by ``sample``.
         open: Begun and not ended.
         in_progress: Those of the open ones that are shown with what has ended of them, in state ``IN_PROGRESS``.
+        remote_spans: Spans of traces that began in another process, which counts those traces.
     """
 
     started: int = 0
@@ -38,6 +69,7 @@ class ExportStats:
     sampled_out: int = 0
     open: int = 0
     in_progress: int = 0
+    remote_spans: RemoteSpanCounts = field(default_factory=RemoteSpanCounts)
 
 
 class TraceCounters:
@@ -59,6 +91,7 @@ class TraceCounters:
         self._places: dict[Place, int] = dict.fromkeys(
             ("open", "waiting", "spooled", "stored", "dead", "dropped", "sampled_out"), 0
         )
+        self._remote: dict[Place, int] = dict.fromkeys(("waiting", "spooled", "stored", "dead", "dropped"), 0)
 
     def start(self) -> None:
         """Count a trace that began."""
@@ -72,6 +105,10 @@ class TraceCounters:
         """Count a trace that was left out before its first span."""
         self._noted.append("left out")
 
+    def take_remote_span(self) -> None:
+        """Count a span that ended, of a trace that began in another process."""
+        self._noted.append("remote span")
+
     def forget(self, count: int) -> None:
         """Take open traces off the counters that were handed back to MLflow, and are no longer ours to count."""
         with self._lock:
@@ -79,19 +116,21 @@ class TraceCounters:
             self._started -= count
             self._places["open"] -= count
 
-    def move(self, source: Place, target: Place, count: int = 1) -> None:
-        """Count traces that went from one place to another."""
-        if count and source != target:
+    def move(self, source: Place, target: Place, counted: int = Counted.TRACE) -> None:
+        """Count a trace, or a span of another process's trace, that went from one place to another."""
+        if counted and source != target:
+            places = self._remote if counted == Counted.REMOTE_SPAN else self._places
             with self._lock:
                 self._add_up()
-                self._places[source] -= count
-                self._places[target] += count
+                places[source] -= 1
+                places[target] += 1
 
     def stats(self) -> ExportStats:
         """Return all counters at one moment."""
         with self._lock:
             self._add_up()
-            return ExportStats(started=self._started, ended=self._ended, **self._places)
+            remote = RemoteSpanCounts(ended=sum(self._remote.values()), **self._remote)
+            return ExportStats(started=self._started, ended=self._ended, remote_spans=remote, **self._places)
 
     def _add_up(self) -> None:
         while self._noted:
@@ -103,6 +142,8 @@ class TraceCounters:
                 self._ended += 1
                 self._places["open"] -= 1
                 self._places["waiting"] += 1
+            elif event == "remote span":
+                self._remote["waiting"] += 1
             else:
                 self._started += 1
                 self._ended += 1

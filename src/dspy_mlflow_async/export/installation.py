@@ -26,6 +26,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_by_id as by_id_seam
 from dspy_mlflow_async.seams import mlflow_http, mlflow_processor, mlflow_store, mlflow_traces
 from dspy_mlflow_async.seams.mlflow_prices import patch_prices
+from dspy_mlflow_async.seams.mlflow_remote_traces import remote_traces
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -248,6 +249,12 @@ def stats() -> ExportStats:
 
 
 @guarded
+def keep(trace_id: str) -> None:
+    """Store a trace however it ends, whatever ``sample`` says: another process adds spans of its own to it."""
+    pipeline().current().assembler.keep(trace_id)
+
+
+@guarded
 def hold(trace_id: str) -> None:
     """Keep a trace from being written before it is released: something is still to be said about it.
 
@@ -340,6 +347,7 @@ def _after_fork_in_child() -> None:
     mlflow_traces.manager_lock().release()
     _lock.release()
     fork_gate.writes.reset()
+    remote_traces.after_fork()
     _closing.clear()
     for processor in list(processors):
         mlflow_processor.reset_processor_locks(processor)

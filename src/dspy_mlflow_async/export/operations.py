@@ -20,7 +20,7 @@ class Reference:
         offset: Where its line begins, in bytes.
         length: How many bytes its line has.
         key: The trace or the run it belongs to.
-        counted: How many traces of the counters it carries: one or none.
+        counted: What of the counters it carries, a ``Counted``.
     """
 
     segment: Path
@@ -37,7 +37,7 @@ class Operation:
     Attributes:
         key: The trace or the run it belongs to.
         size: About how many bytes it holds.
-        counted: How many traces of the counters it carries: one or none.
+        counted: What of the counters it carries, a ``Counted``.
         reference: Where it lies in the spool, if it does.
         supersedes: An earlier copy in the spool that this makes needless.
     """

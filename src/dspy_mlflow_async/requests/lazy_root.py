@@ -11,6 +11,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests.preview import Preview
 from dspy_mlflow_async.requests.record import Record
 from dspy_mlflow_async.seams import mlflow_lazy_span as promise_seam
+from dspy_mlflow_async.seams import mlflow_remote_traces as remote_seam
 from dspy_mlflow_async.seams.mlflow_spans import (
     INVALID_SPAN,
     OpenSpan,
@@ -129,7 +130,7 @@ class Root:
         tracer_ = current_tracer(where)
         if self._remote is not None and parent is None:
             parent = self._remote
-            self._adopted = promise_seam.remote_traces.adopt(parent.get_span_context().trace_id)
+            self._adopted = remote_seam.remote_traces.adopt(parent.get_span_context().trace_id)
         elif self._promised_id is not None:
             tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
         begun = start_span(mask(beginning.name), SpanType.CHAIN, where, parent, None, attributes, tracer_)
@@ -156,13 +157,13 @@ class Root:
             return None  # below somebody else's span, which has not said
         if self._remote is not None:
             context = self._remote.get_span_context()
-            return promise_seam.mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
+            return remote_seam.mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
         tracer_ = current_tracer(self._where)
         if self._promised_id is None:
             self._promised_id = promise_seam.new_trace_id(tracer_)
         if promise_seam.leaves_out(tracer_, self._promised_id):
             return None
-        return promise_seam.mlflow_trace_id(self._promised_id)
+        return remote_seam.mlflow_trace_id(self._promised_id)
 
     def end(self, failure: Failure | None, outputs: Any = None, attributes: Mapping[str, Any] | None = None) -> None:
         """End the span if it began, and begin none from now on.
@@ -182,7 +183,7 @@ class Root:
         finally:
             self.preview.close()
             if self._adopted is not None:
-                promise_seam.remote_traces.release(self._adopted)
+                remote_seam.remote_traces.release(self._adopted)
 
     def _end(self, span: OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
         plain = Door(self._settings).plain()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.observer import CallObserver, LmCall, RequestObserver
@@ -138,7 +138,7 @@ class Record:
             return settings
         known = self._adapted
         if known is None or known[0] is not settings:
-            known = self._adapted = (settings, combined(settings, self._redact))
+            known = self._adapted = (settings, settings.with_redact(self._redact))
         return known[1]
 
     def _fold(self) -> None:
@@ -154,17 +154,3 @@ class Record:
         for call in list(self._calls):
             by_model.setdefault(call.model, Counter()).update(call.tokens)
         return by_model
-
-
-def combined(settings: Settings, redact: Redact) -> Settings:
-    """Return ``settings`` with ``redact`` applied before its own."""
-    from dataclasses import replace
-
-    own = settings.redact
-    if own is None:
-        return replace(settings, redact=redact)
-
-    def both(value: Any) -> Any:
-        return own(redact(value))
-
-    return replace(settings, redact=both)

@@ -65,6 +65,18 @@ def restore_overrides(before: Any) -> None:
     thread_local_overrides.set(before)
 
 
+# What belongs to one call, one stream or one thread, and means nothing in another process.
+_OF_THIS_PROCESS = frozenset({
+    "caller_modules", "caller_predict", "send_stream", "stream_listeners", "trace", "usage_tracker",
+})  # fmt: skip
+
+
+def settings_here() -> dict[str, Any]:
+    """Return DSPy's settings in force here, as far as they mean something in another process."""
+    here = {**main_thread_config, **thread_local_overrides.get()}
+    return {name: value for name, value in here.items() if value is not None and name not in _OF_THIS_PROCESS}
+
+
 def usage_tracker() -> UsageTracker | None:
     """Return the tracker in force here: that of ``dspy.context``, or else of ``dspy.configure``."""
     here = thread_local_overrides.get()

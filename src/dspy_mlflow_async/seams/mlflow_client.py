@@ -14,7 +14,7 @@ from mlflow.tracking._tracking_service.utils import _resolve_tracking_uri, is_tr
 from dspy_mlflow_async.seams.installed import has_runs, missing_for, needs_whole
 from dspy_mlflow_async.seams.patching import patch
 
-__all__ = ["MlflowClient", "missing_here", "name_default_store"]
+__all__ = ["MlflowClient", "is_tracking_uri_set", "missing_here", "name_default_store"]
 
 DEFAULT_FOLDER = "mlruns"  # mlflow.store.tracking.DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
 _HAS_DATA = "_has_existing_mlruns_data"

@@ -21,6 +21,7 @@ from dspy_mlflow_async.seams.listed import taken
 
 __all__ = [
     "experiment_here",
+    "experiment_in_force",
     "experiment_of_trace",
     "is_in_notebook_of_databricks",
     "is_stand_in",
@@ -73,6 +74,11 @@ def experiment_of_trace(root: Any, uri: str) -> str | None:
     """Return the experiment of a trace that begins with this root, or a stand-in: ``get_experiment_id_for_trace``."""
     if experiment_id := get_otel_attribute(root, SpanAttributeKey.EXPERIMENT_ID):
         return str(experiment_id)
+    return experiment_in_force(uri)
+
+
+def experiment_in_force(uri: str) -> str | None:
+    """Return the experiment of a trace that begins here, or a stand-in."""
     if experiment_id := getattr(_MLFLOW_TRACE_USER_DESTINATION.get(), "experiment_id", None):
         return str(experiment_id)
     if (run := fluent._get_latest_active_run()) is not None:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from mlflow.entities.trace_info import TraceInfo
-from mlflow.entities.trace_state import TraceState
-from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.utils import generate_mlflow_trace_id_from_otel_trace_id
 from opentelemetry import trace as otel
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 
 class Promise(Protocol):
@@ -137,71 +130,3 @@ def leaves_out(tracer: Any, trace_id: int) -> bool:
     if sampler is None:
         return False
     return not sampler.should_sample(Context(), trace_id, "").decision.is_sampled()
-
-
-def mlflow_trace_id(otel_trace_id: int) -> str:
-    """Return MLflow's id of a trace, ``tr-`` and 32 hexadecimal digits."""
-    return str(generate_mlflow_trace_id_from_otel_trace_id(otel_trace_id))
-
-
-# --- traces that began in another process -----------------------------------------------------------------------
-
-
-def remote_parent(headers: Sequence[tuple[str, str]]) -> Any | None:
-    """Return the caller's span as the W3C headers ``traceparent`` and ``tracestate`` name it.
-
-    Returns:
-        OpenTelemetry's span, or None where the headers are not there or malformed (the W3C has them ignored).
-    """
-    carrier: dict[str, Any] = {}
-    for name, value in headers:
-        if name == "traceparent" and name in carrier:
-            return None  # several of them are none
-        carrier[name] = value if name == "traceparent" else [*carrier.get(name, ()), value]
-    if "traceparent" not in carrier:
-        return None
-    span = otel.get_current_span(TraceContextTextMapPropagator().extract(carrier, context=Context()))
-    return span if span.get_span_context().is_valid else None
-
-
-class _RemoteTraces:
-    """Remote traces that spans of ours belong to. ``lock`` guards how many requests each has."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: Counter[int] = Counter()
-
-    def adopt(self, otel_trace_id: int) -> int | None:
-        """Let MLflow accept spans of a trace that it does not know.
-
-        As ``mlflow.tracing.distributed.set_tracing_context_from_http_request_headers`` does, which lets go of the
-        trace when the first of two requests of the same caller ends.
-
-        Returns:
-            What to ``release``; None for a trace that began in this very process.
-        """
-        manager = InMemoryTraceManager.get_instance()
-        trace_id = mlflow_trace_id(otel_trace_id)
-        with self._lock:
-            with manager.get_trace(trace_id) as trace:
-                is_known = trace is not None
-            if is_known and not self._requests[otel_trace_id]:
-                return None
-            self._requests[otel_trace_id] += 1
-            if not is_known:
-                info = TraceInfo(
-                    trace_id=trace_id, trace_location=None, request_time=None, state=TraceState.IN_PROGRESS
-                )
-                manager.register_trace(otel_trace_id, info, is_remote_trace=True)
-            return otel_trace_id
-
-    def release(self, otel_trace_id: int) -> None:
-        """Release a trace whose request is over; with the last one MLflow forgets the trace."""
-        with self._lock:
-            self._requests[otel_trace_id] -= 1
-            if not self._requests[otel_trace_id]:
-                del self._requests[otel_trace_id]
-                InMemoryTraceManager.get_instance().pop_trace(otel_trace_id)
-
-
-remote_traces = _RemoteTraces()

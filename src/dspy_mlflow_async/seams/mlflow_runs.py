@@ -97,6 +97,22 @@ def _absent_contexts() -> list[Any]:
     return [context for context in of_databricks if not context().in_context()]
 
 
+def run_from(run_id: str, experiment_id: str, name: str, user_id: str, artifact_uri: str, start_time: int) -> ActiveRun:
+    """Return an open run as an active one, from plain data, without asking the store."""
+    info = RunInfo(
+        run_id=run_id,
+        experiment_id=experiment_id,
+        user_id=user_id,
+        status=RunStatus.to_string(RunStatus.RUNNING),
+        start_time=start_time,
+        end_time=None,
+        lifecycle_stage=LifecycleStage.ACTIVE,
+        artifact_uri=artifact_uri,
+        run_name=name,
+    )
+    return ActiveRun(Run(info, RunData()))
+
+
 class PendingRun(ActiveRun):
     """Stands for a run that the store has not told us of, and shows it as soon as it is there.
 

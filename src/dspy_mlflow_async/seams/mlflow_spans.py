@@ -108,6 +108,21 @@ def extended_context(*, metadata: Mapping[str, str], tags: Mapping[str, str]) ->
     )
 
 
+def plain_context() -> tuple[dict[str, str], dict[str, str], bool | None] | None:
+    """Return metadata, tags and ``enabled`` of ``mlflow.tracing.context`` here, as plain data; None for nothing."""
+    configured = TRACE_CONTEXT.get()
+    if configured is None:
+        return None
+    return dict(configured.metadata or {}), dict(configured.tags or {}), configured.enabled
+
+
+def context_of(metadata: Mapping[str, str], tags: Mapping[str, str], enabled: bool | None) -> Any:
+    """Return what ``plain_context`` has told of, for ``TRACE_CONTEXT``; None for nothing."""
+    if not metadata and not tags and enabled is None:
+        return None
+    return _UserTraceContext(metadata=dict(metadata), tags=dict(tags), enabled=enabled)
+
+
 INVALID_SPAN = otel.INVALID_SPAN
 
 

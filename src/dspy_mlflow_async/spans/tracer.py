@@ -25,6 +25,7 @@ from dspy_mlflow_async.spans.observer import Observer, RequestObserver
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 from dspy_mlflow_async.spans.scopes import Counting, Region, SampledOut, SpanScope, Untraced, Usage, abandoned
 from dspy_mlflow_async.spans.serialize import dump
+from dspy_mlflow_async.spans.usage import Ledger
 
 _OK = Status(StatusCode.OK)
 _OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
@@ -124,6 +125,18 @@ def count_only(call_id: str, usage: Usage) -> None:
     frame = frames.leave(call_id)  # where it was entered as untraced
     scope = frame.scope if frame is not None else None
     frames.enter(call_id, Counting(usage, scope if isinstance(scope, SampledOut) else None))
+
+
+def parent_here() -> Any:
+    """Return the OpenTelemetry span that a call which begins here gets as its parent: INVALID_SPAN for none."""
+    where, parent, _ = _parent(mlflow_seam.current_context(), frames.current())
+    return where.span if parent is None else parent
+
+
+def enclosing_ledger() -> Ledger | None:
+    """Return the ledger of the outermost module call around here, whose span shows its sum; None outside of any."""
+    _, _, enclosing = _parent(mlflow_seam.current_context(), frames.current())
+    return None if enclosing is None else enclosing.ledger
 
 
 def is_open(call_id: str) -> bool:

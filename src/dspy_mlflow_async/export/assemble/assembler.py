@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dspy_mlflow_async.export.assemble.open_trace import Annotations, OpenTrace
 from dspy_mlflow_async.export.assemble.open_trace import named as name_it
 from dspy_mlflow_async.export.assemble.sampling import is_kept
+from dspy_mlflow_async.export.counters import Counted
 from dspy_mlflow_async.export.operations import Operation, SpansOperation, TraceOperation, TraceUpdate
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_store, mlflow_traces
+from dspy_mlflow_async.seams.mlflow_remote_traces import remote_traces
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
@@ -83,7 +85,10 @@ class TraceAssembler:
         entry = self.entries.get(otel_id)
         if entry is None:
             old = self._recent.get(otel_id)
-            if old is None or mlflow_traces.trace_id_of(otel_id) is not None:
+            if mlflow_traces.trace_id_of(otel_id) is not None:
+                return
+            if old is None:
+                remote_traces.known_again(otel_id)
                 return
             entry = self._reopen(old)
         elif mlflow_traces.peek_trace(entry.trace_id) is not None:
@@ -162,7 +167,7 @@ class TraceAssembler:
         return TraceOperation(
             key=entry.trace_id,
             size=2000 + mlflow_traces.weigh(spans),
-            counted=0 if entry.is_late else 1,
+            counted=Counted.NOTHING if entry.is_late else Counted.TRACE,
             supersedes=entry.safe_copy,
             info=trace.info,
             spans=spans,
@@ -177,7 +182,7 @@ class TraceAssembler:
         otel_id = span.context.trace_id
         old = self._recent.get(otel_id)
         trace_id = mlflow_traces.trace_id_of(otel_id)
-        trace = mlflow_traces.peek_trace(trace_id) if trace_id else None
+        trace = mlflow_traces.peek_trace(trace_id) if trace_id else remote_traces.known_again(otel_id)
         if old is not None:
             with old.lock:
                 old.open_ids.discard(mlflow_traces.encode_span_id(span.context.span_id))
@@ -205,14 +210,17 @@ class TraceAssembler:
     def _emit_span(self, span: ReadableSpan, trace: Any, uri: str, workspace: str | None) -> None:
         live = trace.span_dict.pop(mlflow_traces.encode_span_id(span.context.span_id), None)
         spans = [live or mlflow_traces.finished_span(span)]
+        self._counters.take_remote_span()
         item = SpansOperation(
             key=trace.info.trace_id,
             size=mlflow_traces.weigh(spans),
+            counted=Counted.REMOTE_SPAN,
             spans=spans,
             workspace=workspace,
             experiment_id=mlflow_traces.experiment_of(trace) or mlflow_experiment.experiment_of_trace(span, uri),
         )
         self._emit(uri, item, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
+        remote_traces.span_ended(span.context.trace_id)
 
     # --- handing on ---
 
@@ -363,6 +371,12 @@ class TraceAssembler:
                 self.complete(entry, force=True)
 
     # --- holds ---
+
+    def keep(self, trace_id: str) -> None:
+        """Store a trace that is open however it ends."""
+        entry = self._by_trace_id.get(trace_id)
+        if entry is not None:
+            entry.keeps = None
 
     def hold(self, trace_id: str) -> None:
         """Keep this trace from being handed on before it is released as often as it is held."""

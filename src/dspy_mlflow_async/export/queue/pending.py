@@ -33,7 +33,7 @@ class Pending:
         number: Sequence number within its queue, from 1.
         key: The trace or the run it belongs to.
         size: Bytes that it takes in memory, or its record on disk.
-        counted: How many traces of the counters it carries: one or none.
+        counted: What of the counters it carries, a ``Counted``.
         operation: The operation itself; None once it lies on disk alone.
         reference: Where it lies on disk, once it does so alone.
         is_taken: Whether somebody has it in hand.

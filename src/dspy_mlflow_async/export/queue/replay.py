@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dspy_mlflow_async.export.counters import TraceCounters
+from dspy_mlflow_async.export.counters import Counted, TraceCounters
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
 from dspy_mlflow_async.export.queue.pending import Pending
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
@@ -292,7 +292,7 @@ class _ReplayQueue(StoreQueue):
         super().settle(entry, outcome)
         if outcome.verdict is Verdict.STORED:
             self._stored += 1
-            self._traces += entry.counted
+            self._traces += entry.counted == Counted.TRACE
         elif outcome.verdict is not Verdict.REFUSED:
             self._reasons[entry.key] = f"{type(outcome.error).__name__}: {outcome.error}"[:300]
 

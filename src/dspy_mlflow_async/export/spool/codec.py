@@ -78,7 +78,7 @@ _HEAD_BYTES = 4096
 
 
 def peek(data: bytes) -> tuple[str, int]:
-    """Tell what a line belongs to, and how many traces it carries, without decoding the whole of it.
+    """Tell what a line belongs to, and what of the counters it carries, without decoding the whole of it.
 
     Returns:
         The key and the count; an empty key and 0 where the line does not tell.

@@ -180,7 +180,7 @@ class Spool:
         Args:
             payload: The record, encoded.
             key: What it belongs to; kept with the reference.
-            counted: How many traces it carries; kept with the reference.
+            counted: What of the counters it carries; kept with the reference.
             durable: Return only when it would survive a power cut, as after ``sync``.
             is_vital: Whether the reserve of the quota is for it, too.
 
