@@ -30,7 +30,7 @@ from clean import assert_context_is_clean
 from dspy_mlflow_async import guard, testing
 from dspy_mlflow_async.composition import AutologCallback
 from dspy_mlflow_async.context import frame
-from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
+from dspy_mlflow_async.seams.mlflow_autolog import own_autolog_module, turn_own_autolog_off
 from dspy_mlflow_async.spans import tracer
 from echo import EchoLM
 
@@ -136,7 +136,7 @@ def _leaves_nothing_behind():
         _USER_TRACE_CONTEXT.set(None)
         mlflow_runtime_context.attach(Context())
         dspy_settings.thread_local_overrides.set(overrides)
-        autolog_seam.turn_own_autolog_off()
+        turn_own_autolog_off()
         InMemoryTraceManager.reset()
         mlflow.clear_active_model()  # loading a model makes it active, and its store is another than the next test's
 
@@ -149,7 +149,7 @@ def _patched_functions():
         threading.Thread.start,
         ThreadPoolExecutor.submit,
         mlflow.dspy.autolog,
-        autolog_seam.own_autolog_module().safe_patch,
+        own_autolog_module().safe_patch,
         mlflow.dspy.log_model.__code__,
         mlflow.pyfunc.load_model.__code__,
         mlflow.tracing.provider.trace_disabled.__code__,

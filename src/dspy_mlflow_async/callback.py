@@ -14,8 +14,8 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs.compile import Compile
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED, Evaluation
 from dspy_mlflow_async.runs.handle import run_status
-from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
 from dspy_mlflow_async.seams.installed import has_runs, needs_whole
+from dspy_mlflow_async.seams.mlflow_autolog import StatelessCallback, add_dependencies_schema, portable
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans import describe, tracer
 from dspy_mlflow_async.spans.describe import Description
@@ -55,7 +55,7 @@ def as_far_as_installed(settings: Settings, caller: str) -> Settings:
     return replace(settings, log_evals=False, log_compiles=False)
 
 
-class TracingCallback(autolog_seam.StatelessCallback):
+class TracingCallback(StatelessCallback):
     """Records DSPy's calls as MLflow spans; for ``dspy.context(callbacks=[...])`` and one object's ``callbacks=[...]``.
 
     ``autolog()`` installs one for the whole process. It is a subclass of ``mlflow.dspy.callback.MlflowCallback``,
@@ -122,7 +122,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings in force; where this package is absent it is loaded as MLflow's own callback."""
         ours = type(self)._of, (self.settings or self._own_settings, self.dependencies_schema)
-        return autolog_seam.portable(ours, self.dependencies_schema)
+        return portable(ours, self.dependencies_schema)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracingCallback:
         """Return another one like it."""
@@ -272,7 +272,7 @@ class TracingCallback(autolog_seam.StatelessCallback):
             return None
         if not tracer.is_recording(heeds_switch=self.can_be_switched):
             return None
-        autolog_seam.add_dependencies_schema(self.dependencies_schema)
+        add_dependencies_schema(self.dependencies_schema)
         return tracer.start(call_id, description(*call), settings)
 
 

@@ -16,12 +16,20 @@ from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback, as_far_as_installed
 from dspy_mlflow_async.context.threads import Undo, patch_attribute
 from dspy_mlflow_async.runs import active_runs
-from dspy_mlflow_async.seams import dspy as dspy_seam
-from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
-from dspy_mlflow_async.seams import mlflow_trace_settings as scope_seam
+from dspy_mlflow_async.seams.dspy import change_callbacks, global_callbacks
 from dspy_mlflow_async.seams.listed import lost_features
+from dspy_mlflow_async.seams.mlflow_autolog import (
+    FLAVOR,
+    MlflowCallback,
+    is_own_autolog_on,
+    note_autolog,
+    own_autolog_module,
+    patch_evaluation_config,
+    turn_own_autolog_off,
+)
 from dspy_mlflow_async.seams.mlflow_client import missing_here, name_default_store
 from dspy_mlflow_async.seams.mlflow_suppression import patch_trace_disabled
+from dspy_mlflow_async.seams.mlflow_trace_settings import has_sampler, patch_sampler
 from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
@@ -184,16 +192,16 @@ def autolog(
             _installation.beyond_mlflow = {**for_spans, **for_export, **reach, "export": export}
             _install_export(options)
             _install(settings, context_runs=context_runs, propagate_threads=propagate_threads, silent=silent)
-        autolog_seam.note_autolog({**as_mlflow, "disable": disable, "silent": silent})
+        note_autolog({**as_mlflow, "disable": disable, "silent": silent})
 
 
 # mlflow.autolog() and MLflow's registry of integrations look for this name on the function.
-autolog.integration_name = autolog_seam.FLAVOR  # type: ignore[attr-defined]
+autolog.integration_name = FLAVOR  # type: ignore[attr-defined]
 
 
 def is_installed() -> bool:
     """Return whether the tracer is on and DSPy still knows its callback."""
-    return _installation.settings is not None and bool(_ours(dspy_seam.global_callbacks()))
+    return _installation.settings is not None and bool(_ours(global_callbacks()))
 
 
 def is_disabled() -> bool:
@@ -217,11 +225,11 @@ def arguments_here() -> dict[str, Any] | None:
 
 def ensure_sampler() -> None:
     """Let the ratios of ``wrap`` and ``request`` count, until ``autolog(disable=True)``."""
-    if "sampler" in _installation.undos and scope_seam.has_sampler():
+    if "sampler" in _installation.undos and has_sampler():
         return
     with _installation.lock:
         _undo("sampler")
-        _ensure("sampler", lambda: scope_seam.patch_sampler(export_room.count_sampled))
+        _ensure("sampler", lambda: patch_sampler(export_room.count_sampled))
 
 
 def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool, silent: bool) -> None:
@@ -232,7 +240,7 @@ def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool,
         active_runs.ensure_installed()
     else:
         active_runs.uninstall()
-    dspy_seam.change_callbacks(lambda present: present if _ours(present) else [*present, AutologCallback(settings)])
+    change_callbacks(lambda present: present if _ours(present) else [*present, AutologCallback(settings)])
 
 
 def _install_export(options: export_room.ExportOptions) -> None:
@@ -249,7 +257,7 @@ def _uninstall(*, keep: tuple[str, ...] = ()) -> None:
         if name not in keep:
             _undo(name)
     active_runs.uninstall()
-    dspy_seam.change_callbacks(lambda present: [c for c in present if not isinstance(c, AutologCallback)])
+    change_callbacks(lambda present: [c for c in present if not isinstance(c, AutologCallback)])
     hooks.switch(is_on=False)
 
 
@@ -270,11 +278,11 @@ def _undo(name: str) -> None:
 
 def _replace_mlflow(*, silent: bool) -> None:
     """Take MLflow's own tracer out, lest there be two, and let a later ``mlflow.dspy.autolog()`` come to us."""
-    foreign = [c for c in dspy_seam.global_callbacks() if type(c) is autolog_seam.MlflowCallback]
+    foreign = [c for c in global_callbacks() if type(c) is MlflowCallback]
     # Once `mlflow.dspy.autolog` comes to us, what MLflow notes of its integration is ours.
-    if foreign or ("mlflow" not in _installation.undos and autolog_seam.is_own_autolog_on()):
-        autolog_seam.turn_own_autolog_off()
-        dspy_seam.change_callbacks(lambda present: [c for c in present if type(c) is not autolog_seam.MlflowCallback])
+    if foreign or ("mlflow" not in _installation.undos and is_own_autolog_on()):
+        turn_own_autolog_off()
+        change_callbacks(lambda present: [c for c in present if type(c) is not MlflowCallback])
         if not silent:
             logger.info("mlflow.dspy.autolog() was on; dspy-mlflow-async replaces it.")
     _ensure("mlflow", _redirect_mlflow_autolog)
@@ -283,7 +291,7 @@ def _replace_mlflow(*, silent: bool) -> None:
 def _redirect_mlflow_autolog() -> Undo:
     import mlflow.dspy
 
-    module = autolog_seam.own_autolog_module()
+    module = own_autolog_module()
     undos = [
         # Whoever holds the original function would patch compile and Evaluate under us.
         patch_attribute(module, "safe_patch", lambda *args, **kwargs: None),  # noqa: ARG005 - safe_patch's signature
@@ -302,7 +310,7 @@ def _redirect_mlflow_autolog() -> Undo:
                 # MLflow's evaluations switch off and on again: the way back must lead here.
                 with _installation.lock:
                     _uninstall(keep=("mlflow",))
-                    autolog_seam.note_autolog({**arguments, "disable": True})
+                    note_autolog({**arguments, "disable": True})
                 return
             if not arguments.get("silent"):
                 logger.info("dspy-mlflow-async traces DSPy in place of mlflow.dspy.autolog(), with the same settings.")
@@ -311,7 +319,7 @@ def _redirect_mlflow_autolog() -> Undo:
         redirected.__module__ = "mlflow.dspy"  # where it is found, so that it pickles by its name
         undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
 
-    undos += [autolog_seam.patch_evaluation_config(_settings_of_this_context), patch_trace_disabled()]
+    undos += [patch_evaluation_config(_settings_of_this_context), patch_trace_disabled()]
 
     def undo() -> None:
         for each in undos:

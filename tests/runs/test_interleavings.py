@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from runtools import PARENT, TIMEOUT, Candidates, Program, Store, devset, exact, flush
 
 import dspy_mlflow_async
-from dspy_mlflow_async.seams import dspy as dspy_seam
+from dspy_mlflow_async.seams.dspy import global_callbacks
 
 STATUS = {None: "FINISHED", ValueError: "FAILED", asyncio.CancelledError: "KILLED"}
 
@@ -112,9 +112,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.store = self.new_store()
-        (self.callback,) = [
-            each for each in dspy_seam.global_callbacks() if isinstance(each, dspy_mlflow_async.TracingCallback)
-        ]
+        (self.callback,) = [each for each in global_callbacks() if isinstance(each, dspy_mlflow_async.TracingCallback)]
         self.actors = [Actor(Thread(contextvars.copy_context()))]
 
     # --- actors

@@ -26,7 +26,7 @@ from runtools import (
 )
 
 import dspy_mlflow_async
-from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
+from dspy_mlflow_async.seams.mlflow_autolog import turn_own_autolog_off
 
 # What we log beyond MLflow; everything else must be the same.
 MORE_METRICS = {
@@ -53,7 +53,7 @@ def tracer_of(name, **settings):
 def switch_off():
     """Both tracers, and what MLflow's has changed in DSPy's settings."""
     dspy_mlflow_async.autolog(disable=True)
-    autolog_seam.turn_own_autolog_off()
+    turn_own_autolog_off()
     dspy.configure(callbacks=[], track_usage=False)
 
 

@@ -23,8 +23,8 @@ from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue.pipeline import Pipeline
 from dspy_mlflow_async.export.write import fork_gate
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_by_id as by_id_seam
 from dspy_mlflow_async.seams import mlflow_http, mlflow_processor, mlflow_store, mlflow_traces
+from dspy_mlflow_async.seams.mlflow_by_id import patch_by_id
 from dspy_mlflow_async.seams.mlflow_prices import patch_prices
 from dspy_mlflow_async.seams.mlflow_remote_traces import remote_traces
 
@@ -78,7 +78,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         if _installed is None:
             _installed = [
                 mlflow_processor.patch_processor_factory(_make_processor),
-                by_id_seam.patch_by_id(_OnTheirWay()),
+                patch_by_id(_OnTheirWay()),
                 patch_prices(),
                 process_exit.on_signals(_leave, options.exit_timeout + 5),
                 gc_deferred.watch(),

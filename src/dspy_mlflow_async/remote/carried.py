@@ -22,11 +22,11 @@ from dspy_mlflow_async.remote import pickling
 from dspy_mlflow_async.remote.pickling import Secrets
 from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_runs, mlflow_spans, mlflow_store, mlflow_traces
-from dspy_mlflow_async.seams import mlflow_trace_settings as scope_seam
 from dspy_mlflow_async.seams.dspy import settings_here
 from dspy_mlflow_async.seams.mlflow_client import is_tracking_uri_set
 from dspy_mlflow_async.seams.mlflow_remote_traces import headers_of, mlflow_trace_id, remote_parent, remote_traces
 from dspy_mlflow_async.seams.mlflow_suppression import DISABLED
+from dspy_mlflow_async.seams.mlflow_trace_settings import DESTINATION, RATIO, destination
 from dspy_mlflow_async.settings import OVERRIDE, Override, Settings
 from dspy_mlflow_async.spans import tracer
 from dspy_mlflow_async.spans.observer import LmCall
@@ -151,7 +151,7 @@ def carry(*, settings: bool = True, secrets: Secrets = "carried") -> Carried:
         experiment_id=_experiment_of(span) if headers else _experiment_here(),
         runs=tuple(map(PlainRun.of, active_runs.stack())),
         trace_context=context,
-        ratio=scope_seam.RATIO.get(),
+        ratio=RATIO.get(),
         is_silent=is_silent,
         keeps=None if keeps is None else pickling.dumps("the rule of sample", keeps),
         autolog=None if arguments is None else pickling.dumps("autolog's redact", arguments),
@@ -293,11 +293,11 @@ def _values(carried: Carried, arguments: dict[str, Any] | None, homework: Homewo
         active_runs.VARIABLE: tuple(run.opened_elsewhere() for run in carried.runs) or None,
         export.KEEPS: None if carried.keeps is None else pickling.loads(carried.keeps),
         OVERRIDE: _override(arguments),
-        scope_seam.RATIO: carried.ratio,
+        RATIO: carried.ratio,
         mlflow_spans.TRACE_CONTEXT: mlflow_spans.context_of(*context),
     }
     if carried.experiment_id is not None:
-        values[scope_seam.DESTINATION] = scope_seam.destination(carried.experiment_id)
+        values[DESTINATION] = destination(carried.experiment_id)
     return values
 
 

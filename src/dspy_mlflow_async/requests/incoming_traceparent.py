@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dspy_mlflow_async.requests.options import call, refuse_async
-from dspy_mlflow_async.seams import mlflow_remote_traces as remote_seam
+from dspy_mlflow_async.seams.mlflow_remote_traces import remote_parent
 
 AsgiScope = Any
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -44,7 +44,7 @@ class Callers:
         headers = _trace_headers(asgi)
         if not any(name == "traceparent" for name, _ in headers):
             return None
-        span = remote_seam.remote_parent(headers) if self._trusts(asgi) else None
+        span = remote_parent(headers) if self._trusts(asgi) else None
         if span is None:
             _count("ignored")
         elif span.get_span_context().trace_flags.sampled:

@@ -10,8 +10,8 @@ from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests.preview import Preview
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams import mlflow_lazy_span as promise_seam
-from dspy_mlflow_async.seams import mlflow_remote_traces as remote_seam
+from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan, Promise, leaves_out, new_trace_id, with_trace_id
+from dspy_mlflow_async.seams.mlflow_remote_traces import mlflow_trace_id, remote_traces
 from dspy_mlflow_async.seams.mlflow_spans import (
     INVALID_SPAN,
     OpenSpan,
@@ -68,7 +68,7 @@ class Root:
         where: TracingContext,
         said: Carrier,
         remote: Any | None = None,
-        successor: Callable[[], promise_seam.Promise | None] = lambda: None,
+        successor: Callable[[], Promise | None] = lambda: None,
     ) -> None:
         self._span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
         self._open: OpenSpan | None = None
@@ -85,7 +85,7 @@ class Root:
         self._promised_id: int | None = None
         # Tasks and threads of one request may want its span at once.
         self._lock = threading.Lock()
-        self.promise = promise_seam.LazySpan(self)
+        self.promise = LazySpan(self)
 
     def __del__(self) -> None:
         # As for tracer.SpanScope: a request that was dropped without an end.
@@ -117,7 +117,7 @@ class Root:
     @guarded
     def _begin(self) -> None:
         where = self._where
-        if type(where.span) is promise_seam.LazySpan:
+        if type(where.span) is LazySpan:
             where = where._replace(span=where.span.begun())
         parent: Any = where.span if is_live(where.span) else None
         if has_ended(where.span):
@@ -130,9 +130,9 @@ class Root:
         tracer_ = current_tracer(where)
         if self._remote is not None and parent is None:
             parent = self._remote
-            self._adopted = remote_seam.remote_traces.adopt(parent.get_span_context().trace_id)
+            self._adopted = remote_traces.adopt(parent.get_span_context().trace_id)
         elif self._promised_id is not None:
-            tracer_ = promise_seam.with_trace_id(tracer_, self._promised_id)
+            tracer_ = with_trace_id(tracer_, self._promised_id)
         begun = start_span(mask(beginning.name), SpanType.CHAIN, where, parent, None, attributes, tracer_)
         if isinstance(begun, Unsampled):
             self._span = begun.otel
@@ -153,17 +153,17 @@ class Root:
     @guarded
     def _promise_id(self) -> str | None:
         span = self._where.span
-        if is_live(span) or type(span) is promise_seam.LazySpan:
+        if is_live(span) or type(span) is LazySpan:
             return None  # below somebody else's span, which has not said
         if self._remote is not None:
             context = self._remote.get_span_context()
-            return remote_seam.mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
+            return mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
         tracer_ = current_tracer(self._where)
         if self._promised_id is None:
-            self._promised_id = promise_seam.new_trace_id(tracer_)
-        if promise_seam.leaves_out(tracer_, self._promised_id):
+            self._promised_id = new_trace_id(tracer_)
+        if leaves_out(tracer_, self._promised_id):
             return None
-        return remote_seam.mlflow_trace_id(self._promised_id)
+        return mlflow_trace_id(self._promised_id)
 
     def end(self, failure: Failure | None, outputs: Any = None, attributes: Mapping[str, Any] | None = None) -> None:
         """End the span if it began, and begin none from now on.
@@ -183,7 +183,7 @@ class Root:
         finally:
             self.preview.close()
             if self._adopted is not None:
-                remote_seam.remote_traces.release(self._adopted)
+                remote_traces.release(self._adopted)
 
     def _end(self, span: OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
         plain = Door(self._settings).plain()

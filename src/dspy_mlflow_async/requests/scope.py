@@ -18,7 +18,6 @@ from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage, Root
 from dspy_mlflow_async.requests.options import Options, Show, Text, Texts
 from dspy_mlflow_async.requests.preview import Preview
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams import mlflow_trace_settings as scope_seam
 from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan
 from dspy_mlflow_async.seams.mlflow_spans import (
     TRACE_CONTEXT,
@@ -28,6 +27,7 @@ from dspy_mlflow_async.seams.mlflow_spans import (
     extended_context,
     reattach,
 )
+from dspy_mlflow_async.seams.mlflow_trace_settings import DESTINATION, RATIO, destination
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
@@ -35,7 +35,7 @@ from dspy_mlflow_async.spans.outcome import Failure, failure_of
 _numbers = itertools.count()
 _DEFAULTS = Settings()
 # What decides on a trace where it begins.
-_DECISIVE = (export.KEEPS, scope_seam.RATIO, scope_seam.DESTINATION, TRACE_CONTEXT)
+_DECISIVE = (export.KEEPS, RATIO, DESTINATION, TRACE_CONTEXT)
 
 
 class Scope:
@@ -137,11 +137,11 @@ class Scope:
         if values.metadata or values.tags:
             self._set(TRACE_CONTEXT, extended_context(metadata=values.metadata, tags=values.tags))
         if values.experiment_id is not None:
-            self._set(scope_seam.DESTINATION, scope_seam.destination(values.experiment_id))
+            self._set(DESTINATION, destination(values.experiment_id))
         how = self._options.sampling
         if isinstance(how, sampling.ByRatio):
             ensure_sampler()
-            self._set(scope_seam.RATIO, how.ratio)
+            self._set(RATIO, how.ratio)
         elif how is not None:
             self._set(export.KEEPS, how.keeps)
 

@@ -19,8 +19,8 @@ from dspy_mlflow_async.runs import active_runs, artifacts, selection
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
 from dspy_mlflow_async.runs.store_timeout import ask
 from dspy_mlflow_async.runs.usage import add_up
-from dspy_mlflow_async.seams import dspy as dspy_seam
-from dspy_mlflow_async.seams import mlflow_autolog as autolog_seam
+from dspy_mlflow_async.seams.dspy import scores_by_program
+from dspy_mlflow_async.seams.mlflow_autolog import FLAVOR
 from dspy_mlflow_async.seams.mlflow_runs import MLFLOW_AUTOLOGGING, log_dummy_model
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans.door import Door
@@ -67,7 +67,7 @@ class Compile:
             self.run = selection.open_run(
                 None,
                 child_name=type(self._optimizer).__name__,
-                tags={MLFLOW_AUTOLOGGING: autolog_seam.FLAVOR},
+                tags={MLFLOW_AUTOLOGGING: FLAVOR},
             )
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the compile goes on
             logger.warning("The compile of %s has no run (%s).", type(self._optimizer).__name__, error)
@@ -107,7 +107,7 @@ class Compile:
 
         They are percent, as ``Evaluate``'s, under the keys that MIPROv2 gives its evaluations.
         """
-        by_program = dspy_seam.scores_by_program(data, results)
+        by_program = scores_by_program(data, results)
         if self.run is None or not by_program:
             return
         trainset = self._inputs.get("trainset") or ()
@@ -222,7 +222,7 @@ class Compile:
             return
         self._is_shown = True
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
-            ask(lambda: log_dummy_model(run.run_id, autolog_seam.FLAVOR))
+            ask(lambda: log_dummy_model(run.run_id, FLAVOR))
 
 
 def pool_ended(data: Any, results: Any) -> None:

@@ -19,7 +19,7 @@ from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.feedback import metric_name
 from dspy_mlflow_async.runs.handle import FINISHED, MAX_KEY_LENGTH, RunHandle
 from dspy_mlflow_async.runs.results import Results, usage_of
-from dspy_mlflow_async.seams import dspy as dspy_seam
+from dspy_mlflow_async.seams.dspy import with_program_and_metric
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans.door import Door
 
@@ -199,7 +199,7 @@ class Evaluation:
 
         def evaluate_example(item: Any) -> Any:
             with self.example(item) as example:
-                return dspy_seam.with_program_and_metric(function, example.run_program, example.run_metric)(item)
+                return with_program_and_metric(function, example.run_program, example.run_metric)(item)
 
         return evaluate_example
 

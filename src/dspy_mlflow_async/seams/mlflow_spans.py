@@ -20,9 +20,15 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import Span as OtelSpan
 
-from dspy_mlflow_async.seams import mlflow_live as live_seam
-from dspy_mlflow_async.seams import mlflow_suppression as provider_seam
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_live import (
+    computes_cost,
+    is_isolated,
+    live_span_of,
+    propagates_to_opentelemetry,
+    write,
+)
+from dspy_mlflow_async.seams.mlflow_suppression import DISABLED, no_op_tracer
 
 __all__ = ["EXCLUDE_LM_PARAMS", "SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
 
@@ -77,7 +83,7 @@ TRACING_VARIABLES: tuple[Any, ...] = (
     RUNTIME_CONTEXT,
     OPENTELEMETRY_CONTEXT,
     TRACE_CONTEXT,
-    provider_seam.DISABLED,
+    DISABLED,
     *_optional_variables(),
 )
 
@@ -144,8 +150,8 @@ class TracingContext(NamedTuple):
 
 def current_context() -> TracingContext:
     """Return MLflow's tracing context at this point."""
-    is_isolated, runtime, shared = live_seam.is_isolated(), RUNTIME_CONTEXT.get(), otel_context.get_current()
-    return TracingContext(is_isolated, runtime, shared, otel.get_current_span(runtime if is_isolated else shared))
+    isolated, runtime, shared = is_isolated(), RUNTIME_CONTEXT.get(), otel_context.get_current()
+    return TracingContext(isolated, runtime, shared, otel.get_current_span(runtime if isolated else shared))
 
 
 def attach(span: Any, before: TracingContext) -> None:
@@ -159,7 +165,7 @@ def attach(span: Any, before: TracingContext) -> None:
         otel_context.attach(otel.set_span_in_context(span, before.shared))
         return
     RUNTIME_CONTEXT.set(otel.set_span_in_context(span, before.runtime))
-    if live_seam.propagates_to_opentelemetry():
+    if propagates_to_opentelemetry():
         otel_context.attach(otel.set_span_in_context(span, before.shared))
 
 
@@ -253,8 +259,8 @@ _tracer = _Tracer()
 
 def current_tracer(where: TracingContext) -> Any:
     """Return the tracer of MLflow's provider."""
-    if provider_seam.DISABLED.get():
-        return provider_seam.no_op_tracer()
+    if DISABLED.get():
+        return no_op_tracer()
     return _tracer.get(is_isolated=where.is_isolated)
 
 
@@ -294,11 +300,11 @@ def start_span(
     span = (tracer or current_tracer(where)).start_span(name, context)
     if not span.is_recording():
         return Unsampled(span) if span.get_span_context().is_valid else None
-    live = live_seam.live_span_of(span) or _registered(span)
+    live = live_span_of(span) or _registered(span)
     if live is None:
         return None
     attributes[SpanAttributeKey.SPAN_TYPE] = f'"{span_type}"'
-    live_seam.write(span, attributes)
+    write(span, attributes)
     if root is None:
         root = span if span.parent is None else _root_of(live.trace_id, span)
     return OpenSpan(live, span, root, _level_of(span_type))
@@ -327,7 +333,7 @@ def _level_of(span_type: str) -> str | None:
     return str(int(default_log_level_for_span_type(span_type)))
 
 
-def end_span(
+def finish_span(
     span: OpenSpan, attributes: dict[str, str], status: otel.Status, event: Mapping[str, str] | None = None
 ) -> None:
     """End a span, as ``LiveSpan.end`` does. Ending it twice does nothing.
@@ -346,11 +352,11 @@ def end_span(
             attributes[SpanAttributeKey.LOG_LEVEL] = _ERROR_LEVEL
         elif SpanAttributeKey.LOG_LEVEL not in recording._attributes:  # the user may have set one
             attributes[SpanAttributeKey.LOG_LEVEL] = span.level
-    live_seam.write(recording, attributes)
+    write(recording, attributes)
     if event is not None:
         recording.add_event("exception", event)
     recording.set_status(status)
-    if SpanAttributeKey.CHAT_USAGE in attributes and set_span_cost_attribute and live_seam.computes_cost():
+    if SpanAttributeKey.CHAT_USAGE in attributes and set_span_cost_attribute and computes_cost():
         set_span_cost_attribute(span.live)
     if get_config().span_processors:  # asked here, since it imports that anew for each span
         apply_span_processors(span.live)

@@ -11,11 +11,25 @@ from opentelemetry.trace import Status, StatusCode
 
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import dspy as dspy_seam
-from dspy_mlflow_async.seams import mlflow_spans as mlflow_seam
+from dspy_mlflow_async.seams.dspy import ACTIVE_CALL_ID
 from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan
 from dspy_mlflow_async.seams.mlflow_media import CAN_ATTACH, extract_attachments
-from dspy_mlflow_async.seams.mlflow_spans import SpanAttributeKey
+from dspy_mlflow_async.seams.mlflow_spans import (
+    TRACE_CONTEXT,
+    OpenSpan,
+    SpanAttributeKey,
+    TracingContext,
+    Unsampled,
+    current_context,
+    disabled_context,
+    finish_span,
+    has_ended,
+    is_context_enabled,
+    is_live,
+    reattach,
+    start_span,
+    without_span,
+)
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans import outcome as outcomes
 from dspy_mlflow_async.spans.describe import Description
@@ -39,12 +53,12 @@ def suppress() -> Iterator[None]:
     as ``mlflow.tracing.context(enabled=False)``, and restored by value, so that the block may end in another task
     than it began in.
     """
-    before = mlflow_seam.TRACE_CONTEXT.get()
-    mlflow_seam.TRACE_CONTEXT.set(mlflow_seam.disabled_context())
+    before = TRACE_CONTEXT.get()
+    TRACE_CONTEXT.set(disabled_context())
     try:
         yield
     finally:
-        mlflow_seam.TRACE_CONTEXT.set(before)
+        TRACE_CONTEXT.set(before)
 
 
 def is_recording(*, heeds_switch: bool = True) -> bool:
@@ -54,7 +68,7 @@ def is_recording(*, heeds_switch: bool = True) -> bool:
         heeds_switch: Whether the tracer is the one that ``autolog`` switches, which begins nothing below a call that
             began while it was off.
     """
-    if not mlflow_seam.is_context_enabled():
+    if not is_context_enabled():
         return False
     frame = frames.current()
     scope = frame.scope if frame is not None else None
@@ -88,7 +102,7 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     request: RequestObserver | None = frame.request if frame is not None else None
     if request is not None:
         settings = request.adapt(settings)
-    before = mlflow_seam.current_context()
+    before = current_context()
     where, parent, enclosing = _parent(before, frame)
     root = enclosing.span.root if enclosing is not None and parent is not None else None
     plain = Door(settings).plain(secrets=description.has_secrets, media=True)
@@ -96,10 +110,10 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     attributes = _attributes(description, settings)
     if not plain.has_attachments:
         attributes[SpanAttributeKey.INPUTS] = plain.encode(inputs)
-    span = mlflow_seam.start_span(description.name, description.span_type, where, parent, root, attributes)
+    span = start_span(description.name, description.span_type, where, parent, root, attributes)
     if span is None:
         return None
-    if isinstance(span, mlflow_seam.Unsampled):
+    if isinstance(span, Unsampled):
         frames.enter(call_id, SampledOut(span, before))
         return None
     scope = SpanScope(span, before, settings, enclosing.ledger if enclosing is not None else None)
@@ -129,13 +143,13 @@ def count_only(call_id: str, usage: Usage) -> None:
 
 def parent_here() -> Any:
     """Return the OpenTelemetry span that a call which begins here gets as its parent: INVALID_SPAN for none."""
-    where, parent, _ = _parent(mlflow_seam.current_context(), frames.current())
+    where, parent, _ = _parent(current_context(), frames.current())
     return where.span if parent is None else parent
 
 
 def enclosing_ledger() -> Ledger | None:
     """Return the ledger of the outermost module call around here, whose span shows its sum; None outside of any."""
-    _, _, enclosing = _parent(mlflow_seam.current_context(), frames.current())
+    _, _, enclosing = _parent(current_context(), frames.current())
     return None if enclosing is None else enclosing.ledger
 
 
@@ -161,11 +175,11 @@ def end(call_id: str, outputs: Any, exception: BaseException | None) -> None:
     if isinstance(scope, Untraced):
         scope.ended = True
     if isinstance(scope, SampledOut):
-        mlflow_seam.reattach(scope.before)
+        reattach(scope.before)
     if not isinstance(scope, SpanScope) or scope.ended:
         return
     scope.ended = True
-    mlflow_seam.reattach(scope.before)
+    reattach(scope.before)
     if scope.usage is not None:
         scope.usage.close(outputs, exception)
     attributes: dict[str, str] = {}
@@ -190,13 +204,11 @@ def end_abandoned() -> None:
 
 
 @guarded
-def _end_abandoned_span(span: mlflow_seam.OpenSpan, settings: Settings) -> None:
+def _end_abandoned_span(span: OpenSpan, settings: Settings) -> None:
     end_span(span, settings, {}, outcomes.ABANDONED_FAILURE)
 
 
-def _parent(
-    where: mlflow_seam.TracingContext, frame: frames.Frame | None
-) -> tuple[mlflow_seam.TracingContext, Any | None, SpanScope | None]:
+def _parent(where: TracingContext, frame: frames.Frame | None) -> tuple[TracingContext, Any | None, SpanScope | None]:
     """Return the current context for a new call, the span to begin under, and our innermost open scope.
 
     MLflow's current span is the innermost of ours and the user's. In a context that outlives the call it was
@@ -214,13 +226,13 @@ def _parent(
     enclosing = _enclosing(frame)
     if type(where.span) is LazySpan:
         where = where._replace(span=where.span.begun())
-    if mlflow_seam.is_live(where.span):
+    if is_live(where.span):
         return where, where.span, enclosing
-    if not mlflow_seam.has_ended(where.span):
+    if not has_ended(where.span):
         return where, None, enclosing  # nothing, a remote parent, or sampled out: it is read from the context
     if enclosing is not None:
         return where, enclosing.span.otel, enclosing
-    return mlflow_seam.without_span(where), None, None
+    return without_span(where), None, None
 
 
 def _is_left_behind(frame: frames.Frame) -> bool:
@@ -230,9 +242,9 @@ def _is_left_behind(frame: frames.Frame) -> bool:
     another call, or none, is the innermost here. Of a frame that was carried here DSPy knows nothing; an id that
     none of our frames has belongs to a call that only another tracer is told of.
     """
-    if dspy_seam.ACTIVE_CALL_ID is None:
+    if ACTIVE_CALL_ID is None:
         return False
-    active = dspy_seam.ACTIVE_CALL_ID.get()
+    active = ACTIVE_CALL_ID.get()
     if frame.call_id == active or frame.is_carried or not isinstance(frame.scope, SpanScope):
         return False
     return active is None or any(outer.call_id == active for outer in frames.lineage(frame.parent))
@@ -274,20 +286,18 @@ def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
     return attributes
 
 
-def _without_media(span: mlflow_seam.OpenSpan, shown: Any, settings: Settings) -> str:
+def _without_media(span: OpenSpan, shown: Any, settings: Settings) -> str:
     """JSON text with references in place of media; text that only looked like media is bounded like everything else."""
     shown = extract_attachments(span, shown) if CAN_ATTACH else without_media(shown)
     return Door(replace(settings, redact=None)).plain().dumps(shown)
 
 
-def abandon(span: mlflow_seam.OpenSpan, settings: Settings) -> None:
+def abandon(span: OpenSpan, settings: Settings) -> None:
     """Leave a span whose call is gone to be ended later; safe to call from ``__del__``."""
     abandoned.append((span, settings))
 
 
-def end_span(
-    span: mlflow_seam.OpenSpan, settings: Settings, attributes: dict[str, str], failure: Failure | None
-) -> None:
+def end_span(span: OpenSpan, settings: Settings, attributes: dict[str, str], failure: Failure | None) -> None:
     """End a span with its outcome, and with the exception that ended it.
 
     Args:
@@ -296,10 +306,10 @@ def end_span(
         attributes: JSON texts by key.
         failure: What the call raised, or None.
     """
-    is_late = span.root is not span.otel and mlflow_seam.has_ended(span.root)
+    is_late = span.root is not span.otel and has_ended(span.root)
     if failure is None:
         attributes["outcome"] = _OUTCOMES[outcomes.LATE if is_late else outcomes.OK]
-        mlflow_seam.end_span(span, attributes, _OK)
+        finish_span(span, attributes, _OK)
         return
     failure = Door(settings).failure(failure)
     attributes["outcome"] = dump(failure.outcome)
@@ -310,4 +320,4 @@ def end_span(
         "exception.type": failure.type,
         "exception.stacktrace": failure.stacktrace,
     }
-    mlflow_seam.end_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {failure.message}"), event)
+    finish_span(span, attributes, Status(StatusCode.ERROR, f"{failure.type}: {failure.message}"), event)

@@ -10,8 +10,8 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 
 from dspy_mlflow_async.export.assemble import gc_deferred
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.seams import mlflow_live as live_seam
 from dspy_mlflow_async.seams import mlflow_processor, mlflow_traces
+from dspy_mlflow_async.seams.mlflow_live import register
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -135,7 +135,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         info = self.start_trace(span)
         trace = None if info is None else mlflow_traces.peek_trace(info.trace_id)
         if trace is not None:
-            live_seam.register(span, info.trace_id, trace)
+            register(span, info.trace_id, trace)
 
     def _child_started(self, span: Span, parent_context: Context | None) -> None:
         assembler, otel_id = self._pipeline.assembler, span.context.trace_id
@@ -146,7 +146,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         if entry is None:  # a trace that was begun before us, or in another process
             super().on_start(span, parent_context)
             return
-        live_seam.register(span, entry.trace_id, entry.trace)
+        register(span, entry.trace_id, entry.trace)
         if entry.ended_at is not None:
             assembler.child_started(otel_id, span.context.span_id)
 

@@ -12,8 +12,8 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
 from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
-from dspy_mlflow_async.seams import mlflow_live as live_seam
 from dspy_mlflow_async.seams import mlflow_traces
+from dspy_mlflow_async.seams.mlflow_live import computes_cost
 
 
 def prepare(item: Operation) -> None:
@@ -45,7 +45,7 @@ def total(info: Any, spans: Any) -> None:
     """Write the usage and cost of these spans into the trace."""
     if usage := mlflow_traces.aggregate_usage_from_spans(spans):
         info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
-    if live_seam.computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
+    if computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
         info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
 
 
