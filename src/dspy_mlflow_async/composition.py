@@ -7,14 +7,13 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any, Literal
 
 from dspy_mlflow_async import export as export_room
 from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback, as_far_as_installed
-from dspy_mlflow_async.context.threads import Undo, patch_attribute
 from dspy_mlflow_async.runs import active_runs
 from dspy_mlflow_async.seams.dspy import change_callbacks, global_callbacks
 from dspy_mlflow_async.seams.listed import lost_features
@@ -30,6 +29,7 @@ from dspy_mlflow_async.seams.mlflow_autolog import (
 from dspy_mlflow_async.seams.mlflow_client import missing_here, name_default_store
 from dspy_mlflow_async.seams.mlflow_suppression import patch_trace_disabled
 from dspy_mlflow_async.seams.mlflow_trace_settings import has_sampler, patch_sampler
+from dspy_mlflow_async.seams.patching import Patches, Undo, patch, together
 from dspy_mlflow_async.settings import OVERRIDE, Override, Redact, Settings
 from dspy_mlflow_async.spans.tracer import end_abandoned
 
@@ -37,7 +37,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 
 class _Installation:
-    """State of ``autolog`` in this process: settings and undos. ``lock`` guards all of it; no hot path takes it."""
+    """State of ``autolog`` in this process: settings and patches. ``lock`` guards all of it; no hot path takes it."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -45,7 +45,7 @@ class _Installation:
         self.was_disabled = False
         self.export_options: export_room.ExportOptions | None = None
         self.beyond_mlflow: dict[str, Any] = {}  # arguments of the last call that MLflow's signature cannot name
-        self.undos: dict[str, Undo] = {}
+        self.patches = Patches()
         self.has_said_what_is_lost = False
 
     def say_what_is_lost(self) -> None:
@@ -185,7 +185,7 @@ def autolog(
             _uninstall()
         else:
             settings = as_far_as_installed(settings, "autolog")
-            _ensure("default store", name_default_store)
+            _installation.patches.set("default store", name_default_store)
             _installation.say_what_is_lost()
             if said := missing_here():
                 logger.warning("dspy-mlflow-async: %s; traces wait on disk until then", said)
@@ -225,11 +225,11 @@ def arguments_here() -> dict[str, Any] | None:
 
 def ensure_sampler() -> None:
     """Let the ratios of ``wrap`` and ``request`` count, until ``autolog(disable=True)``."""
-    if "sampler" in _installation.undos and has_sampler():
+    if "sampler" in _installation.patches and has_sampler():
         return
     with _installation.lock:
-        _undo("sampler")
-        _ensure("sampler", lambda: patch_sampler(export_room.count_sampled))
+        _installation.patches.take_out("sampler")
+        _installation.patches.set("sampler", lambda: patch_sampler(export_room.count_sampled))
 
 
 def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool, silent: bool) -> None:
@@ -245,7 +245,7 @@ def _install(settings: Settings, *, context_runs: bool, propagate_threads: bool,
 
 def _install_export(options: export_room.ExportOptions) -> None:
     if _installation.export_options != options:
-        _installation.undos["export"] = export_room.install(options, housekeeping=end_abandoned)
+        _installation.patches.renew("export", lambda: export_room.install(options, housekeeping=end_abandoned))
         _installation.export_options = options
 
 
@@ -253,9 +253,7 @@ def _uninstall(*, keep: tuple[str, ...] = ()) -> None:
     _installation.settings = None
     _installation.was_disabled = True
     _installation.export_options = None
-    for name in reversed(list(_installation.undos)):
-        if name not in keep:
-            _undo(name)
+    _installation.patches.take_out_all(but=keep)
     active_runs.uninstall()
     change_callbacks(lambda present: [c for c in present if not isinstance(c, AutologCallback)])
     hooks.switch(is_on=False)
@@ -265,27 +263,16 @@ def _ours(callbacks: Iterable[Any]) -> list[AutologCallback]:
     return [callback for callback in callbacks if isinstance(callback, AutologCallback)]
 
 
-def _ensure(name: str, patch: Callable[[], Undo]) -> None:
-    if name not in _installation.undos:
-        _installation.undos[name] = patch()
-
-
-def _undo(name: str) -> None:
-    undo = _installation.undos.pop(name, None)
-    if undo is not None:
-        undo()
-
-
 def _replace_mlflow(*, silent: bool) -> None:
     """Take MLflow's own tracer out, lest there be two, and let a later ``mlflow.dspy.autolog()`` come to us."""
     foreign = [c for c in global_callbacks() if type(c) is MlflowCallback]
     # Once `mlflow.dspy.autolog` comes to us, what MLflow notes of its integration is ours.
-    if foreign or ("mlflow" not in _installation.undos and is_own_autolog_on()):
+    if foreign or ("mlflow" not in _installation.patches and is_own_autolog_on()):
         turn_own_autolog_off()
         change_callbacks(lambda present: [c for c in present if type(c) is not MlflowCallback])
         if not silent:
             logger.info("mlflow.dspy.autolog() was on; dspy-mlflow-async replaces it.")
-    _ensure("mlflow", _redirect_mlflow_autolog)
+    _installation.patches.set("mlflow", _redirect_mlflow_autolog)
 
 
 def _redirect_mlflow_autolog() -> Undo:
@@ -294,7 +281,7 @@ def _redirect_mlflow_autolog() -> Undo:
     module = own_autolog_module()
     undos = [
         # Whoever holds the original function would patch compile and Evaluate under us.
-        patch_attribute(module, "safe_patch", lambda *args, **kwargs: None),  # noqa: ARG005 - safe_patch's signature
+        patch(module, safe_patch=lambda *args, **kwargs: None),  # noqa: ARG005 - safe_patch's signature
     ]
     original = mlflow.dspy.autolog
     if original is not autolog:
@@ -317,15 +304,8 @@ def _redirect_mlflow_autolog() -> Undo:
             autolog(**arguments, **_installation.beyond_mlflow)
 
         redirected.__module__ = "mlflow.dspy"  # where it is found, so that it pickles by its name
-        undos.append(patch_attribute(mlflow.dspy, "autolog", redirected))
-
-    undos += [patch_evaluation_config(_settings_of_this_context), patch_trace_disabled()]
-
-    def undo() -> None:
-        for each in undos:
-            each()
-
-    return undo
+        undos.append(patch(mlflow.dspy, autolog=redirected))
+    return together(*undos, patch_evaluation_config(_settings_of_this_context), patch_trace_disabled())
 
 
 @contextlib.contextmanager

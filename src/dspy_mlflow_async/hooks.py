@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -10,27 +12,12 @@ from typing import Any
 from dspy_mlflow_async import propagation
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
-from dspy_mlflow_async.context.threads import Undo, patch_all_threads, patch_worker_pool
 from dspy_mlflow_async.runs.compile import pool_ended
 from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams.dspy import ParallelExecutor
 from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
 from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
-
-
-class _Patch:
-    """One patch, put in and taken out as its need comes and goes. Its owner's lock guards it."""
-
-    def __init__(self, patch: Callable[[], Undo]) -> None:
-        self._patch = patch
-        self._undo: Undo | None = None
-
-    def set(self, *, is_needed: bool) -> None:
-        if is_needed and self._undo is None:
-            self._undo = self._patch()
-        elif not is_needed and self._undo is not None:
-            undo, self._undo = self._undo, None
-            undo()
+from dspy_mlflow_async.seams.patching import Patches, Undo, patch, together
 
 
 def _patch_workers() -> Undo:
@@ -52,19 +39,18 @@ class _Hooks:
         self.carries_always = False
         self._tracers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._open_compiles = 0
-        self._calls = (
-            _Patch(_patch_workers),
-            _Patch(patch_handlers),
-            _Patch(patch_arguments),
-        )
-        self._threads = _Patch(lambda: patch_all_threads(_carrier_for_thread))
+        self._patches = Patches()
 
     def update(self) -> None:
         """Put in the patches that are needed now, and take out the others."""
         is_needed = self.is_on or any(tracer.is_on for tracer in self._tracers)
-        for patch in self._calls:
-            patch.set(is_needed=is_needed)
-        self._threads.set(is_needed=is_needed and (self.carries_always or self._open_compiles > 0))
+        for name, put_in in (("workers", _patch_workers), ("handlers", patch_handlers), ("arguments", patch_arguments)):
+            self._patches.set(name, put_in, is_needed=is_needed)
+        self._patches.set(
+            "threads",
+            lambda: patch_all_threads(_carrier_for_thread),
+            is_needed=is_needed and (self.carries_always or self._open_compiles > 0),
+        )
 
     def add(self, tracer: Any) -> None:
         with self.lock:
@@ -136,3 +122,77 @@ def _carrier_for_thread() -> Carrier | None:
     frame = frames.current()
     is_compiling = frame is not None and frame.compile is not None
     return propagation.capture() if is_compiling or _hooks.carries_always else None
+
+
+# --- the pools and threads ---
+
+
+Capture = Callable[[], Carrier | None]
+Prepare = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Here(threading.local):
+    """Thread-local state: whether this thread is inside of ``submit``."""
+
+    is_submitting = False
+
+
+def patch_worker_pool(executor: type, prepare: Prepare, ended: Callable[[Any, Any], None]) -> Undo:
+    """Make ``executor.execute(function, data)`` run the function that ``prepare`` makes of its own.
+
+    Args:
+        executor: DSPy's ``ParallelExecutor``, in which all its worker threads begin.
+        prepare: Called once per ``execute``, in the submitter's context.
+        ended: Called there with the data and the results of one that has not failed.
+    """
+    original = executor.execute  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def execute(self: Any, function: Callable[..., Any], data: Any) -> Any:
+        results = original(self, prepare(function), data)
+        ended(data, results)
+        return results
+
+    return patch(executor, execute=execute)
+
+
+def patch_all_threads(capture: Capture) -> Undo:
+    """Make every ``threading.Thread`` and ``ThreadPoolExecutor`` of the process carry the tracing context.
+
+    Threads take it at ``start``, pools at ``submit``: the same points as OpenTelemetry's threading instrumentor. The
+    threads that a pool starts take nothing: they outlive the item that they were started for.
+
+    Args:
+        capture: Called at those points, in the submitter's context; None where nothing is to be carried.
+    """
+    start = threading.Thread.start
+    submit: Callable[..., Any] = concurrent.futures.ThreadPoolExecutor.submit
+    here = _Here()
+
+    @functools.wraps(start)
+    def carrying_start(self: threading.Thread) -> None:
+        run, carrier = self.run, None if here.is_submitting else capture()
+        if carrier is not None:
+
+            def carried_run() -> None:
+                del self.run  # the instance attribute below, lest thread and function keep each other alive
+                carrier.run(run)
+
+            self.run = carried_run  # type: ignore[method-assign]
+        start(self)
+
+    @functools.wraps(submit)
+    def carrying_submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        carrier = capture()
+        if carrier is not None:
+            fn = functools.partial(carrier.run, fn)
+        before, here.is_submitting = here.is_submitting, True
+        try:
+            return submit(self, fn, *args, **kwargs)
+        finally:
+            here.is_submitting = before
+
+    return together(
+        patch(threading.Thread, start=carrying_start),
+        patch(concurrent.futures.ThreadPoolExecutor, submit=carrying_submit),
+    )

@@ -11,8 +11,8 @@ from typing import Any
 from mlflow.entities import Assessment, Span, Trace
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.context.threads import patch_attribute
 from dspy_mlflow_async.seams.mlflow_in_memory import memory_provider
+from dspy_mlflow_async.seams.patching import patch
 
 __all__ = ["capture_traces", "tree"]
 
@@ -54,13 +54,12 @@ def capture_traces() -> Iterator[list[Trace]]:
             trace.info.trace_metadata.update(metadata or {})
             trace.info.tags.update(tags or {})
 
-    undos = [patch_attribute(export, "hold", hold), patch_attribute(export, "release", release)]
+    undo = patch(export, hold=hold, release=release)
     try:
         with memory_provider(traces.append):
             yield traces
     finally:
-        for undo in undos:
-            undo()
+        undo()
 
 
 def tree(trace: Trace, *details: str | Callable[[Span], Any], sort: bool = False) -> tuple[Any, ...]:

@@ -27,16 +27,17 @@ from dspy_mlflow_async.seams import mlflow_http, mlflow_processor, mlflow_store,
 from dspy_mlflow_async.seams.mlflow_by_id import patch_by_id
 from dspy_mlflow_async.seams.mlflow_prices import patch_prices
 from dspy_mlflow_async.seams.mlflow_remote_traces import remote_traces
+from dspy_mlflow_async.seams.patching import Undo, together
 
 if TYPE_CHECKING:
     from mlflow.entities import Assessment
 
 _lock = threading.RLock()
 _pipeline: Pipeline | None = None
-_installed: list[Callable[[], None]] | None = None  # the undos, first to last
+_installed: Undo | None = None  # of all that is patched
 _closing: list[tuple[Pipeline, threading.Thread]] = []  # what was replaced or undone, until it has come to its end
 _retiring: Pipeline | None = None  # what was undone while traces were open in it
-_unbind_http: Callable[[], None] | None = None  # the undo of what bounds MLflow's requests, while anybody writes
+_unbind_http: Undo | None = None  # the undo of what bounds MLflow's requests, while anybody writes
 _pause = threading.Event()  # never set: a wait on it is a pause
 _LOOK = 0.05  # seconds between two looks whether a trace is still open
 _counters = TraceCounters()  # one for the process, whatever is installed
@@ -53,7 +54,7 @@ def pipeline() -> Pipeline:
         return _pipeline
 
 
-def install(options: ExportOptions, housekeeping: Callable[[], None] | None = None) -> Callable[[], None]:
+def install(options: ExportOptions, housekeeping: Callable[[], None] | None = None) -> Undo:
     """Let every trace of MLflow go through this pipeline, those that are open now included.
 
     A second call replaces the options of the first.
@@ -76,13 +77,13 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         _pipeline = mine
         _unbind_http = _unbind_http or mlflow_http.bound_http()
         if _installed is None:
-            _installed = [
+            _installed = together(
                 mlflow_processor.patch_processor_factory(_make_processor),
                 patch_by_id(_OnTheirWay()),
                 patch_prices(),
                 process_exit.on_signals(_leave, options.exit_timeout + 5),
                 gc_deferred.watch(),
-            ]
+            )
         for processor, _ in mlflow_processor.replace_processors(_ours_for):
             _take_over(processor)
         mine.start()
@@ -92,9 +93,8 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         with _lock:
             if _pipeline is not mine or _installed is None:
                 return
-            undos, _installed, _pipeline = _installed, None, None
-            for each in undos:
-                each()
+            undo_all, _installed, _pipeline = _installed, None, None
+            undo_all()
             _retire(mine)
 
     return undo

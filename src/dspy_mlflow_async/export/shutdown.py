@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export import worker_processes
 from dspy_mlflow_async.export.write import fork_gate
+from dspy_mlflow_async.seams.patching import Undo
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.queue.pipeline import Pipeline
@@ -142,7 +143,7 @@ class _Handler:
         os.kill(os.getpid(), signum)
 
 
-def on_signals(function: Callable[[], None], timeout: float) -> Callable[[], None]:
+def on_signals(function: Callable[[], None], timeout: float) -> Undo:
     """Call ``function`` before SIGTERM or SIGHUP ends the process, where nobody else cares for that signal.
 
     A handler of the user's stays alone, and a signal that is ignored stays ignored: they decide how the process ends,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from dspy_mlflow_async.runs.mlflow_stack import ContextRunStack, replace_stack
@@ -23,6 +22,7 @@ from dspy_mlflow_async.runs.stack import (
 from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.seams import mlflow_spans as tracing
 from dspy_mlflow_async.seams.installed import has_runs
+from dspy_mlflow_async.seams.patching import Patches
 
 __all__ = [
     "VARIABLE",
@@ -50,18 +50,17 @@ class _Installation:
         self.lock = threading.Lock()
         self.is_wanted = False
         self.open_blocks = 0
-        self.undo: Callable[[], None] | None = None
+        self._patches = Patches()
 
     def change(self, *, is_wanted: bool | None = None, blocks: int = 0) -> None:
         with self.lock:
             self.is_wanted = self.is_wanted if is_wanted is None else is_wanted
             self.open_blocks += blocks
-            is_needed = self.is_wanted or self.open_blocks > 0
-            if is_needed and self.undo is None:
-                self.undo = replace_stack(lambda blocks: self.change(blocks=blocks))
-            elif not is_needed and self.undo is not None:
-                undo, self.undo = self.undo, None
-                undo()
+            self._patches.set(
+                "stack",
+                lambda: replace_stack(lambda blocks: self.change(blocks=blocks)),
+                is_needed=self.is_wanted or self.open_blocks > 0,
+            )
 
 
 _installation = _Installation()

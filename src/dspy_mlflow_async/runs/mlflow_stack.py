@@ -13,10 +13,10 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import stack
 from dspy_mlflow_async.runs.nested_runs import replace_start_run
 from dspy_mlflow_async.seams import mlflow_runs
+from dspy_mlflow_async.seams.patching import Undo, patch, together
 
 logger = logging.getLogger("dspy_mlflow_async")
 
-Undo = Callable[[], None]
 
 _ELSEWHERE = -1  # no thread has this id
 
@@ -93,21 +93,13 @@ def replace_stack(count_blocks: Callable[[int], None]) -> Undo:
             "This MLflow keeps its active runs elsewhere: mlflow.active_run() stays thread-local. All else works."
         )
         return lambda: None
-    original = mlflow_runs.run_stack()
-    replacement = ContextRunStack(original)
-    setattr(mlflow_runs.fluent, mlflow_runs.STACK_NAME, replacement)
-    undo_blocks = _replace_blocks(replacement, count_blocks)
-    undo_start = replace_start_run()
-    undo_wait = mlflow_runs.wait_in_fluent_calls(_wait_for_run)
-
-    def undo() -> None:
-        if mlflow_runs.run_stack() is replacement:
-            setattr(mlflow_runs.fluent, mlflow_runs.STACK_NAME, original)
-        undo_blocks()
-        undo_start()
-        undo_wait()
-
-    return undo
+    replacement = ContextRunStack(mlflow_runs.run_stack())
+    return together(
+        mlflow_runs.wait_in_fluent_calls(_wait_for_run),
+        replace_start_run(),
+        _replace_blocks(replacement, count_blocks),
+        patch(mlflow_runs.fluent, **{mlflow_runs.STACK_NAME: replacement}),
+    )
 
 
 @guarded
@@ -149,15 +141,7 @@ def _replace_blocks(replacement: ContextRunStack, count_blocks: Callable[[int], 
             noted.ends_in_place = False
             count_blocks(-1)
 
-    mlflow_runs.ActiveRun.__enter__, mlflow_runs.ActiveRun.__exit__ = enter_context, leave_context
-
-    def undo() -> None:
-        if mlflow_runs.ActiveRun.__enter__ is enter_context:
-            mlflow_runs.ActiveRun.__enter__ = enter
-        if mlflow_runs.ActiveRun.__exit__ is leave_context:
-            mlflow_runs.ActiveRun.__exit__ = leave
-
-    return undo
+    return patch(mlflow_runs.ActiveRun, __enter__=enter_context, __exit__=leave_context)
 
 
 def _is_elsewhere(run: Any) -> bool:

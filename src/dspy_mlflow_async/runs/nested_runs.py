@@ -9,27 +9,19 @@ from typing import Any
 
 from dspy_mlflow_async.runs import stack
 from dspy_mlflow_async.seams.mlflow_runs import fluent, mlflow
-
-Undo = Callable[[], None]
+from dspy_mlflow_async.seams.patching import Undo, patch, together
 
 
 def replace_start_run() -> Undo:
     """Replace ``mlflow.start_run`` where MLflow's users find it, and return the undo."""
-    replaced: list[tuple[Any, Any]] = []
+    undos = []
     known: dict[Any, Any] = {}
     for owner in (fluent, mlflow):
         start = owner.start_run
         if {"nested", "parent_run_id"} <= set(inspect.signature(start).parameters):
             known[start] = known.get(start) or _nesting(start)
-            owner.start_run = known[start]
-            replaced.append((owner, start))
-
-    def undo() -> None:
-        for owner, start in replaced:
-            if owner.start_run is known[start]:
-                owner.start_run = start
-
-    return undo
+            undos.append(patch(owner, start_run=known[start]))
+    return together(*undos)
 
 
 def _nesting(start: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import weakref
-from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import dspy.utils.callback as dspy_callback
 
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch
 
 # With one of these on it, a function's parameters are not those of its code.
 _OVERRIDES = frozenset({"__signature__", "__partialmethod__", "_partialmethod"})
 
 
-def patch_arguments() -> Callable[[], None]:
+def patch_arguments() -> Undo:
     """Make DSPy find the arguments of a call without building the function's ``inspect.Signature`` each time.
 
     ``with_callbacks`` asks ``inspect.getcallargs`` once for each call that has callbacks: half of what DSPy's own

@@ -12,7 +12,7 @@ import dspy.utils.callback as dspy_callback
 from mlflow.dspy.callback import MlflowCallback
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch
 
 # Of these DSPy decides by the type and the function. What else has callbacks is rare, or decided by what it holds.
 _DECIDED_BY_TYPE = (dspy.Module, dspy.Adapter, dspy.Tool)
@@ -30,7 +30,7 @@ class _Names:
 _NAMES = _Names()
 
 
-def patch_handlers() -> Callable[[], None]:
+def patch_handlers() -> Undo:
     """Make DSPy's choice of a handler cheap for MLflow's callbacks, ours among them, and safe from interrupts.
 
     DSPy asks each instance for each of its calls, twice, whether it is an interpreter, which is a protocol: a tenth of

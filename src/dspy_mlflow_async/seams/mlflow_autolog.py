@@ -18,6 +18,7 @@ import cloudpickle
 from mlflow.dspy.callback import MlflowCallback
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.patching import Undo
 
 __all__ = ["MlflowCallback", "StatelessCallback"]
 
@@ -105,7 +106,7 @@ def note_autolog(config: Mapping[str, Any]) -> None:
     AUTOLOGGING_INTEGRATIONS[FLAVOR] = dict(config)
 
 
-def patch_evaluation_config(scoped: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+def patch_evaluation_config(scoped: Callable[[], AbstractContextManager[None]]) -> Undo:
     """Put a block around MLflow's, in which its evaluations set autologging as they need it, and set it back.
 
     Args:

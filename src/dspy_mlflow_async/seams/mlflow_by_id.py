@@ -13,7 +13,7 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_http import is_limited
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch, together
 
 # All that MLflow's public functions for traces go by. A trace that is held or open is brought to the store for them.
 _OF_ONE = (
@@ -48,7 +48,7 @@ class OnTheirWay(Protocol):
         """Bring what waits for a store there."""
 
 
-def patch_by_id(traces: OnTheirWay) -> Callable[[], None]:
+def patch_by_id(traces: OnTheirWay) -> Undo:
     """Let MLflow's clients find the traces that are on their way.
 
     Returns:
@@ -67,12 +67,7 @@ def patch_by_id(traces: OnTheirWay) -> Callable[[], None]:
     ]
     for owner, names in _other_clients():
         undos.append(patch(owner, **_replacements(owner, names, lambda original: _by_id(original, traces))))
-
-    def undo() -> None:
-        for each in reversed(undos):
-            each()
-
-    return undo
+    return together(*undos)
 
 
 def _other_clients() -> list[tuple[Any, tuple[str, ...]]]:

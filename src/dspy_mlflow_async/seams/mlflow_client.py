@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from mlflow.tracking._tracking_service.client import TrackingServiceClient
 from mlflow.tracking._tracking_service.utils import _resolve_tracking_uri, is_tracking_uri_set
 
 from dspy_mlflow_async.seams.installed import has_runs, missing_for, needs_whole
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch
 
 __all__ = ["MlflowClient", "is_tracking_uri_set", "missing_here", "name_default_store"]
 
@@ -25,7 +24,7 @@ def missing_here() -> str | None:
     return missing_for(_resolve_tracking_uri(None)) if is_tracking_uri_set() else None
 
 
-def name_default_store() -> Callable[[], None]:
+def name_default_store() -> Undo:
     """Let MLflow name its default store where it fails to, since ``mlflow-tracing`` lacks what opens a store in files.
 
     MLflow imports that to see whether one is there; this looks at the names of files alone.

@@ -23,7 +23,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from requests import sessions
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.patching import over, patch
+from dspy_mlflow_async.seams.patching import Undo, over, patch, together
 
 __all__ = [
     "NoAnswerError",
@@ -86,7 +86,7 @@ _START_TRACE_PATH = "/api/3.0/mlflow/traces"
 _block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default=None)
 
 
-def bound_http() -> Callable[[], None]:
+def bound_http() -> Undo:
     """Make ``limited_http`` work: MLflow's retries (7, up to some minutes) are set per process, not per call.
 
     Returns:
@@ -99,12 +99,7 @@ def bound_http() -> Callable[[], None]:
         undos.append(patch(request_headers, resolve_request_headers=_asking_once(resolve)))
     if find := taken("requests.sessions:get_environ_proxies"):
         undos.append(patch(sessions, get_environ_proxies=_looking_once(find)))
-
-    def undo() -> None:
-        for each in undos:
-            each()
-
-    return undo
+    return together(*undos)
 
 
 def _limiting(respond: Callable[..., Any]) -> Callable[..., Any]:

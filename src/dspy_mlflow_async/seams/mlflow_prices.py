@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlflow.tracing.constant import TokenUsageKey
 
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_http import is_limited
-from dspy_mlflow_async.seams.patching import over, patch
+from dspy_mlflow_async.seams.patching import Undo, over, patch, together
 
 _PROVIDERS = "mlflow.utils.providers"
 _CALCULATE = "mlflow.tracing.utils:calculate_cost_by_model_and_token_usage"
@@ -53,7 +53,7 @@ def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
     return None if costs is None else float(sum(costs))
 
 
-def patch_prices() -> Callable[[], None]:
+def patch_prices() -> Undo:
     """Price the spans of our own writes by LiteLLM where the program has imported it, else by MLflow.
 
     Everybody else's calls are as they were.
@@ -65,17 +65,14 @@ def patch_prices() -> Callable[[], None]:
     if not isinstance(calculate, FunctionType) or providers is None:
         return lambda: None
     name = calculate.__name__
-    undos = [
-        patch(owner, **{name: _without_import(getattr(owner, name), providers)})
-        for owner in (taken("mlflow.tracing.otel:translation"), tracing_utils)
-        if hasattr(owner, name)
-    ]
-
-    def undo() -> None:
-        for each in undos:
-            each()
-
-    return undo
+    owners = (taken("mlflow.tracing.otel:translation"), tracing_utils)
+    return together(
+        *(
+            patch(owner, **{name: _without_import(getattr(owner, name), providers)})
+            for owner in owners
+            if hasattr(owner, name)
+        )
+    )
 
 
 def _without_import(original: Any, providers: ModuleType) -> Any:

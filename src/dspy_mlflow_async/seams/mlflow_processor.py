@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import experiment_of_trace
 from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
-from dspy_mlflow_async.seams.patching import over, patch
+from dspy_mlflow_async.seams.patching import Undo, over, patch
 
 __all__ = [
     "SpanExporter",
@@ -164,7 +164,7 @@ def finish_root(processor: Any, trace: _Trace, root: Any) -> None:
         _EVAL_REQUEST_ID_TO_TRACE_ID[evaluation_id] = info.trace_id
 
 
-def patch_processor_factory(make: Callable[[str, Callable[[str], Any]], Any]) -> Callable[[], None]:
+def patch_processor_factory(make: Callable[[str, Callable[[str], Any]], Any]) -> Undo:
     """Let ``make(tracking_uri, original)`` build the span processor whenever MLflow builds its provider.
 
     Returns:

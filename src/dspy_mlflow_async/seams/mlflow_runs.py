@@ -26,7 +26,7 @@ from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import experiment_here, store_experiment_id
 from dspy_mlflow_async.seams.mlflow_prices import cost_in_usd
 from dspy_mlflow_async.seams.mlflow_store import client_of, resolve_tracking_uri
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch
 
 __all__ = [
     "MLFLOW_AUTOLOGGING",
@@ -165,7 +165,7 @@ class PendingRun(ActiveRun):
         return self._find(self._stand_in.run_id) is not None
 
 
-def wait_in_fluent_calls(wait: Callable[[], None]) -> Callable[[], None]:
+def wait_in_fluent_calls(wait: Callable[[], None]) -> Undo:
     """Call ``wait`` before a fluent function takes the active run to log into; returns the undo."""
     get_or_start_run = taken("mlflow.tracking.fluent:_get_or_start_run")
     if get_or_start_run is None:

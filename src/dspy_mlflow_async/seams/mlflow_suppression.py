@@ -16,7 +16,7 @@ from mlflow.tracing import provider as trace_provider
 from opentelemetry import trace as otel
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch, together
 
 # Whether a function that MLflow does not want traced is running here.
 DISABLED: ContextVar[bool] = ContextVar("dspy_mlflow_async_disabled", default=False)
@@ -28,7 +28,7 @@ def no_op_tracer() -> Any:
     return _NO_TRACERS.get_tracer(__name__)
 
 
-def patch_trace_disabled() -> Callable[[], None]:
+def patch_trace_disabled() -> Undo:
     """Make ``trace_disabled`` hold in the context of the call alone, for all functions that MLflow has decorated so.
 
     Returns:
@@ -57,9 +57,8 @@ def patch_trace_disabled() -> Callable[[], None]:
         for function in [*changed, *_functions_with(_CODE)]:  # also those that were decorated meanwhile
             if function.__code__ is _CODE:
                 function.__code__ = code
-        undo_tracer()
 
-    return undo
+    return together(undo_tracer, undo)
 
 
 def run_disabled(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

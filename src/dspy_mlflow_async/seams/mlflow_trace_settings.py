@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
 
 from dspy_mlflow_async.seams.mlflow_spans import forget_tracer
-from dspy_mlflow_async.seams.patching import patch
+from dspy_mlflow_async.seams.patching import Undo, patch, together
 
 SESSION = TraceMetadataKey.TRACE_SESSION
 USER = TraceMetadataKey.TRACE_USER
@@ -90,7 +90,7 @@ def has_sampler() -> bool:
     return not isinstance(provider, TracerProvider) or isinstance(provider.sampler, RatioSampler)
 
 
-def patch_sampler(left_out: Callable[[], None]) -> Callable[[], None]:
+def patch_sampler(left_out: Callable[[], None]) -> Undo:
     """Make ``RATIO`` count: in the provider that MLflow has now, and in those that it makes later.
 
     Returns:
@@ -102,14 +102,9 @@ def patch_sampler(left_out: Callable[[], None]) -> Callable[[], None]:
         original(*args, **kwargs)
         _exchange(lambda sampler: RatioSampler(sampler, left_out))
 
-    unpatch = patch(trace_provider, _initialize_tracer_provider=_initialize_tracer_provider)
+    undo = patch(trace_provider, _initialize_tracer_provider=_initialize_tracer_provider)
     _exchange(lambda sampler: RatioSampler(sampler, left_out))
-
-    def undo() -> None:
-        unpatch()
-        _exchange(None)
-
-    return undo
+    return together(lambda: _exchange(None), undo)
 
 
 def _exchange(replacement: Callable[[Sampler], Sampler] | None) -> None:

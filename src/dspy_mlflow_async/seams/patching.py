@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+Undo = Callable[[], None]
 
-def patch(owner: Any, **replacements: Any) -> Callable[[], None]:
+_INHERITED = object()
+
+
+def patch(owner: Any, **replacements: Any) -> Undo:
     """Replace attributes of a module or a class.
 
     Args:
@@ -15,18 +20,68 @@ def patch(owner: Any, **replacements: Any) -> Callable[[], None]:
         **replacements: By name, what takes the place of what is there.
 
     Returns:
-        The undo. It leaves alone what somebody else has put there since.
+        The undo. It leaves alone what somebody else has put there since, and does nothing a second time.
+
+    Raises:
+        AttributeError: Where there is no attribute of one of these names.
     """
-    originals = {name: getattr(owner, name) for name in replacements}
+    for name in replacements:
+        getattr(owner, name)
+    originals = {name: vars(owner).get(name, _INHERITED) for name in replacements}
     for name, replacement in replacements.items():
         setattr(owner, name, replacement)
 
     def undo() -> None:
         for name, replacement in replacements.items():
-            if getattr(owner, name) is replacement:
+            if vars(owner).get(name) is not replacement:
+                continue
+            if originals[name] is _INHERITED:
+                delattr(owner, name)
+            else:
                 setattr(owner, name, originals[name])
 
     return undo
+
+
+def together(*undos: Undo) -> Undo:
+    """Make one undo of several: the last patch is undone first, each once, whatever another raises."""
+    stack = contextlib.ExitStack()
+    for undo in undos:
+        stack.callback(undo)
+    return stack.close
+
+
+class Patches:
+    """Patches by name, put in and taken out as their need comes and goes. Their owner's lock guards them."""
+
+    def __init__(self) -> None:
+        self._undos: dict[str, Undo] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._undos
+
+    def set(self, name: str, patch: Callable[[], Undo], *, is_needed: bool = True) -> None:
+        """Put a patch in or take it out, unless that is so already."""
+        if not is_needed:
+            self.take_out(name)
+        elif name not in self._undos:
+            self._undos[name] = patch()
+
+    def renew(self, name: str, patch: Callable[[], Undo]) -> None:
+        """Put in a patch that takes the place of the one that is in, so that this is not undone first."""
+        self._undos[name] = patch()
+
+    def take_out(self, name: str) -> None:
+        """Take a patch out, if it is in."""
+        undo = self._undos.pop(name, None)
+        if undo is not None:
+            undo()
+
+    def take_out_all(self, *, but: tuple[str, ...] = ()) -> None:
+        """Take all patches out, the last first, but these."""
+        for name in reversed(list(self._undos)):
+            if name not in but:
+                self.take_out(name)
 
 
 def over(function: FunctionType, names: dict[str, Any]) -> FunctionType:

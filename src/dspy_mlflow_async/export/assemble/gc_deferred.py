@@ -13,11 +13,13 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
+from dspy_mlflow_async.seams.patching import Undo
+
 waiting: deque[tuple[Callable[[Any], None], Any]] = deque()
 _thread: int | None = None  # where the garbage collector runs
 
 
-def watch() -> Callable[[], None]:
+def watch() -> Undo:
     """Track from now on where the garbage collector runs.
 
     Returns:

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import pytest
 
 from dspy_mlflow_async.context.carrier import Carrier
-from dspy_mlflow_async.context.threads import patch_all_threads, patch_attribute
+from dspy_mlflow_async.hooks import patch_all_threads
 from echo import TIMEOUT
 
 PLACE = ContextVar("place", default="nowhere")
@@ -159,43 +159,3 @@ def test_timers_and_named_daemons():
         undo()
 
     assert [("here", "timer", True)] == seen
-
-
-class Owner:
-    """Somebody whose attribute is patched."""
-
-    def method(self):
-        return "original"
-
-
-def test_patch_attribute_and_undo():
-    """The undo restores what was there."""
-    undo = patch_attribute(Owner, "method", lambda self: "patched")
-    assert "patched" == Owner().method()
-    undo()
-    assert "original" == Owner().method()
-
-
-def test_the_undo_leaves_a_later_patch_of_somebody_elses_alone():
-    """Whoever patched after us stays."""
-    original = Owner.method
-    undo = patch_attribute(Owner, "method", lambda self: "patched")
-    Owner.method = lambda self: "later"
-    undo()
-    try:
-        assert "later" == Owner().method()
-    finally:
-        Owner.method = original
-
-
-def test_undoing_twice_does_nothing():
-    """The second undo does not bring back what somebody has set since."""
-    original = Owner.method
-    undo = patch_attribute(Owner, "method", lambda self: "patched")
-    undo()
-    Owner.method = lambda self: "later"
-    undo()
-    try:
-        assert "later" == Owner().method()
-    finally:
-        Owner.method = original
