@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.contestants import FLOOR, MLFLOW, OFF, OURS
+from benchmarks.contestants import FLOOR, MLFLOW, OFF, OPENINFERENCE, OTLP, OURS, PATCHED
 
 KIB = 1024
 MIB = 1024 * KIB
 
 SILENT, SUPPRESS, DURABLE, PROCESS = "ours-silent", "ours-suppress", "ours-durable", "ours-process"
-OPENINFERENCE = "openinference"
 
-_BASE = (OFF, FLOOR, SILENT, OURS, MLFLOW, OPENINFERENCE)
-_ALL = (OFF, FLOOR, SILENT, SUPPRESS, OURS, DURABLE, PROCESS, MLFLOW, OPENINFERENCE)
-_TRACED = (OFF, FLOOR, OURS, MLFLOW, OPENINFERENCE)
-_LOGGED = (OFF, FLOOR, OURS, MLFLOW)
-_STORED = (OURS, DURABLE, PROCESS, MLFLOW)
+# A window of so many calls, or of so many seconds, is long enough for the writer to have had its turn in it.
+ENOUGH_CALLS = 2000
+ENOUGH_SECONDS = 10.0
+
+_ALL = (OFF, FLOOR, PATCHED, SILENT, SUPPRESS, OURS, DURABLE, PROCESS, MLFLOW, OPENINFERENCE)
+_BASE = (FLOOR, OURS, OPENINFERENCE)
+_PEERS = (FLOOR, OURS, MLFLOW, OPENINFERENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +32,22 @@ class Cell:
         name: Its value on that axis; with the axis, the cell's id.
         driver: Who makes the calls: a key of ``drivers.DRIVERS``.
         workers: Threads or tasks at once; of each evaluation, where there are several.
-        calls: Calls of the program that are measured, and so the traces that should be there.
-        light: How many times as many calls contestants make that store nothing: theirs are too short to measure.
+        calls: The hot window ends after so many calls of the program,
+        seconds: or after so many seconds, if they are over before.
+        rate: For the driver "rate": calls a second.
         payload: Bytes of each input.
         depth: Modules around one another.
         width: Predictor calls in one call of the program.
         latency_ms: What the LM takes to answer, over HTTP; 0 is an LM in this process.
-        store: "sqlite", "server" (a real ``mlflow server`` over sqlite) or "sink" (keeps nothing, costs nothing).
+        store: "sqlite", "server" (a real ``mlflow server`` over sqlite), "sink" (keeps nothing, costs nothing) or
+            "held" (a sink that takes nothing until the window is over).
         groups: Evaluations or optimizers at once.
-        seconds: For a series: no further step begins after so long.
         step: For a series: calls between two marks.
         logs: Further settings of autolog that are on.
         contestants: Ids of those that take part.
+        once: Those of them that are measured in the first round alone, since they take minutes.
+        hot_only: Those whose store is not waited for: only their window counts.
+        is_timed: Whether its figures mean something, so that a window in which the writer did too little is invalid.
         rounds: How often each is measured.
         timeout: Seconds after which a sample has failed.
     """
@@ -50,29 +56,32 @@ class Cell:
     name: str
     driver: str = "pool"
     workers: int = 1
-    calls: int = 120
-    light: int = 4
+    calls: int = ENOUGH_CALLS
+    seconds: float = ENOUGH_SECONDS
+    rate: int = 0
     payload: int = 100
     depth: int = 1
     width: int = 1
     latency_ms: int = 0
     store: str = "sqlite"
     groups: int = 1
-    seconds: float = 60.0
-    step: int = 500
+    step: int = 250
     logs: tuple[str, ...] = ()
-    contestants: tuple[str, ...] = _TRACED
-    rounds: int = 3
-    timeout: float = 240.0
+    contestants: tuple[str, ...] = _BASE
+    once: tuple[str, ...] = ()
+    hot_only: tuple[str, ...] = ()
+    is_timed: bool = True
+    rounds: int = 1
+    timeout: float = 600.0
 
     @property
     def id(self) -> str:
         """The cell's name on the command line and in the results."""
         return f"{self.axis}/{self.name}"
 
-    def calls_of(self, *, stores: bool) -> int:
-        """How many calls a contestant makes."""
-        return self.calls if stores else self.calls * self.light
+    def contestants_of(self, round_number: int) -> tuple[str, ...]:
+        """Return the ids of those that are measured in this round, from 1."""
+        return tuple(each for each in self.contestants if round_number == 1 or each not in self.once)
 
 
 _THREADS = (1, 2, 4, 8, 16, 32, 64)
@@ -80,114 +89,101 @@ _HEADLINES = (1, 8, 32)
 
 
 def full() -> list[Cell]:
-    """Every axis, about 20 minutes on 2 cores."""
+    """Every axis."""
     return [
         *_threads(),
-        Cell("tasks", "1", "tasks", 1, contestants=_BASE, rounds=2),
-        Cell("tasks", "10", "tasks", 10, contestants=_BASE, rounds=2),
-        Cell("tasks", "100", "tasks", 100, contestants=_BASE, rounds=2),
-        Cell("tasks", "1000", "tasks", 1000, calls=1000, light=1, rounds=1),
-        Cell("payload", "1KiB", payload=KIB, calls=60, rounds=2),
-        Cell("payload", "32KiB", payload=32 * KIB, calls=30, rounds=2),
-        Cell("payload", "1MiB", payload=MIB, calls=8, rounds=2),
-        Cell("depth", "1", depth=1, calls=60, rounds=2),
-        Cell("depth", "10", depth=10, calls=20, rounds=2),
-        Cell("depth", "50", depth=50, calls=6, rounds=2),
-        Cell("spans", "4", width=1, calls=60, rounds=2),
-        Cell("spans", "41", width=10, calls=10, rounds=2),
-        Cell("spans", "201", width=50, calls=3, rounds=2),
-        Cell("spans", "1001", width=250, calls=1, rounds=2),
-        Cell("latency", "20ms-pool-8", workers=8, calls=120, light=1, latency_ms=20, rounds=2),
-        Cell("latency", "20ms-tasks-32", "tasks", 32, calls=120, light=1, latency_ms=20, rounds=2),
-        Cell("latency", "200ms-pool-32", workers=32, calls=128, light=1, latency_ms=200, rounds=2),
-        Cell("latency", "200ms-tasks-64", "tasks", 64, calls=128, light=1, latency_ms=200, rounds=2),
-        Cell("calls", "10000", "series", 8, calls=10_000, light=1, seconds=20, rounds=1, timeout=600),
+        Cell("tasks", "1", "tasks", 1),
+        Cell("tasks", "10", "tasks", 10),
+        Cell(
+            "tasks",
+            "100",
+            "tasks",
+            100,
+            contestants=(OFF, FLOOR, PATCHED, OURS, PROCESS, MLFLOW, OPENINFERENCE),
+            once=(MLFLOW,),
+            hot_only=(MLFLOW,),
+            rounds=2,
+        ),
+        Cell("tasks", "1000", "tasks", 1000),
+        *_rates("rate", (FLOOR, OURS, PROCESS, MLFLOW, OPENINFERENCE)),
+        *_rates("server", (FLOOR, OURS, PROCESS, MLFLOW, OTLP), store="server"),
+        Cell("calls", "10000", "series", 8, calls=10_000, seconds=120, contestants=(*_PEERS, PROCESS)),
+        Cell("calls", "20000", "series", 8, calls=20_000, seconds=240, contestants=(FLOOR, OURS), timeout=1200),
         Cell(
             "calls",
             "50000-sink",
             "series",
             8,
             calls=50_000,
-            light=1,
             step=1000,
             seconds=60,
             store="sink",
-            rounds=1,
-            timeout=600,
-            contestants=(OFF, FLOOR, OURS, MLFLOW),
+            contestants=(FLOOR, OURS),
         ),
-        Cell("store", "server", workers=8, calls=120, store="server", contestants=_STORED, rounds=2),
-        Cell("overload", "32-threads", workers=32, calls=3000, contestants=(OURS, MLFLOW), rounds=1, timeout=600),
+        Cell(
+            "waiting",
+            "1000",
+            workers=8,
+            calls=1000,
+            seconds=60,
+            store="held",
+            contestants=_PEERS,
+            is_timed=False,
+            rounds=2,
+        ),
+        Cell("payload", "1KiB", payload=KIB),
+        Cell("payload", "32KiB", payload=32 * KIB),
+        Cell("payload", "1MiB", payload=MIB),
+        Cell("depth", "1", depth=1),
+        Cell("depth", "10", depth=10),
+        Cell("depth", "50", depth=50),
+        Cell("spans", "4", width=1),
+        Cell("spans", "41", width=10),
+        Cell("spans", "201", width=50),
+        Cell("spans", "1001", width=250),
+        Cell("latency", "20ms-pool-8", workers=8, latency_ms=20),
+        Cell("latency", "20ms-tasks-32", "tasks", 32, latency_ms=20),
+        Cell("latency", "200ms-pool-32", workers=32, latency_ms=200),
+        Cell("latency", "200ms-tasks-64", "tasks", 64, latency_ms=200),
         Cell(
             "evaluations",
             "4-at-once",
             "evaluations",
             8,
-            calls=120,
             groups=4,
-            light=1,
             logs=("log_evals",),
-            contestants=_LOGGED,
-            rounds=2,
+            contestants=(FLOOR, OURS, MLFLOW),
+            hot_only=(MLFLOW,),
         ),
         Cell(
             "optimizers",
             "2-beside-calls",
             "optimizers",
             4,
-            calls=120,
             groups=2,
-            light=1,
             logs=("log_compiles",),
-            contestants=_LOGGED,
-            rounds=2,
+            contestants=(FLOOR, OURS, MLFLOW),
         ),
-        Cell(
-            "async-evaluate",
-            "evaluate-64",
-            "evaluate",
-            64,
-            calls=640,
-            light=1,
-            latency_ms=200,
-            contestants=(OFF, OURS, MLFLOW),
-            rounds=1,
-        ),
-        Cell(
-            "async-evaluate",
-            "async-64",
-            "async-evaluate",
-            64,
-            calls=640,
-            light=1,
-            latency_ms=200,
-            contestants=(OFF, OURS),
-            rounds=1,
-        ),
-        Cell(
-            "async-evaluate",
-            "async-1000",
-            "async-evaluate",
-            1000,
-            calls=2000,
-            light=1,
-            latency_ms=200,
-            contestants=(OFF, OURS),
-            rounds=1,
-        ),
+        Cell("async-evaluate", "evaluate-64", "evaluate", 64, latency_ms=200, contestants=(OFF, OURS)),
+        Cell("async-evaluate", "async-64", "async-evaluate", 64, latency_ms=200, contestants=(OFF, OURS)),
+        Cell("async-evaluate", "async-1000", "async-evaluate", 1000, latency_ms=200, contestants=(OFF, OURS)),
     ]
 
 
 def _threads() -> Iterable[Cell]:
     for threads in _THREADS:
-        is_headline = threads in _HEADLINES
+        if threads not in _HEADLINES:
+            yield Cell("threads", f"pool-{threads}", "pool", threads)
+            continue
         yield Cell(
             "threads",
             f"pool-{threads}",
             "pool",
             threads,
-            contestants=_ALL if is_headline else _BASE,
-            rounds=3 if is_headline else 2,
+            contestants=_ALL,
+            once=(OFF, SILENT, SUPPRESS, DURABLE, MLFLOW),
+            hot_only=(MLFLOW,) if threads > 8 else (),  # noqa: PLR2004 - waiting for it takes a minute
+            rounds=3,
         )
         for driver in ("parallel", "evaluate"):
             yield Cell(
@@ -195,44 +191,56 @@ def _threads() -> Iterable[Cell]:
                 f"{driver}-{threads}",
                 driver,
                 threads,
-                calls=80,
-                contestants=(FLOOR, OURS, MLFLOW, OPENINFERENCE),
-                rounds=2 if is_headline else 1,
+                contestants=_PEERS,
+                once=(MLFLOW,),
+                hot_only=(MLFLOW,),
+                rounds=2,
             )
 
 
+def _rates(axis: str, contestants: tuple[str, ...], store: str = "sqlite") -> Iterable[Cell]:
+    for rate, seconds in ((20, 15), (50, 10)):
+        yield Cell(
+            axis,
+            f"{rate}-a-second",
+            "rate",
+            8,
+            rate=rate,
+            seconds=seconds,
+            store=store,
+            contestants=contestants,
+            once=(MLFLOW,),
+            rounds=2,
+        )
+
+
 def quick() -> list[Cell]:
-    """Every axis once, small, under 3 minutes: does each cell run, and is every trace there? No time is judged."""
-    return [
-        Cell("threads", "pool-1", calls=30, contestants=_ALL, rounds=1),
-        Cell("threads", "pool-8", workers=8, calls=40, contestants=(OFF, FLOOR, OURS, MLFLOW), rounds=1),
-        Cell("threads", "pool-64", workers=64, calls=128, contestants=(OURS,), rounds=1),
-        Cell("threads", "parallel-8", "parallel", 8, calls=40, contestants=(FLOOR, OURS), rounds=1),
-        Cell("threads", "evaluate-8", "evaluate", 8, calls=40, contestants=(FLOOR, OURS), rounds=1),
-        Cell("tasks", "100", "tasks", 100, calls=100, contestants=(FLOOR, OURS), rounds=1),
-        Cell("tasks", "1000", "tasks", 1000, calls=1000, light=1, contestants=(OURS,), rounds=1),
-        Cell("payload", "32KiB", payload=32 * KIB, calls=10, contestants=(OURS,), rounds=1),
-        Cell("payload", "1MiB", payload=MIB, calls=4, contestants=(OURS,), rounds=1),
-        Cell("depth", "50", depth=50, calls=4, contestants=(OURS,), rounds=1),
-        Cell("spans", "1001", width=250, calls=2, contestants=(OURS,), rounds=1),
-        Cell("latency", "20ms-pool-8", workers=8, calls=40, light=1, latency_ms=20, contestants=(OFF, OURS), rounds=1),
+    """Every axis once, small, under 2 minutes: does each cell run, and is every trace there? No time is judged.
+
+    In the cell at a fixed rate it is judged, too, whether the writer had its turn.
+    """
+    small = [
+        Cell("threads", "pool-1", calls=30, contestants=_ALL),
+        Cell("threads", "pool-8", workers=8, calls=40, contestants=(OFF, FLOOR, OURS, MLFLOW)),
+        Cell("threads", "pool-64", workers=64, calls=128, contestants=(OURS,)),
+        Cell("threads", "parallel-8", "parallel", 8, calls=40, contestants=(OURS,)),
+        Cell("threads", "evaluate-8", "evaluate", 8, calls=40, contestants=(OURS,)),
+        Cell("tasks", "100", "tasks", 100, calls=100, contestants=(FLOOR, OURS)),
+        Cell("tasks", "1000", "tasks", 1000, calls=1000, contestants=(OURS,)),
+        Cell("payload", "32KiB", payload=32 * KIB, calls=10, contestants=(OURS,)),
+        Cell("payload", "1MiB", payload=MIB, calls=4, contestants=(OURS,)),
+        Cell("depth", "50", depth=50, calls=4, contestants=(OURS,)),
+        Cell("spans", "1001", width=250, calls=2, contestants=(OURS,)),
+        Cell("latency", "20ms-pool-8", workers=8, calls=40, latency_ms=20, contestants=(OURS,)),
+        Cell("latency", "200ms-tasks-64", "tasks", 64, calls=64, latency_ms=200, contestants=(OURS,)),
+        Cell("calls", "500", "series", 8, calls=500, contestants=(FLOOR, OURS)),
+        Cell("calls", "2000-sink", "series", 8, calls=2000, store="sink", contestants=(OURS,)),
+        Cell("waiting", "200", workers=8, calls=200, store="held", contestants=(FLOOR, OURS)),
         Cell(
-            "latency", "200ms-tasks-64", "tasks", 64, calls=64, light=1, latency_ms=200, contestants=(OURS,), rounds=1
+            "server", "pool-8", workers=8, calls=40, store="server", contestants=(OURS, DURABLE, PROCESS, MLFLOW, OTLP)
         ),
-        Cell("calls", "1000", "series", 8, calls=1000, light=1, step=250, contestants=(FLOOR, OURS), rounds=1),
-        Cell("calls", "2000-sink", "series", 8, calls=2000, light=1, store="sink", contestants=(OURS,), rounds=1),
-        Cell("store", "server", workers=8, calls=40, store="server", contestants=_STORED, rounds=1),
         Cell(
-            "evaluations",
-            "4-at-once",
-            "evaluations",
-            4,
-            calls=40,
-            groups=4,
-            logs=("log_evals",),
-            light=1,
-            contestants=(OURS,),
-            rounds=1,
+            "evaluations", "4-at-once", "evaluations", 4, calls=40, groups=4, logs=("log_evals",), contestants=(OURS,)
         ),
         Cell(
             "optimizers",
@@ -242,21 +250,13 @@ def quick() -> list[Cell]:
             calls=40,
             groups=2,
             logs=("log_compiles",),
-            light=1,
             contestants=(OURS,),
-            rounds=1,
         ),
-        Cell(
-            "async-evaluate",
-            "async-64",
-            "async-evaluate",
-            64,
-            calls=64,
-            latency_ms=200,
-            light=1,
-            contestants=(OURS,),
-            rounds=1,
-        ),
+        Cell("async-evaluate", "async-64", "async-evaluate", 64, calls=64, latency_ms=200, contestants=(OURS,)),
+    ]
+    return [
+        *(dataclasses.replace(cell, is_timed=False, timeout=240) for cell in small),
+        Cell("rate", "10-a-second", "rate", 8, rate=10, contestants=(OURS, PROCESS)),
     ]
 
 

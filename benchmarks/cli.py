@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say.
 
     Returns:
-        The exit code: 0, or 1 if a cell did not run or a trace of ours is not whole in the store, or 2 for arguments
-        that make no sense.
+        The exit code: 0, or 1 if a cell did not run, a trace of ours is not whole in the store, or a figure of ours is
+        invalid, or 2 for arguments that make no sense.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="every axis once, small, under 3 minutes: does every "
-        "cell run, and is every trace there? No time is judged",
+        help="every axis once, small, under 2 minutes: does every "
+        "cell run, is every trace there, and had the writer its turn? No time is judged",
     )
     parser.add_argument(
         "--only",
@@ -115,7 +115,11 @@ def _run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
 
     console = make_console()
     wanted = set(options.contestants) or CONTESTANTS.keys()
-    samples = sum((options.rounds or cell.rounds) * len(wanted & set(cell.contestants)) for cell in cells)
+    samples = sum(
+        len(wanted & set(cell.contestants_of(number)))
+        for cell in cells
+        for number in range(1, (options.rounds or cell.rounds) + 1)
+    )
     with Display(console, len(cells), samples) as display:
         data = run.run(
             cells,
@@ -137,7 +141,10 @@ def _run(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     for problem in problems:
         console.print(f"[red]FAILED[/] {problem}", soft_wrap=True, markup=True)
     if not problems:
-        console.print("Every cell ran, and every trace that should be in the store is there, whole.", soft_wrap=True)
+        console.print(
+            "Every cell ran, every trace that should be in the store is there, whole, and our figures are valid.",
+            soft_wrap=True,
+        )
     return 1 if problems else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,32 @@ def _floor(**logs: bool) -> Installed:  # noqa: ARG001 - nothing is logged
     return Installed(uninstall=lambda: dspy.configure(callbacks=[]))
 
 
+def _patched_floor(**logs: bool) -> Installed:  # noqa: ARG001 - nothing is logged
+    import dspy
+    from dspy.utils.callback import BaseCallback
+    from mlflow.dspy.callback import MlflowCallback
+
+    from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
+    from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
+
+    class Empty(MlflowCallback):  # type: ignore[misc]
+        """Empty callback of the class that our patches serve."""
+
+        def __init__(self) -> None: ...
+
+    for name in filter(lambda name: name.startswith("on_"), dir(BaseCallback)):
+        setattr(Empty, name, getattr(BaseCallback, name))
+    undos = [patch_arguments(), patch_handlers()]
+    dspy.configure(callbacks=[Empty()])
+
+    def uninstall() -> None:
+        dspy.configure(callbacks=[])
+        for undo in reversed(undos):
+            undo()
+
+    return Installed(uninstall=uninstall)
+
+
 def _ours(**options: Any) -> Callable[..., Installed]:
     def install(**logs: bool) -> Installed:
         import dataclasses
@@ -113,32 +140,64 @@ def _mlflow(**logs: bool) -> Installed:
 
 
 def _openinference(**logs: bool) -> Installed:  # noqa: ARG001 - it logs no runs
-    from openinference.instrumentation.dspy import DSPyInstrumentor
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
+    uninstall, _ = _instrument(SimpleSpanProcessor(exporter))
+
+    def report() -> dict[str, Any]:
+        spans = exporter.get_finished_spans()
+        is_lm = [(span.attributes or {}).get("openinference.span.kind") == "LLM" for span in spans]
+        return {"spans_in_memory": len(spans), "lm_spans": sum(is_lm)}
+
+    return Installed(uninstall=uninstall, report=report)
+
+
+def _openinference_otlp(**logs: bool) -> Installed:  # noqa: ARG001 - it logs no runs
+    import mlflow
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporter = OTLPSpanExporter(
+        endpoint=f"{mlflow.get_tracking_uri()}/v1/traces",
+        headers={"x-mlflow-experiment-id": os.environ["MLFLOW_EXPERIMENT_ID"]},  # as mlflow.set_experiment leaves it
+    )
+    uninstall, provider = _instrument(BatchSpanProcessor(exporter))
+    return Installed(flush=lambda: provider.force_flush(600_000), uninstall=uninstall)
+
+
+def _instrument(processor: Any) -> tuple[Undo, Any]:
+    """Let OpenInference trace DSPy into a provider of its own, as its documentation says."""
+    from openinference.instrumentation.dspy import DSPyInstrumentor
+    from opentelemetry.sdk.trace import TracerProvider
+
     provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    provider.add_span_processor(processor)
     instrumentor = DSPyInstrumentor()
     instrumentor.instrument(tracer_provider=provider)
-    return Installed(
-        uninstall=instrumentor.uninstrument,
-        report=lambda: {"spans_in_memory": len(exporter.get_finished_spans())},
-    )
+
+    def uninstall() -> None:
+        instrumentor.uninstrument()
+        provider.shutdown()
+
+    return uninstall, provider
 
 
 OFF = "off"
 FLOOR = "floor"
 OURS = "ours"
 MLFLOW = "mlflow"
+PATCHED = "floor-patched"
+OPENINFERENCE = "openinference"
+OTLP = "openinference-otlp"
 
 CONTESTANTS = {
     contestant.id: contestant
     for contestant in (
         Contestant(OFF, "tracing off", _off, "#999999"),
         Contestant(FLOOR, "empty callback", _floor, "#555555"),
+        Contestant(PATCHED, "empty callback, our patches of DSPy", _patched_floor, "#888888"),
         Contestant("ours-silent", "ours, log_traces=False", _ours(log_traces=False), "#7fc8a9", is_ours=True),
         Contestant("ours-suppress", "ours, in suppress()", _ours_suppressed, "#b5ddc9", is_ours=True),
         Contestant(OURS, "ours", _ours(), "#00754a", stores=True, is_ours=True),
@@ -147,6 +206,7 @@ CONTESTANTS = {
             "ours-process", 'ours, export="process"', _ours(export="process"), "#7a4fb5", stores=True, is_ours=True
         ),
         Contestant(MLFLOW, "mlflow.dspy.autolog()", _mlflow, "#d1495b", stores=True),
-        Contestant("openinference", "OpenInference, in memory", _openinference, "#edae49", is_peer=True),
+        Contestant(OPENINFERENCE, "OpenInference, in memory", _openinference, "#edae49", is_peer=True),
+        Contestant(OTLP, "OpenInference + OTLP", _openinference_otlp, "#b57a12", stores=True, is_peer=True),
     )
 }

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import machine, plots, tables
-from benchmarks.contestants import MLFLOW, OURS
+from benchmarks import machine, tables, wanted
 from benchmarks.results import Results, cpu_per_stored_trace
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -52,45 +51,27 @@ def _source(results: Results, source: Path, page: Path) -> str:
     )
 
 
-def _plots(results: Results, source: Path, page: Path) -> str:  # noqa: ARG001 - the interface of its kind
-    """The plots that lie beside the results."""
-    folder = source.resolve().parent
-    lines = [
-        f"![{title}]({os.path.relpath(folder / name, page.parent.resolve())})"
-        for title, name in plots.NAMES.items()
-        if (folder / name).exists()
-    ]
-    return "\n\n".join(lines) or "No plots lie beside the results."
-
-
-def _capacity(results: Results, source: Path, page: Path) -> str:  # noqa: ARG001 - the interface of its kind
-    """How many traces a minute one process makes and stores."""
+def _capacity(results: Results) -> str:
+    """How many traces a minute one core stores."""
     rows = []
-    for cell_id in _STORES:
-        cell = results.cell(cell_id)
-        if cell is None:
-            continue
+    for cell in filter(None, map(results.cell, _STORES)):
         for each in results.sorted(each for each in cell.contestants if results.stores(each)):
-            cpu = cell.spread(each, cpu_per_stored_trace)
-            wall = cell.spread(each, lambda sample: sample["stored_wall_s"] / max(1, sample["found"]))
-            if cpu and wall:
+            cpu, server = cell.spread(each, cpu_per_stored_trace), cell.spread(each, "cpu_server_us")
+            if cpu:
+                of_server = server.median / 1000 if server else 0.0
                 rows.append(
                     [
                         f"{cell.id}, {results.titles[each]}",
                         tables.number(cpu.median),
-                        f"{60_000 / cpu.median:,.0f}",
-                        f"{60 / wall.median:,.0f}",
+                        tables.number(of_server) if server else tables.NONE,
+                        f"{60_000 / (cpu.median + of_server):,.0f}",
                     ]
                 )
-    head = ["", "CPU ms a stored trace", "traces a minute for one core", "traces a minute stored in this cell"]
-    return tables.table(head, rows) if rows else "Not measured in this run."
+    head = ["", "CPU of your process, ms a trace", "of the server", "traces a minute for one core"]
+    return tables.table(head, rows) if rows else tables.NOT_MEASURED
 
 
-def _ratio_lines(results: Results, source: Path, page: Path) -> str:  # noqa: ARG001 - the interface of its kind
-    return tables.ratios(results, results.axis("threads", "tasks"))
-
-
-_STORES = ("threads/pool-1", "threads/pool-8", "store/server")
+_STORES = ("threads/pool-8", "server/50-a-second")
 
 _Section = Callable[[Results, Path, Path], str]
 
@@ -101,55 +82,8 @@ def _of(make: Callable[[Results], str]) -> _Section:
 
 _SECTIONS: dict[str, _Section] = {
     "source": _source,
-    "plots": _plots,
-    "headlines": _of(tables.headlines),
-    "ratios": _ratio_lines,
-    "ratios-cpu": _of(lambda results: tables.ratios(results, results.axis("threads", "tasks"), "caller_cpu_us")),
-    "latency": _of(
-        lambda results: tables.by_contestant(
-            results, results.axis("latency"), tables.figure(lambda sample: (sample["latency_p50_us"] or 0) / 1000)
-        )
-    ),
-    "sizes": _of(
-        lambda results: tables.by_contestant(results, results.axis("payload", "depth", "spans"), tables.per_span)
-    ),
-    "stores": _of(
-        lambda results: tables.by_contestant(
-            results,
-            [cell for cell in results.cells if cell.id in _STORES],
-            tables.figure(cpu_per_stored_trace),
-            only=results.stores,
-        )
-    ),
-    "servers": _of(
-        lambda results: tables.by_contestant(
-            results,
-            [cell for cell in results.axis("store") if cell.parameters["store"] == "server"],
-            tables.figure("cpu_server_us"),
-            only=results.stores,
-        )
-    ),
-    "found": _of(
-        lambda results: tables.by_contestant(
-            results,
-            [cell for cell in results.cells if {OURS, MLFLOW} <= set(cell.contestants)],
-            tables.found,
-            only=results.stores,
-        )
-    ),
-    "series": _of(tables.series),
-    "lag": _of(
-        lambda results: tables.by_contestant(
-            results,
-            [cell for cell in results.cells if cell.parameters["driver"] == "tasks"],
-            tables.figure("lag_p99_ms"),
-        )
-    ),
-    "evaluations": _of(lambda results: tables.throughput(results, results.axis("async-evaluate"))),
-    "memory": _of(
-        lambda results: tables.by_contestant(
-            results, results.axis("payload", "calls", "overload"), tables.figure("memory_peak_mib")
-        )
-    ),
-    "capacity": _capacity,
+    "in-short": _of(tables.in_short),
+    "wanted": _of(wanted.as_table),
+    "rates": _of(tables.rates),
+    "capacity": _of(_capacity),
 }

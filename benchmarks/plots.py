@@ -99,8 +99,8 @@ def _cpu(results: Results) -> Figure | None:
         cell
         for cell in results.cells
         if cell.spans == _BASE_SPANS
-        and cell.axis in {"threads", "store"}
-        and cell.parameters["driver"] == "pool"
+        and cell.axis in {"threads", "rate", "server"}
+        and cell.parameters["driver"] in {"pool", "rate"}
         and any(cell.spread(each, cpu_per_stored_trace) for each in cell.contestants if results.stores(each))
     ]
     if not cells:
@@ -136,6 +136,7 @@ def _found(results: Results) -> Figure | None:
         for each in cell.contestants
         if results.stores(each)
         for sample in cell.of(each)
+        if sample["expected"]
     ]
     if not points:
         return None
@@ -173,7 +174,7 @@ def _calls(results: Results) -> Figure | None:
             marks = _thinned(cell, each)
             ax.plot(
                 [mark[0] for mark in marks],
-                [mark[1] for mark in marks],
+                [mark[2] for mark in marks],
                 color=CONTESTANTS[each].color,
                 label=results.titles[each],
             )

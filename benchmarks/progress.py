@@ -74,9 +74,15 @@ class Display:
                 found = result.total(contestant, "whole")
                 expected = result.total(contestant, "expected")
                 counted = f" {found}/{expected}" if expected else ""
-                parts.append(f"{contestant} {spread.median:,.0f} µs{counted}")
+                parts.append(f"{contestant} {spread.median:,.0f} µs{counted}{_inside(result, contestant)}")
         if result.failures:
             parts.append(f"[red]{len(result.failures)} failed[/]")
         if cell["skipped"]:
             parts.append(f"[dim]without {', '.join(cell['skipped'])}[/]")
         self._progress.console.print("  ".join(parts).replace("[ ", r"\[ ", 1), soft_wrap=True)
+
+
+def _inside(result: CellResult, contestant: str) -> str:
+    """How much of the background's CPU fell into the window, where that matters."""
+    inside = result.spread(contestant, result.inside) if result.parameters["is_timed"] else None
+    return f" {inside.median:.0%} inside" if inside else ""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import machine, plots, tables
+from benchmarks import machine, plots, tables, wanted
 from benchmarks.results import Results, cpu_per_stored_trace
 
 _HOW = (
     "Medians over the rounds, with the least and the greatest. Each contestant in a fresh process, A B C A B C. "
     "Absolute times belong to this machine; what travels are ratios within one run. See benchmarks/README.md."
+)
+_VALID = (
+    "Share of the background's CPU that fell into the window in which calls were made. Where it is less than half, the "
+    "figure is invalid, and a lower bound (≥) of what a program pays that goes on."
 )
 _BUSY_LOAD = 0.3  # of the minute before the run: somebody else was at work
 _BUSY_STEAL = 0.02
@@ -43,21 +47,33 @@ def as_markdown(results: Results, drawn: dict[str, str] | None = None) -> str:
     parts.append(
         "\n".join(f"- {problem}" for problem in problems)
         if problems
-        else "Every cell ran, and every trace of ours that should be in the store is there, whole."
+        else "Every cell ran, every trace of ours that should be in the store is there, whole; our figures are valid."
     )
     parts.append(tables.completeness(results))
+    parts += ["## Had the writer its turn?", _VALID, tables.validity(results)]
     parts += _times(results)
     parts += [f"![{title}]({name})" for title, name in (drawn or {}).items()]
     return "\n\n".join(parts)
 
 
 def _times(results: Results) -> list[str]:
-    inside = [cell for cell in results.cells if not cell.parameters["latency_ms"] and cell.axis != "calls"]
+    inside = [
+        cell
+        for cell in results.cells
+        if not cell.parameters["latency_ms"] and cell.axis not in {"calls", "waiting"} and not cell.parameters["rate"]
+    ]
     storing = [cell for cell in results.cells if any(results.stores(each) for each in cell.contestants)]
     looped = [cell for cell in results.cells if cell.parameters["driver"] in {"tasks", "async-evaluate"}]
     return [
+        "## Wanted and measured",
+        wanted.as_table(results),
         "## One call of 4 spans",
+        tables.in_short(results),
         tables.headlines(results),
+        "## The empty callback with our patches of DSPy, and without",
+        tables.patches(results),
+        "## Calls at a fixed rate",
+        tables.rates(results),
         "## Above the empty callback, ours over the peers'",
         "Wall time of a call:",
         tables.ratios(results, inside),
@@ -69,17 +85,12 @@ def _times(results: Results) -> list[str]:
         tables.by_contestant(results, inside, tables.per_span),
         "## CPU until stored, ms a stored trace (child processes included)",
         tables.by_contestant(results, storing, tables.figure(cpu_per_stored_trace), only=results.stores),
-        "## CPU of the MLflow server, µs a call",
-        tables.by_contestant(
-            results,
-            [cell for cell in storing if cell.parameters["store"] == "server"],
-            tables.figure("cpu_server_us"),
-            only=results.stores,
-        ),
         "## Wall time until stored, s",
         tables.by_contestant(results, storing, tables.figure("stored_wall_s"), only=results.stores),
         "## Peak memory above the beginning, MiB",
         tables.by_contestant(results, results.cells, tables.figure("memory_peak_mib")),
+        "## MiB of 1,000 waiting traces, above the empty callback",
+        tables.waiting(results),
         "## A call as its caller sees it, µs at the 99th percentile",
         tables.by_contestant(results, results.cells, tables.figure("latency_p99_us")),
         "## How late the event loop was, ms at the 99th percentile",

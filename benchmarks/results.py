@@ -11,10 +11,18 @@ from typing import Any
 
 import jsonschema
 
-from benchmarks.contestants import FLOOR
+from benchmarks.cells import ENOUGH_CALLS, ENOUGH_SECONDS
+from benchmarks.contestants import FLOOR, OPENINFERENCE
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text())
+
+# Of a background's CPU, the share that must fall into the window for its figures to mean something.
+ENOUGH_INSIDE = 0.5
+# Seconds after which ours writes, at the latest, what has come: it lingers for half a second.
+WRITER_BEGINS = 1.0
+_THOUSAND = 1000
+_NEXT_TO_NOTHING = 0.05  # of the callers' CPU; a background below that is noise
 
 Value = Callable[[dict[str, Any]], "float | None"]
 
@@ -120,6 +128,47 @@ class CellResult:
         """The sum of a count over all rounds."""
         return sum(sample[figure] for sample in self.of(contestant))
 
+    def inside(self, sample: dict[str, Any]) -> float | None:
+        """Share of the background's CPU that falls into the hot window.
+
+        The background is what the process and its children use, less the threads that call, and less what is left of
+        the empty callback's process in the same round: a pool of DSPy's has work of its own.
+
+        Returns:
+            None where nothing is stored or that was not waited for, or the background cannot be told from the callers,
+            or is next to nothing.
+        """
+        if not sample["expected"] or sample["caller_cpu_us"] is None or sample["cpu_stored_us"] is None:
+            return None
+        floors = [
+            other["cpu_calls_us"] - other["caller_cpu_us"]
+            for other in self.of(FLOOR)
+            if other["round"] == sample["round"] and other["caller_cpu_us"] is not None
+        ]
+        others = sample["caller_cpu_us"] + max(0.0, *floors, 0.0)
+        total = sample["cpu_stored_us"] + sample["cpu_children_us"] - others
+        if total < _NEXT_TO_NOTHING * sample["caller_cpu_us"]:
+            return None
+        return min(1.0, max(0.0, (sample["cpu_calls_us"] + sample["cpu_children_calls_us"] - others) / total))
+
+    def invalid(self, sample: dict[str, Any]) -> str | None:
+        """Return why the figures of a sample mean nothing, or None where they mean something or are not asked to.
+
+        A writer that has hardly begun when the window is over has taken nothing from the callers, whatever it takes in
+        a program that goes on.
+        """
+        if not self.parameters["is_timed"]:
+            return None
+        seconds = sample["wall_us"] * sample["calls"] / 1e6
+        if sample["calls"] < ENOUGH_CALLS and seconds < ENOUGH_SECONDS:
+            return f"the window had {sample['calls']} calls and {seconds:.1f} s"
+        if sample["contestant"] == OPENINFERENCE and sample["report"].get("lm_spans", 0) < sample["calls"]:
+            return f"{sample['report'].get('lm_spans', 0)} LM spans of {sample['calls']} calls"
+        inside = self.inside(sample)
+        if inside is not None and inside < ENOUGH_INSIDE:
+            return f"{inside:.0%} of the background's CPU fell into the window"
+        return None
+
 
 def _value(sample: dict[str, Any], value: Value | str) -> float | None:
     return sample[value] if isinstance(value, str) else value(sample)
@@ -127,9 +176,53 @@ def _value(sample: dict[str, Any], value: Value | str) -> float | None:
 
 def cpu_per_stored_trace(sample: dict[str, Any]) -> float | None:
     """CPU milliseconds of the process and its children until everything was stored, for each trace that was."""
-    if not sample["found"]:
+    if not sample["found"] or sample["cpu_stored_us"] is None:
         return None
     return (sample["cpu_stored_us"] + sample["cpu_children_us"]) * sample["calls"] / sample["found"] / 1000
+
+
+def cpu_of_all(sample: dict[str, Any]) -> float | None:
+    """CPU microseconds a call of the process and its children until everything was stored."""
+    return None if sample["cpu_stored_us"] is None else sample["cpu_stored_us"] + sample["cpu_children_us"]
+
+
+def cpu_of_the_rest(sample: dict[str, Any]) -> float | None:
+    """CPU microseconds a call of this process, less those of its callers, until everything was stored."""
+    if sample["cpu_stored_us"] is None or sample["caller_cpu_us"] is None:
+        return None
+    return sample["cpu_stored_us"] - sample["caller_cpu_us"]
+
+
+def until_stored(sample: dict[str, Any]) -> float | None:
+    """Time until everything was stored, over that of the window."""
+    if sample["stored_wall_s"] is None:
+        return None
+    return sample["stored_wall_s"] / (sample["wall_us"] * sample["calls"] / 1e6)
+
+
+def waiting_per_thousand(sample: dict[str, Any]) -> float | None:
+    """MiB that 1,000 calls leave in memory while the store takes nothing."""
+    return None if sample["memory_waiting_mib"] is None else sample["memory_waiting_mib"] * 1000 / sample["calls"]
+
+
+def last_over_first(place: int) -> Callable[[dict[str, Any]], float | None]:
+    """What the last 1,000 calls of a series cost, over the first 1,000 after the writer began.
+
+    Args:
+        place: Where in a mark the figure stands: 2 is wall time, 3 the process's CPU, 4 the callers'.
+    """
+
+    def value(sample: dict[str, Any]) -> float | None:
+        marks = sample["marks"]
+        since = [mark for mark in marks if mark[1] > WRITER_BEGINS]
+        if len(marks) < 2:  # noqa: PLR2004 - there is no step
+            return None
+        share = max(1, _THOUSAND // (marks[1][0] - marks[0][0]))
+        if len(since) < 2 * share:
+            return None
+        return sum(mark[place] for mark in since[-share:]) / sum(mark[place] for mark in since[:share])
+
+    return value
 
 
 class Results:
@@ -160,10 +253,14 @@ class Results:
         """Whether its traces go to the store."""
         return contestant in self._stores
 
-    def problems(self) -> list[str]:
-        """What fails the run: cells that did not run, and traces of ours that are not whole in the store.
+    def is_ours(self, contestant: str) -> bool:
+        """Whether it is this library."""
+        return contestant in self._ours
 
-        No time is judged, and what others lose is a finding.
+    def problems(self) -> list[str]:
+        """What fails the run: cells that did not run, traces of ours that are not whole in the store, invalid figures.
+
+        No time is judged. What others lose is a finding, and a window in which theirs did too little flatters them.
         """
         found = []
         for cell in self.cells:
@@ -176,6 +273,8 @@ class Results:
             for sample in cell.samples:
                 if sample["contestant"] in self._ours:
                     found += _incomplete(cell, sample)
+                    if reason := cell.invalid(sample):
+                        found.append(f"{cell.id}, {sample['contestant']}, round {sample['round']}: invalid: {reason}")
         return found
 
 

@@ -36,6 +36,9 @@ _LIBRARIES = {
 }
 
 
+_LISTS = ("logs", "once", "hot_only")  # of a cell's parameters; JSON has no tuples
+
+
 class Watcher(Protocol):
     """Who is told how far the run is."""
 
@@ -219,14 +222,17 @@ def run(
 def _run_cell(
     laboratory: Laboratory, cell: Cell, watcher: Watcher, contestants: Sequence[str], rounds: int | None
 ) -> dict[str, Any]:
-    chosen = [CONTESTANTS[each] for each in cell.contestants if not contestants or each in contestants]
     rounds = rounds or cell.rounds
-    watcher.began(cell, rounds * len(chosen))
+    chosen = {
+        number: [CONTESTANTS[each] for each in cell.contestants_of(number) if not contestants or each in contestants]
+        for number in range(1, rounds + 1)
+    }
+    watcher.began(cell, sum(map(len, chosen.values())))
     began = time.monotonic()
     samples = []
     skipped: dict[str, str] = {}
-    for round_number in range(1, rounds + 1):
-        for contestant in chosen:
+    for round_number, taking_part in chosen.items():
+        for contestant in taking_part:
             reason = laboratory.unavailable.get(contestant.id)
             measured = None if reason else laboratory.sample(cell, contestant)
             if measured is None:
@@ -241,9 +247,9 @@ def _run_cell(
         "parameters": {
             field.name: getattr(cell, field.name)
             for field in dataclasses.fields(cell)
-            if field.name not in {"axis", "name", "contestants", "rounds", "timeout", "logs"}
+            if field.name not in {"axis", "name", "contestants", "rounds", "timeout", *_LISTS}
         }
-        | {"logs": list(cell.logs)},
+        | {name: list(getattr(cell, name)) for name in _LISTS},
         "rounds": rounds,
         "skipped": skipped,
         "seconds": round(time.monotonic() - began, 1),

@@ -24,7 +24,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant, Installed
 from benchmarks.drivers import DRIVERS, Driven
 from benchmarks.meters import Reading
 from benchmarks.programs import make_lm, make_program, make_question, span_count
-from benchmarks.stores import Sink
+from benchmarks.stores import Found, Sink
 
 EXPERIMENT = "bench"
 _WARM_UP_CALLS = 20
@@ -83,6 +83,8 @@ def run(spec: Spec, connection: Any) -> None:
         outcome = {"error": f"{traceback.format_exc()}\n{_tail(spec.folder / 'log.txt')}"}
     connection.send(outcome | {"is_warm": is_warm, "seconds": time.time() - began})
     connection.close()
+    if spec.contestant in spec.cell.hot_only:
+        os._exit(0)  # what it has not stored yet is not waited for
 
 
 def measure(spec: Spec) -> dict[str, Any]:
@@ -105,13 +107,19 @@ def measure(spec: Spec) -> dict[str, Any]:
     sink.reset()
     since_ms = int(time.time() * 1000)
 
+    is_hot_only = contestant.id in cell.hot_only
+    waiting = None
     memory = meters.memory()
     meters.forget_peak()
     server = _server_cpu(spec)
     began = meters.read()
-    driven = drive(cell.calls_of(stores=contestant.stores))
-    called = meters.read()
-    installed.flush()
+    with sink.held() if cell.store == "held" else contextlib.nullcontext():
+        driven = drive(cell.calls)
+        called = meters.read()
+        if cell.store == "held":
+            waiting = _waiting(sink, memory)
+    if not is_hot_only:
+        installed.flush()
     stored = meters.read()
     peak = meters.peak_memory()
     server = _server_cpu(spec) - server
@@ -119,16 +127,18 @@ def measure(spec: Spec) -> dict[str, Any]:
     if contestant.id == PROCESS and stored.cpu_children == 0:
         raise UnavailableError('export="process" started no process of its own')
     report = installed.report()
-    installed.uninstall()
-    figures = _figures(driven, began, called, stored) | {
+    if not is_hot_only:
+        installed.uninstall()
+    figures = _figures(driven, began, called, None if is_hot_only else stored) | {
         "since_ms": since_ms,
-        "expected": driven.calls if contestant.stores else 0,
-        "cpu_server_us": None if spec.server_pid is None else server * 1e6 / driven.calls,
+        "expected": driven.calls if contestant.stores and not is_hot_only else 0,
+        "cpu_server_us": None if spec.server_pid is None or is_hot_only else server * 1e6 / driven.calls,
         "memory_peak_mib": max(0, peak - memory) / 2**20,
-        "threads_left": _threads_left(threads),
+        "memory_waiting_mib": waiting,
+        "threads_left": {} if is_hot_only else _threads_left(threads),
         "report": report,
     }
-    if cell.store == "sink":
+    if cell.store in {"sink", "held"}:
         found = sink.found(span_count(cell.depth, cell.width))
         figures |= {"found": found.traces, "whole": found.whole, "found_spans": found.spans}
     return figures
@@ -149,7 +159,7 @@ def _prepare(spec: Spec, sink: Sink) -> Any:
     cell = spec.cell
     os.chdir(spec.folder)
     os.environ["DSPY_MLFLOW_ASYNC_SPOOL"] = str(spec.folder / "spool")
-    if cell.store == "sink":
+    if cell.store in {"sink", "held"}:
         sink.register()
     mlflow.set_tracking_uri(spec.uri)
     mlflow.set_experiment(spec.experiment)
@@ -161,9 +171,23 @@ def _prepare(spec: Spec, sink: Sink) -> Any:
     return make_program(cell.depth, cell.width)
 
 
-def _figures(driven: Driven, began: Reading, called: Reading, stored: Reading) -> dict[str, Any]:
+def _waiting(sink: Sink, before: int) -> float:
+    """MiB that this process has grown by while the store took nothing.
+
+    Raises:
+        RuntimeError: If the store has taken something.
+    """
+    if sink.found(0) != Found(0, 0, 0):
+        raise RuntimeError("the store was to take nothing, and has taken traces")
+    gc.collect()
+    return (meters.memory() - before) / 2**20
+
+
+def _figures(driven: Driven, began: Reading, called: Reading, stored: Reading | None) -> dict[str, Any]:
+    """Figures of a window, and of what followed until everything was stored, where that was waited for."""
     per_call = 1e6 / driven.calls
-    seconds = stored.wall - began.wall
+    last = stored or called
+    seconds = last.wall - began.wall
     return {
         "calls": driven.calls,
         "wall_us": (called.wall - began.wall) * per_call,
@@ -171,14 +195,15 @@ def _figures(driven: Driven, began: Reading, called: Reading, stored: Reading) -
         "latency_p50_us": _quantile(driven.latencies, 0.5, 1e6),
         "latency_p99_us": _quantile(driven.latencies, 0.99, 1e6),
         "cpu_calls_us": (called.cpu - began.cpu) * per_call,
-        "cpu_stored_us": (stored.cpu - began.cpu) * per_call,
-        "cpu_children_us": (stored.cpu_children - began.cpu_children) * per_call,
-        "stored_wall_s": seconds,
+        "cpu_children_calls_us": (called.cpu_children - began.cpu_children) * per_call,
+        "cpu_stored_us": None if stored is None else (stored.cpu - began.cpu) * per_call,
+        "cpu_children_us": None if stored is None else (stored.cpu_children - began.cpu_children) * per_call,
+        "stored_wall_s": None if stored is None else stored.wall - began.wall,
         "lag_p50_ms": _quantile(driven.lags, 0.5, 1e3),
         "lag_p99_ms": _quantile(driven.lags, 0.99, 1e3),
         "lag_max_ms": _quantile(driven.lags, 1.0, 1e3),
-        "steal": (stored.steal - began.steal) / (seconds * (os.cpu_count() or 1)),
-        "marks": [[made, wall * 1e6, cpu * 1e6] for made, wall, cpu in driven.marks],
+        "steal": (last.steal - began.steal) / (seconds * (os.cpu_count() or 1)),
+        "marks": [[made, since, wall * 1e6, cpu * 1e6, own * 1e6] for made, since, wall, cpu, own in driven.marks],
     }
 
 

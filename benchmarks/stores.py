@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,12 +158,23 @@ class Sink:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._is_open = threading.Event()
+        self._is_open.set()
         self.reset()
 
     def reset(self) -> None:
         """Begin to count anew."""
         self._spans: dict[str, int] = {}
         self._started: set[str] = set()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Take nothing for as long as the block lasts: who brings something waits."""
+        self._is_open.clear()
+        try:
+            yield
+        finally:
+            self._is_open.set()
 
     def found(self, spans: int) -> Found:
         """What has arrived."""
@@ -187,11 +198,13 @@ class Sink:
                 return experiment
 
             def start_trace(self, trace_info: Any) -> Any:
+                sink._is_open.wait()
                 with sink._lock:
                     sink._started.add(trace_info.trace_id)
                 return trace_info
 
             def log_spans(self, location: str, spans: Sequence[Any], tracking_uri: Any = None) -> Any:  # noqa: ARG002 - MLflow's signature
+                sink._is_open.wait()
                 with sink._lock:
                     for span in spans:
                         sink._spans[span.trace_id] = sink._spans.get(span.trace_id, 0) + 1

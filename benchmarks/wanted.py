@@ -1,0 +1,160 @@
+"""The bounds that are wanted, beside what a run has measured. A bound is a wish, and no figure of any run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from benchmarks import tables
+from benchmarks.contestants import FLOOR, MLFLOW, OPENINFERENCE, OTLP, OURS
+from benchmarks.results import (
+    CellResult,
+    Results,
+    Spread,
+    Value,
+    cpu_of_all,
+    cpu_per_stored_trace,
+    last_over_first,
+    until_stored,
+    waiting_per_thousand,
+)
+
+_SATURATED = tuple(f"threads/{driver}-{n}" for n in (1, 8, 32) for driver in ("pool", "parallel", "evaluate"))
+_SATURATED = (*_SATURATED, "tasks/100")
+_SERVERS = ("server/20-a-second", "server/50-a-second")
+_LONG, _LONGER, _WAITING = "calls/10000", "calls/20000", "waiting/1000"
+
+# Every cell that a bound looks into.
+CELLS = (*_SATURATED, *_SERVERS, _LONG, _LONGER, _WAITING)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A figure of one cell.
+
+    Attributes:
+        cell: Its name.
+        value: The median over the rounds.
+        sign: What makes a bound of it, where its window or its peer's was invalid.
+    """
+
+    cell: str
+    value: float
+    sign: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.sign}{tables.number(self.value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A bound.
+
+    Attributes:
+        label: The name of the figure.
+        most: It should be no more than this.
+        find: Gives the figures of a run.
+    """
+
+    label: str
+    most: float
+    find: Callable[[Results], list[Found]]
+
+
+def as_table(results: Results) -> str:
+    """Each bound, what was measured, and whether all of it is within."""
+    return tables.table(["", "wanted", "measured", "where", "reached"], map(_row, WANTED, [results] * len(WANTED)))
+
+
+def _row(wanted: Wanted, results: Results) -> list[str]:
+    found = sorted(wanted.find(results), key=lambda each: each.value)
+    most = f"≤ {tables.number(wanted.most)}" if wanted.most else "0"
+    if not found:
+        return [wanted.label, most, "not measured", tables.NONE, tables.NONE]
+    best, worst = found[0], found[-1]
+    # An upper bound that is within is reached; what is only known to be more, or not to be known, is not.
+    is_reached = all(each.value <= wanted.most and each.sign in {"", "≤ "} for each in found)
+    measured = str(best) if best is worst else f"{best} to {worst}"
+    where = best.cell if best is worst else f"{best.cell} to {worst.cell}"
+    return [wanted.label, most, measured, where, "yes" if is_reached else "no"]
+
+
+def _cells(results: Results, names: Iterable[str]) -> list[CellResult]:
+    return [cell for name in names if (cell := results.cell(name)) is not None]
+
+
+def _ratio(
+    names: Iterable[str], value: Value | str, peer: str, floor: str | None = FLOOR
+) -> Callable[..., list[Found]]:
+    """Ours over a peer."""
+
+    def find(results: Results) -> list[Found]:
+        return [
+            Found(cell.name if cell.axis == "threads" else cell.id, found.median, _sign(cell, value, peer))
+            for cell in _cells(results, names)
+            if (found := cell.ratio(value, OURS, peer, floor))
+        ]
+
+    return find
+
+
+def _sign(cell: CellResult, value: Value | str, peer: str) -> str:
+    ours, theirs = tables.bound(cell, OURS, value), tables.bound(cell, peer, value)
+    return "? " if ours and theirs else "≤ " if theirs else ours
+
+
+def _of_ours(name: str, spread: Callable[[CellResult], Spread | None]) -> Callable[[Results], list[Found]]:
+    def find(results: Results) -> list[Found]:
+        return [Found(cell.id, found.median) for cell in _cells(results, [name]) if (found := spread(cell))]
+
+    return find
+
+
+def _lost(results: Results) -> list[Found]:
+    """Traces of ours that were made, and are not whole in the store, in the whole run."""
+    samples = [
+        sample
+        for cell in results.cells
+        for each in cell.contestants
+        if results.is_ours(each)
+        for sample in cell.of(each)
+    ]
+    return [Found("all", sum(sample["expected"] - sample["whole"] for sample in samples))] if samples else []
+
+
+WANTED = (
+    Wanted(
+        "wall above the empty callback, callers as fast as they go, ÷ OpenInference in memory",
+        0.25,
+        _ratio(_SATURATED, "wall_us", OPENINFERENCE),
+    ),
+    Wanted("the same ÷ MLflow", 0.06, _ratio(_SATURATED, "wall_us", MLFLOW)),
+    Wanted(
+        "CPU of the callers above the empty callback ÷ OpenInference",
+        0.2,
+        _ratio(_SATURATED, "caller_cpu_us", OPENINFERENCE),
+    ),
+    Wanted("CPU until stored, sqlite, ÷ MLflow", 0.05, _ratio(_SATURATED, cpu_per_stored_trace, MLFLOW, None)),
+    Wanted(
+        "a server: CPU of the client above the empty callback ÷ (OpenInference + OTLP)",
+        0.8,
+        _ratio(_SERVERS, cpu_of_all, OTLP),
+    ),
+    Wanted("a server: CPU of the server ÷ (OpenInference + OTLP)", 1.0, _ratio(_SERVERS, "cpu_server_us", OTLP, None)),
+    Wanted(
+        "until stored ÷ window, 10,000 calls",
+        1.1,
+        _of_ours(_LONG, lambda cell: cell.spread(OURS, until_stored)),
+    ),
+    Wanted(
+        "MiB of 1,000 waiting traces",
+        12,
+        _of_ours(_WAITING, lambda cell: cell.above_floor(OURS, waiting_per_thousand)),
+    ),
+    Wanted(
+        "wall of the last 1,000 of 20,000 calls ÷ the first 1,000 since the writer began",
+        1.1,
+        _of_ours(_LONGER, lambda cell: cell.spread(OURS, last_over_first(2))),
+    ),
+    Wanted("lost", 0, _lost),
+)
