@@ -29,7 +29,7 @@ from dspy_mlflow_async.seams.mlflow_suppression import DISABLED
 from dspy_mlflow_async.seams.mlflow_trace_settings import DESTINATION, RATIO, destination
 from dspy_mlflow_async.settings import OVERRIDE, Override, Settings
 from dspy_mlflow_async.spans import tracer
-from dspy_mlflow_async.spans.observer import LmCall
+from dspy_mlflow_async.spans.observer import LmCall, RequestObserver
 
 _ELSEWHERE = (0, None)  # the thread and task that have opened a run: none of this process
 
@@ -285,11 +285,12 @@ def attached_as(carried: Carried, settings: Mapping[str, Any] | None = None) -> 
 
 def _values(carried: Carried, arguments: dict[str, Any] | None, homework: Homework) -> dict[Any, Any]:
     """Return the context variables to set, with their values."""
+    observer: RequestObserver = homework
     context = carried.trace_context or ({}, {}, None)
     if carried.is_silent:
         context = (context[0], context[1], False)
     values: dict[Any, Any] = {
-        frames.VARIABLE: frames.Frame("carried", None, request=homework, is_carried=True),
+        frames.VARIABLE: frames.Frame("carried", None, request=observer, is_carried=True),
         active_runs.VARIABLE: tuple(run.opened_elsewhere() for run in carried.runs) or None,
         export.KEEPS: None if carried.keeps is None else pickling.loads(carried.keeps),
         OVERRIDE: _override(arguments),
@@ -346,6 +347,12 @@ class Homework:
 
     def on_span_start(self, span: Any) -> None:
         """Take no note of a span."""
+
+    def call_started(self, span: Any, inputs: str | None) -> None:
+        """Take no note of a call: its root is elsewhere."""
+
+    def call_ended(self, span: Any, outputs: str | None) -> None:
+        """Take no note of its end."""
 
     def lm_call_ended(self, call: LmCall) -> None:
         """Note that an LM call has ended."""
