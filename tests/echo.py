@@ -135,3 +135,8 @@ def chain_tree(marker=None):
 def marker(span):
     """A detail for ``tree``: the one marker that the inputs of a span hold."""
     return find_marker(span.inputs)
+
+
+def feedback_on(trace):
+    """The feedback on a trace, without the expectations: what its example has as labels."""
+    return [assessment for assessment in trace.info.assessments if assessment.feedback is not None]

@@ -7,7 +7,7 @@ import mlflow
 import pytest
 
 from dspy_mlflow_async.testing import capture_traces, tree
-from echo import marker, predict_tree
+from echo import feedback_on, marker, predict_tree
 
 
 def ask(question):
@@ -125,5 +125,5 @@ def test_feedback_is_captured_with_its_trace(traces, num_threads):
     )
 
     assert [[("exact", True)]] * 2 == [
-        [(assessment.name, assessment.feedback.value) for assessment in trace.info.assessments] for trace in traces
+        [(assessment.name, assessment.feedback.value) for assessment in feedback_on(trace)] for trace in traces
     ]

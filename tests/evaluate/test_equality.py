@@ -15,7 +15,7 @@ from small import is_right
 import dspy_mlflow_async
 from dspy_mlflow_async import AsyncEvaluate
 from dspy_mlflow_async.testing import tree
-from echo import Chain, EchoLM, marker
+from echo import Chain, EchoLM, feedback_on, marker
 
 
 def graded(example, prediction, trace=None):
@@ -87,7 +87,7 @@ def shown(result):
 
 
 def feedback(trace):
-    return [(a.name, a.value, a.rationale, a.error is None, a.source.source_id) for a in trace.info.assessments]
+    return [(a.name, a.value, a.rationale, a.error is None, a.source.source_id) for a in feedback_on(trace)]
 
 
 @pytest.mark.parametrize("metric", [is_right, graded, fails_once])

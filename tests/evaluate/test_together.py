@@ -83,7 +83,7 @@ async def test_runs_traces_and_comparison(traces, runs):
 
 
 async def test_parent_artifacts(traces, runs):
-    """The parent has the comparison as a table, metrics per case, and a plot."""
+    """The parent has the comparison as a table, the score of each case and no other metric, and a plot."""
     await evaluated({"good": Chain(), "half, b/c": Half()})
     found = runs()
     parent = found["evaluate_all"]
@@ -92,21 +92,21 @@ async def test_parent_artifacts(traces, runs):
 
     assert ["good", "half, b/c"] == [row["case"] for row in rows]
     assert [None, -50.0] == [row["difference"] for row in rows]
-    assert 50.0 == parent.data.metrics["half_ b_c/score"]
-    assert 120 == parent.data.metrics["good/input_tokens"]
+    assert {"good/score": 100.0, "half_ b_c/score": 50.0} == parent.data.metrics
+    assert 120 == found["good"].data.metrics["input_tokens"]
 
     assert b"\x89PNG\r\n\x1a\n" == Path(png).read_bytes()[:8]  # noqa: ASYNC240 - a test
 
 
 async def test_zeros_for_usage_are_none(traces, runs):
-    """Where the LM fills in zeros, the comparison has neither tokens nor a cost, and so the parent's run."""
+    """Where the LM fills in zeros, the comparison has neither tokens nor a cost, and so the case's run."""
     zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     with dspy.context(lm=EchoLM(usage=lambda marker: zeros, model="openai/gpt-4o-mini")):
         comparison = await evaluated({"good": Chain()})
 
     result = comparison["good"]
     assert (None, None, None) == (result.input_tokens, result.output_tokens, result.cost_usd)
-    assert [] == [key for key in runs()["evaluate_all"].data.metrics if "token" in key or "cost" in key]
+    assert [] == [key for key in runs()["good"].data.metrics if "token" in key or "cost" in key]
 
 
 async def test_one_limit_for_all():
@@ -479,11 +479,11 @@ NAMES = [
 
 @pytest.mark.parametrize(("names", "expected"), NAMES)
 async def test_metric_names(traces, runs, names, expected):
-    """The metrics of each case are in the parent run, under a readable name of its own, and one that MLflow takes."""
+    """The score of each case is in the parent run, under a readable name of its own, and one that MLflow takes."""
     await evaluated({name: Chain() for name in names}, devset=examples(size=1))
     metrics = runs()["evaluate_all"].data.metrics
 
-    assert {f"{name}/score" for name in expected} == {key for key in metrics if key.endswith("/score")}
+    assert {f"{name}/score" for name in expected} == metrics.keys()
 
 
 class Judge:

@@ -71,7 +71,9 @@ def test_of_a_metric(runs, say):
 
     assert 100.0 == result.score
     traces = runs.traces()
-    assert [sorted([*SAID[say], ("metric", 1.0)])] * 2 == [said(trace.info.assessments) for trace in traces]
+    assert [sorted([*SAID[say], ("metric", 1.0), ("gold", gold)]) for gold in ("@a-0", "no")] == [
+        said(trace.info.assessments) for trace in traces
+    ]
     if say is tag:
         assert [("1", None)] * 2 == [(t.info.tags.get("kept"), t.info.tags.get("gone")) for t in traces]
 

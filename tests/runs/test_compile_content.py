@@ -35,6 +35,11 @@ def tagged(run, prefix):
     return {key[len(prefix) :]: value for key, value in run.data.tags.items() if key.startswith(prefix)}
 
 
+def by_role(run, name):
+    """The metrics of this name by role."""
+    return {key.partition("/")[2]: value for key, value in run.data.metrics.items() if key.startswith(f"{name}/")}
+
+
 def judge(example, prediction, trace=None, pred_name=None, pred_trace=None):
     """A metric that any optimizer can call."""
     return exact(example, prediction)
@@ -201,9 +206,39 @@ def test_lm_calls_by_role(runs):
     Roles().compile(Program(), trainset=devset("t", 1, 1))
 
     (run,) = roots(runs)
-    assert {"task": "4", "metric": "3", "proposal": "1", "reflection": "2"} == tagged(run, "dspy.lm_calls.")
-    assert {"task": "40", "metric": "30", "proposal": "10", "reflection": "20"} == tagged(run, "dspy.input_tokens.")
-    assert str(3 * len("@judged")) == run.data.tags["dspy.output_tokens.metric"]
+    assert {"task": 4, "metric": 3, "proposal": 1, "reflection": 2} == by_role(run, "lm_calls")
+    assert {"task": 40, "metric": 30, "proposal": 10, "reflection": 20} == by_role(run, "input_tokens")
+    assert 3 * len("@judged") == by_role(run, "output_tokens")["metric"]
+    assert (10, 100) == (run.data.metrics["lm_calls"], run.data.metrics["input_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"), [("alone", "Candidates"), ("in the user's run", "mine"), ("in a child", "Candidates")]
+)
+def test_a_run_is_named_by_its_optimizer_or_by_the_user(runs, where, expected):
+    """A compile's own run has the optimizer's name; in a run that the user has opened it has the user's."""
+    optimizer = Candidates([])
+    if where == "alone":
+        optimizer.compile(Program(), trainset=devset("t", 1, 1))
+    elif where == "in the user's run":
+        with mlflow.start_run(run_name="mine"):
+            optimizer.compile(Program(), trainset=devset("t", 1, 1))
+    else:
+        with mlflow.start_run(run_name="mine"):
+            carried = dspy_mlflow_async.propagate(optimizer.compile)
+            in_threads(lambda: carried(Program(), trainset=devset("t", 1, 1)))
+
+    assert [expected] == [run.info.run_name for run in runs.runs() if "dspy.optimizer" in run.data.tags]
+
+
+def test_what_a_compile_costs(runs):
+    """Cost is a metric, in all and by role, where MLflow has the price of each model."""
+    dspy.configure(lm=EchoLM(model="openai/gpt-4o-mini"))
+
+    Candidates([("a", 1)]).compile(Program(), trainset=devset("t", 1, 1))
+
+    metrics = roots(runs)[0].data.metrics
+    assert 0 < metrics["cost_usd"] == metrics["cost_usd/task"]
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}])
@@ -215,8 +250,7 @@ def test_an_lm_that_reports_no_usage_has_no_token_metrics(runs, usage):
 
     (run,) = roots(runs)
     assert set() == {"input_tokens", "output_tokens", "cost_usd"} & set(runs.run("eval_0").data.metrics)
-    assert "4" == run.data.tags["dspy.lm_calls.task"]
-    assert {} == tagged(run, "dspy.input_tokens.") | tagged(run, "dspy.output_tokens.")
+    assert {"lm_calls": 4, "lm_calls/task": 4} == {key: n for key, n in run.data.metrics.items() if key != "eval"}
 
 
 def test_an_lm_that_does_both_counts_as_the_tasks(runs):
@@ -233,7 +267,7 @@ def test_an_lm_that_does_both_counts_as_the_tasks(runs):
 
     Both().compile(Program(), trainset=devset("t", 1, 1))
 
-    assert {"task": "2"} == tagged(roots(runs)[0], "dspy.lm_calls.")
+    assert {"task": 2} == by_role(roots(runs)[0], "lm_calls")
 
 
 @pytest.mark.parametrize("shape", ["module", "function", "method", "partial"])
@@ -267,7 +301,7 @@ def test_a_judge_with_an_lm_of_its_own_is_the_metrics(runs, shape):
     }[shape]
     BootstrapFewShot(metric=metric, max_bootstrapped_demos=2).compile(Program(), trainset=devset("t", 2, 2))
 
-    assert {"task": "2", "metric": "2"} == tagged(roots(runs)[0], "dspy.lm_calls.")
+    assert {"task": 2, "metric": 2} == by_role(roots(runs)[0], "lm_calls")
 
 
 def test_a_judge_with_the_students_lm_cannot_be_told(runs):
@@ -282,7 +316,7 @@ def test_a_judge_with_the_students_lm_cannot_be_told(runs):
 
     BootstrapFewShot(metric=metric, max_bootstrapped_demos=1).compile(student, trainset=devset("t", 1, 1))
 
-    assert {"task": "2"} == tagged(roots(runs)[0], "dspy.lm_calls.")
+    assert {"task": 2} == by_role(roots(runs)[0], "lm_calls")
 
 
 def test_roles_are_counted_without_traces_and_cached_calls_too(runs):
@@ -290,7 +324,7 @@ def test_roles_are_counted_without_traces_and_cached_calls_too(runs):
     Candidates([("a", 1)]).compile(Program(), trainset=devset("t", 1, 1))
 
     assert [] == runs.traces()
-    assert {"task": "4"} == tagged(roots(runs)[0], "dspy.lm_calls.")
+    assert {"task": 4} == by_role(roots(runs)[0], "lm_calls")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +465,7 @@ def test_an_optimizer_of_dspy(runs, kind):
     assert expected in {None, len(children)}
     assert 1 + len(children) == len(runs.runs())
     if kind == "GEPA":
-        assert {"task", "reflection"} == set(tagged(run, "dspy.lm_calls."))
+        assert {"task", "reflection"} == set(by_role(run, "lm_calls"))
 
 
 @pytest.mark.timeout(300)

@@ -10,7 +10,7 @@ from dspy.evaluate import SemanticF1
 from runtools import SOURCE_RUN, TIMEOUT, Program, devset, evaluate, in_threads, markers
 
 import dspy_mlflow_async
-from echo import EchoLM, find_marker
+from echo import EchoLM, feedback_on, find_marker
 
 JUDGED = "dspy_mlflow_async.judgedTrace"
 SCORER = "mlflow.trace.sourceScorer"
@@ -20,7 +20,7 @@ def feedback(trace):
     """(name, value, rationale, error's message) of each feedback on a trace."""
     return [
         (each.name, each.feedback.value, each.rationale, each.feedback.error and each.feedback.error.error_message)
-        for each in trace.info.assessments
+        for each in feedback_on(trace)
     ]
 
 
@@ -111,7 +111,7 @@ def test_who_scored_is_said(store):
     evaluate("a", 1, 1, metric=plain)
     evaluate("b", 1, 1, metric=Scoring())
 
-    sources = [trace.info.assessments[0].source for trace in predictions(store)]
+    sources = [feedback_on(trace)[0].source for trace in predictions(store)]
     assert [("CODE", "plain"), ("LLM_JUDGE", "Scoring")] == [(each.source_type, each.source_id) for each in sources]
 
 
@@ -186,7 +186,7 @@ def test_an_error_without_a_text_is_told_all_the_same(runs):
         evaluate("a", 1, 1, metric=metric)
 
     (trace,) = runs.traces()
-    (told,) = trace.info.assessments
+    (told,) = feedback_on(trace)
     assert ("TextlessError", "<no text: ValueError>") == (told.error.error_code, told.error.error_message)
 
 
@@ -268,7 +268,7 @@ def test_a_program_of_many_modules_is_judged_at_its_root(store):
     assert [["Fans.forward"], ["Fans.forward"]] == [
         [span.name for span in trace.data.spans if span.parent_id is None] for trace in store.traces()
     ]
-    assert [1, 1] == [len(trace.info.assessments) for trace in store.traces()]
+    assert [1, 1] == [len(feedback_on(trace)) for trace in store.traces()]
 
 
 # --- LM judges ----------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_semantic_f1_judges(runs):
     assert [[("SemanticF1", 0.5, None, None)]] * 2 == [feedback(trace) for trace in predicted]
     assert ["SemanticF1.forward"] * 2 == [trace.data.spans[0].name for trace in judges]
     assert {t.info.trace_id for t in predicted} == {t.info.trace_metadata[JUDGED] for t in judges}
-    assert ["LLM_JUDGE"] * 2 == [trace.info.assessments[0].source.source_type for trace in predicted]
+    assert ["LLM_JUDGE"] * 2 == [feedback_on(trace)[0].source.source_type for trace in predicted]
 
 
 def test_a_judge_of_an_untraced_prediction_is_linked_to_none(runs):

@@ -17,6 +17,7 @@ import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all
 from dspy_mlflow_async.export.write import late_runs
 from dspy_mlflow_async.runs import selection, store_timeout
+from echo import feedback_on
 from slow_store import slow_store
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("mlflow server")]
@@ -60,7 +61,7 @@ def test_away_at_the_start_and_back_in_the_middle(proxy):
     assert before - 1 <= run.info.start_time <= times[0]
     assert times[-1] - 1 <= run.info.end_time <= after
     assert {"eval": markers("a", 2)} == store.traces_by_run()
-    assert [1, 1] == [len(trace.info.assessments) for trace in store.traces()]
+    assert [1, 1] == [len(feedback_on(trace)) for trace in store.traces()]
 
 
 def test_several_at_once_while_it_is_away(proxy):
@@ -251,7 +252,7 @@ def test_traces_before_their_run(proxy, monkeypatch):
     assert failures
     check_whole(store)
     assert {"eval": markers("a", 2)} == store.traces_by_run()
-    assert [1, 1] == [len(trace.info.assessments) for trace in store.traces()]
+    assert [1, 1] == [len(feedback_on(trace)) for trace in store.traces()]
 
 
 SCRIPT = """
@@ -282,7 +283,7 @@ def test_away_to_the_end_then_replay(server, monkeypatch, tmp_path):  # noqa: F8
         assert [("eval", "FINISHED", [])] == store.tree()
         check_whole(store)
         assert {"eval": markers("a", 2)} == store.traces_by_run()
-        assert [1, 1] == [len(trace.info.assessments) for trace in store.traces()]
+        assert [1, 1] == [len(feedback_on(trace)) for trace in store.traces()]
 
 
 def test_a_locked_database(store, monkeypatch):

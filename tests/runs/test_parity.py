@@ -27,10 +27,12 @@ from runtools import (
 
 import dspy_mlflow_async
 from dspy_mlflow_async.seams.mlflow_autolog import turn_own_autolog_off
+from echo import feedback_on
 
 # What we log beyond MLflow; everything else must be the same.
 MORE_METRICS = {
     "examples", "errors", "latency_p50_seconds", "latency_p95_seconds", "input_tokens", "output_tokens", "cost_usd",
+    "lm_calls",
 }  # fmt: skip
 MORE_COLUMNS = {"trace_id", "error", "duration_seconds"}
 MORE_ARTIFACTS = {"scores.png"}
@@ -196,7 +198,8 @@ def described(store):
 
 def less_our_additions(run):
     """What is left of one of our runs without what MLflow does not log."""
-    kept = {**run, "series": {key: value for key, value in run["series"].items() if key not in MORE_METRICS}}
+    series = {key: value for key, value in run["series"].items() if key.partition("/")[0] not in MORE_METRICS}
+    kept = {**run, "series": series}
     kept["other artifacts"] = run["other artifacts"] - MORE_ARTIFACTS
     kept["artifacts"] = {
         path: [{key: value for key, value in row.items() if key not in MORE_COLUMNS} for row in content]
@@ -420,7 +423,7 @@ def test_feedback_is_stored(store):
 
     evaluate("a", 1, 3, metric=functools.partial(weighted, weight=0.5))
 
-    assert [[0.5]] * 3 == [[each.feedback.value for each in trace.info.assessments] for trace in store.traces()]
+    assert [[0.5]] * 3 == [[each.feedback.value for each in feedback_on(trace)] for trace in store.traces()]
 
 
 @fails_with_mlflow

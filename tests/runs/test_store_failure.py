@@ -17,6 +17,7 @@ from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flus
 
 import dspy_mlflow_async
 from dspy_mlflow_async.runs import selection, store_timeout
+from echo import feedback_on
 from mlflow_server import mlflow_server
 from slow_store import slow_store
 
@@ -72,7 +73,7 @@ def test_an_evaluation_over_http(http):
     assert ["model.json", "result_table.json"] == http.artifacts(run)
     assert markers("a", 2) == [row["pred_answer"] for row in http.table(run)]
     assert {"eval": markers("a", 2)} == http.traces_by_run()
-    assert [["exact"], ["exact"]] == [[each.name for each in trace.info.assessments] for trace in http.traces()]
+    assert [["exact"], ["exact"]] == [[each.name for each in feedback_on(trace)] for trace in http.traces()]
 
 
 def test_evaluations_and_a_compile_at_once_over_http(http):
@@ -243,7 +244,7 @@ def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
         assert ("FINISHED", 50.0) == (run.info.status, run.data.metrics["eval"])
         assert ["model.json", "result_table.json"] == store.artifacts(run)
         assert {"eval": markers("a", 4)} == store.traces_by_run()
-        assert [1] * 4 == [len(trace.info.assessments) for trace in store.traces()]
+        assert [1] * 4 == [len(feedback_on(trace)) for trace in store.traces()]
 
 
 def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.statistics import Difference
 from dspy_mlflow_async.printable import printable
+from dspy_mlflow_async.runs.description import table as markdown_table
 from dspy_mlflow_async.runs.feedback import text_of
 from dspy_mlflow_async.seams.installed import needs_whole
 
@@ -147,6 +148,12 @@ class Comparison(Mapping[str, CaseResult]):
         except ImportError as error:
             raise ImportError(needs_whole("Comparison.to_pandas")) from error
         return pd.DataFrame(self.rows()).set_index("case")
+
+    def to_markdown(self) -> str:
+        """Return the comparison as a table in Markdown, for the description of its run, or a pull request."""
+        columns = _columns(self.cases)
+        table = markdown_table(list(columns), zip(*columns.values(), strict=True), numbers=True)
+        return "\n\n".join([table, *self._notes()])
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -76,7 +76,7 @@ async def aevaluate_all(
     Returns:
         The result of each case, and how they compare: score in percent with its standard error, errors, latency,
         tokens, cost, and the paired difference from the baseline with a bootstrap confidence interval. The parent
-        run has the same as a table (``comparison.json``), as metrics per case, and as a plot (``scores.png``).
+        run has the same as a table (``comparison.json``), the scores as metrics, and a plot (``scores.png``).
 
     Raises:
         TypeError: For an argument of the wrong type.

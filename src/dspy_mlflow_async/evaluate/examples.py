@@ -156,7 +156,7 @@ class Examples:
         timeout = self._rules.timeout
         with _time_limit(timeout) as scope:
             inputs = item.inputs()
-            with noted.predicting(self._program.function):
+            with noted.predicting(self._program.function, inputs.keys()):
                 prediction = await self._program(threads, **inputs)
             with noted.judging(self._metric.function) as judge:
                 score = await self._metric(threads, item, prediction)
@@ -214,7 +214,7 @@ class _Unwatched:
         pass
 
     @contextlib.contextmanager
-    def predicting(self, program: Any) -> Iterator[None]:  # noqa: ARG002 - Example's signature
+    def predicting(self, program: Any, inputs: Any) -> Iterator[None]:  # noqa: ARG002 - Example's signature
         begun = time.perf_counter()
         try:
             yield

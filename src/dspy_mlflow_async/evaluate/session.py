@@ -29,6 +29,7 @@ from dspy_mlflow_async.evaluate.progress import BOARD, Line
 from dspy_mlflow_async.evaluate.results import NothingRun
 from dspy_mlflow_async.evaluate.stored_runs import Plan, StoredCase
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.runs.datasets import EVALUATION, is_at_hand
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED
 from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
 from dspy_mlflow_async.runs.handle import FINISHED as RUN_FINISHED
@@ -121,9 +122,19 @@ class Session:
 
     def _open_parent(self, plan: Plan, resume: str | None) -> RunHandle | None:
         if resume is None:
-            return stored_runs.open_parent(self._options.run_name, plan)
+            parent = stored_runs.open_parent(self._options.run_name, plan)
+            if parent is not None:
+                self._note_devsets(parent)
+            return parent
         parent, self._stored = stored_runs.reopen_parent(resume, plan)
         return parent
+
+    @guarded
+    def _note_devsets(self, parent: RunHandle) -> None:
+        devsets = {id(case.devset): case.devset or () for case in self._cases}  # cases share devsets as a rule
+        for devset in devsets.values():
+            if is_at_hand(devset):
+                parent.dataset("devset", EVALUATION, devset)
 
     async def _evaluate(self) -> None:
         async with anyio.create_task_group() as group:

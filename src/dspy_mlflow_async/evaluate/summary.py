@@ -119,13 +119,12 @@ def _is_same(metric: Any, other: Any) -> bool:
 
 
 def log(parent: RunHandle, comparison: Comparison) -> None:
-    """Log the comparison as a table, metrics per case, and a plot."""
+    """Log the comparison as a table, a score per case, and a plot. The rest of the metrics is in the cases' runs."""
     comparison = _passed(comparison, parent.door)
     parent.table(TABLE, columns_of(comparison.rows()))
-    metrics: dict[str, float | None] = {}
-    for name, row in zip(metric_names(comparison), comparison.rows(), strict=True):
-        metrics |= {f"{name}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
-    parent.metrics(metrics)
+    scores = (case.score for case in comparison.cases)
+    parent.metrics(dict(zip((f"{name}/score" for name in metric_names(comparison)), scores, strict=True)))
+    parent.describe(comparison.to_markdown())
     best = comparison.best
     parent.tags(
         {

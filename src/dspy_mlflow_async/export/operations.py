@@ -143,6 +143,7 @@ class RunOperation(Operation):
 
     Attributes:
         creation: What the run is created with; the key is then its stand-in id.
+        datasets: MLflow's ``DatasetInput``s.
         write_status: Told what becomes of it, while this process has it in memory.
     """
 
@@ -150,6 +151,7 @@ class RunOperation(Operation):
     metrics: Sequence[Any] = ()
     params: Sequence[Any] = ()
     tags: Sequence[Any] = ()
+    datasets: Sequence[Any] = ()
     path: str | None = None
     content: bytes = b""
     status: str | None = None

@@ -15,7 +15,7 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, Run, RunTag
+    from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 
     from dspy_mlflow_async.export.queue.store_queue import StoreQueue
 
@@ -58,6 +58,10 @@ class RunWriter:
         """Log any number of metrics, params and tags."""
         for m, p, t in parts(list(metrics), list(params), list(tags)):
             self._put(RunOperation(key=run_id, size=500, metrics=m, params=p, tags=t))
+
+    def dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        """Note a data set as an input of a run."""
+        self._put(RunOperation(key=run_id, size=len(dataset.dataset.schema or "") + 1000, datasets=[dataset]))
 
     def artifact(self, run_id: str, path: str, content: bytes) -> None:
         """Store an artifact.

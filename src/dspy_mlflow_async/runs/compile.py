@@ -15,7 +15,8 @@ import dspy
 
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.runs import active_runs, artifacts, selection
+from dspy_mlflow_async.runs import active_runs, artifacts, description, selection
+from dspy_mlflow_async.runs.datasets import TRAINING, VALIDATION, is_at_hand
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
 from dspy_mlflow_async.runs.store_timeout import ask
 from dspy_mlflow_async.runs.usage import add_up
@@ -31,6 +32,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 TASK, METRIC, PROPOSAL, REFLECTION = "task", "metric", "proposal", "reflection"
 # Where DSPy's optimizers keep an LM that does not run the program, or, by default, the same that does.
+_USES = {"trainset": TRAINING, "valset": VALIDATION}
 _ROLES_BY_ATTRIBUTE = {"prompt_model": PROPOSAL, "reflection_lm": REFLECTION}
 
 
@@ -56,6 +58,8 @@ class Compile:
         self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
         self._judges = _judges(optimizer, inputs)
         self._lock = threading.Lock()
+        self._arguments: dict[str, Any] = {}
+        self._instructions: dict[str, str] = {}
         self._next_step: dict[str, int] = defaultdict(int)
         self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self._ledgers = {role: Ledger() for role in (TASK, METRIC, PROPOSAL, REFLECTION)}
@@ -65,8 +69,8 @@ class Compile:
         """Open the run, make it active, and log what is being compiled."""
         try:
             self.run = selection.open_run(
-                None,
-                child_name=type(self._optimizer).__name__,
+                type(self._optimizer).__name__,
+                renames=False,  # a run of the user's has the user's name
                 tags={MLFLOW_AUTOLOGGING: FLAVOR},
             )
         except Exception as error:  # noqa: BLE001 - the store may fail in any way; the compile goes on
@@ -74,7 +78,11 @@ class Compile:
             return
         self.run.door = self._door
         self._block = active_runs.Block(self.run.run)
-        self.run.params(artifacts.scalar_params(self._optimizer_params()) | artifacts.scalar_params(self._inputs))
+        self._instructions = description.instructions_of(self._inputs.get("student"))
+        self._arguments = artifacts.scalar_params(self._optimizer_params()) | artifacts.scalar_params(self._inputs)
+        self.run.params(self._arguments)
+        for name, dataset in self._datasets(is_read_before=False):
+            self.run.dataset(name, _USES[name], dataset)
         self._show_in_ui(self.run)
 
     def leave(self) -> None:
@@ -151,7 +159,11 @@ class Compile:
                 self._log(lambda: self._log_program(run, program))
             self._log(lambda: run.params(artifacts.lm_params(self._door)))
             self._log(lambda: run.tags(self._summary(program)))
-            for name in ("trainset", "valset"):
+            self._log(lambda: run.metrics(self._usage()))
+            self._log(lambda: run.describe(self._described(program)))
+            for name, dataset in self._datasets(is_read_before=True):
+                self._log(functools.partial(run.dataset, name, _USES[name], dataset))
+            for name in _USES:
                 self._log(functools.partial(self._log_dataset, run, name))
             self._log(lambda: self._log_plot(run))
         finally:
@@ -174,6 +186,11 @@ class Compile:
         if state is not None:
             run.document("best_model.json", state)
 
+    def _datasets(self, *, is_read_before: bool) -> list[tuple[str, Any]]:
+        """Return the data sets, by name, that are noted before the optimizer reads them, or after."""
+        given = [(name, self._inputs.get(name)) for name in _USES]
+        return [(name, data) for name, data in given if data is not None and is_at_hand(data) is not is_read_before]
+
     def _log_dataset(self, run: RunHandle, name: str) -> None:
         dataset = self._inputs.get(name)
         if dataset is not None and len(dataset):
@@ -184,22 +201,32 @@ class Compile:
             run.picture("scores.png", artifacts.plot_of_series(self._series))
 
     def _summary(self, program: Any) -> dict[str, Any]:
-        """The best score, and LM calls and tokens by role. Tags: the metrics of the run are its score series."""
+        """Name the optimizer, the best scores, and the demos that it has made."""
         summary: dict[str, Any] = {"dspy.optimizer": type(self._optimizer).__name__}
-        for key, points in self._series.items():
-            step, score = max(points, key=lambda point: (point[1], -point[0]))
+        for key, (step, score) in self._best().items():
             summary |= {f"dspy.best_score.{key}": score, f"dspy.best_step.{key}": step}
         if augmented := self._augmented_demos(program):
             summary["dspy.augmented_demos"] = augmented
-        for role, ledger in self._ledgers.items():
-            usage = add_up([ledger])
-            if usage.calls:
-                summary |= {
-                    f"dspy.lm_calls.{role}": usage.calls,
-                    f"dspy.input_tokens.{role}": usage.input_tokens,
-                    f"dspy.output_tokens.{role}": usage.output_tokens,
-                }
         return summary
+
+    def _best(self) -> dict[str, tuple[int, float]]:
+        """Return step and score of the best evaluation of each series, the first of equals."""
+        return {key: max(points, key=lambda point: (point[1], -point[0])) for key, points in self._series.items()}
+
+    def _described(self, program: Any) -> str:
+        after = description.instructions_of(program)
+        name = type(self._optimizer).__name__
+        return description.describe_compile(name, self._arguments, self._best(), self._instructions, after)
+
+    def _usage(self) -> dict[str, float | None]:
+        """Count LM calls, tokens and cost, in all and by role."""
+        ledgers = {role: [ledger] for role, ledger in self._ledgers.items() if ledger.calls}
+        metrics: dict[str, float | None] = {}
+        for end, some in [("", list(self._ledgers.values())), *((f"/{role}", one) for role, one in ledgers.items())]:
+            usage = add_up(some)
+            metrics |= {f"{name}{end}": value for name, value in (usage._asdict()).items() if name != "calls"}
+            metrics[f"lm_calls{end}"] = usage.calls
+        return metrics
 
     @staticmethod
     def _augmented_demos(program: Any) -> int:

@@ -15,6 +15,7 @@ from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs, artifacts, selection
 from dspy_mlflow_async.runs.compile import Compile
+from dspy_mlflow_async.runs.datasets import EVALUATION, is_at_hand
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.feedback import metric_name
 from dspy_mlflow_async.runs.handle import FINISHED, MAX_KEY_LENGTH, RunHandle
@@ -64,6 +65,7 @@ class Evaluation:
         self.key = self._door.text(key, MAX_KEY_LENGTH)
         self.metric = metric
         self.devset_size = len(devset)
+        self._devset = devset if is_at_hand(devset) else None
         self.run: RunHandle | None = None
         self.examples: list[Example] = []
         self._parent: RunHandle | None = None
@@ -118,6 +120,8 @@ class Evaluation:
             self._failure = error
             return
         self.run.door = self._door
+        if self._devset is not None:
+            self.run.dataset("devset", EVALUATION, self._devset)
         state = artifacts.program_state(program)
         if state is not None:
             self.run.document("model.json", state)
@@ -172,6 +176,8 @@ class Evaluation:
         run.metrics({"eval": score})  # first: whatever the user's values do to the rest, the score is there
         results = Results(outputs, self._ended)
         run.metrics({"examples": self.devset_size} | results.statistics() | usage_of(self.examples))
+        if self._devset is None:  # read by whoever evaluated it
+            run.dataset("devset", EVALUATION, [row[0] for row in getattr(outputs, "results", None) or ()])
         run.table("result_table.json", results.table())
 
     def _report_gaps(self, score: float | None) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import dspy
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.runs.feedback import feedback_of, metric_name, text_of
+from dspy_mlflow_async.runs.feedback import expectations_of, feedback_of, metric_name, text_of
 from dspy_mlflow_async.seams.mlflow_spans import SOURCE_SCORER_TAG, TRACE_CONTEXT, OpenSpan, extended_context
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.usage import Ledger
@@ -46,6 +46,7 @@ class Example:
         self.duration: float | None = None
         self.program_usage = Ledger()
         self.metric_usage = Ledger()
+        self._inputs: Collection[str] = ()
         self._is_predicting = False
         self._is_held = False
 
@@ -67,8 +68,14 @@ class Example:
         return self.metric_usage if self.is_judging else self.program_usage
 
     @contextlib.contextmanager
-    def predicting(self, program: Any) -> Iterator[None]:
-        """Note the duration and the trace of the program's prediction, sync or async, for a block around it."""
+    def predicting(self, program: Any, inputs: Collection[str]) -> Iterator[None]:
+        """Note the duration and the trace of the program's prediction, sync or async, for a block around it.
+
+        Args:
+            program: The program.
+            inputs: The names of its arguments: what else the example has are labels.
+        """
+        self._inputs = inputs
         # What is not a module may make any number of traces, none of which is the prediction's.
         self._is_predicting = isinstance(program, dspy.Module)
         begun = time.perf_counter()
@@ -102,7 +109,7 @@ class Example:
 
     def run_program(self, program: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """Call the program, and note its prediction."""
-        with self.predicting(program):
+        with self.predicting(program, inputs):
             self.prediction = program(**inputs)
         return self.prediction
 
@@ -134,4 +141,8 @@ class Example:
     def _release(self, *assessments: Any) -> None:
         if self._is_held and self.trace_id is not None:
             self._is_held = False
-            export.release(self.trace_id, assessments=assessments)
+            export.release(self.trace_id, assessments=[*assessments, *(self._expectations() or ())])
+
+    @guarded
+    def _expectations(self) -> list[Any]:
+        return expectations_of(self.item, self._inputs, self._door)

@@ -1,13 +1,14 @@
-"""Turns what a metric returned or raised into MLflow feedback on the trace of the prediction that it judged."""
+"""Turns what a metric returned or raised, and an example's labels, into assessments on the trace of the prediction."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import dspy
-from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Feedback
+from mlflow.entities import AssessmentError, AssessmentSource, AssessmentSourceType, Expectation, Feedback
 
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.outcome import failure_of
@@ -15,6 +16,8 @@ from dspy_mlflow_async.spans.safe_inspection import contain
 from dspy_mlflow_async.spans.serialize import with_floats_replaced
 
 MAX_FEEDBACK_BYTES = 64 * 1024
+MAX_EXPECTATIONS = 20  # of an example; more are one mapping
+MAX_NAME = 250  # characters, what every store takes
 
 
 def metric_name(metric: Any) -> str:
@@ -67,6 +70,26 @@ def feedback_of(metric: Any, door: Door, *, score: Any = None, error: Exception 
         rationale=None if rationale is None else str(_storable(rationale, door)),
         source=source,
     )
+
+
+def expectations_of(item: Any, inputs: Collection[str], door: Door) -> list[Expectation]:
+    """Return the labels of an example, by which a reader of a wrong answer sees the right one.
+
+    Args:
+        item: The example.
+        inputs: The fields that the program was given; all others are labels.
+        door: What is stored passes it.
+    """
+    if not issubclass(type(item), dspy.Example):
+        return []
+    labels = {key: value for key, value in dspy.Example.items(item) if key not in inputs and value is not None}
+    if len(labels) > MAX_EXPECTATIONS:
+        labels = {"labels": labels}
+    source = AssessmentSource(source_type=AssessmentSourceType.HUMAN, source_id="devset")
+    return [
+        Expectation(name=door.text(key, MAX_NAME), value=_storable(value, door), source=source)
+        for key, value in labels.items()
+    ]
 
 
 def _storable(value: Any, door: Door) -> Any:

@@ -16,9 +16,11 @@ from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.runs.artifacts import table_json
+from dspy_mlflow_async.runs.datasets import dataset_input
 from dspy_mlflow_async.runs.store_timeout import TIMEOUT, ask
 from dspy_mlflow_async.seams.mlflow_runs import (
     MLFLOW_LOGGED_ARTIFACTS,
+    MLFLOW_RUN_NOTE,
     PendingRun,
     fluent,
     forget_system_metrics,
@@ -142,6 +144,21 @@ class RunHandle:
         if not isinstance(value, str) or key == MLFLOW_LOGGED_ARTIFACTS:
             return str(value)[:MAX_TAG_LENGTH]  # a number of ours, or what MLflow reads
         return self.door.text(value, MAX_TAG_LENGTH, name=key)
+
+    def describe(self, markdown: str) -> None:
+        """Give the run a description for MLflow's pages; one that the user has given a run of theirs stays."""
+        if self.is_own or not self._has_description():
+            self.tags({MLFLOW_RUN_NOTE: markdown})
+
+    def _has_description(self) -> bool:
+        try:
+            return ask(lambda: MLFLOW_RUN_NOTE in fluent.get_run(self.run_id).data.tags)
+        except Exception:  # noqa: BLE001 - the store is away: rather none than one overwritten
+            return True
+
+    def dataset(self, name: str, context: str, examples: Iterable[Any]) -> None:
+        """Note a data set as an input of the run; the arguments are ``dataset_input``'s."""
+        self._writer.dataset(self.key, dataset_input(name, context, examples, self.run, self.door))
 
     def document(self, path: str, content: bytes) -> None:
         """Store a JSON document as the artifact ``path``."""

@@ -153,7 +153,7 @@ _occupancy = Occupancy()
 
 
 def find_run(
-    name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None
+    name: str | None, *, renames: bool = True, tags: Mapping[str, str] | None = None
 ) -> RunHandle | Callable[[], RunHandle]:
     """Find the run for an evaluation or a compile that begins here, or a function that opens it in any thread.
 
@@ -162,8 +162,8 @@ def find_run(
     a child of it.
 
     Args:
-        name: The name of a run of its own, or None for one that MLflow makes up.
-        child_name: The name of a child run; by default ``name``.
+        name: The name of a run that is created, or None for one that MLflow makes up.
+        renames: Whether the one that ``mlflow run`` has made takes the name, too.
         tags: Tags of a run that is created.
 
     Returns:
@@ -175,20 +175,20 @@ def find_run(
         run_id = mlflow_runs.take_run_id()
         if run_id is None:
             return functools.partial(create, name, tags=tags)
-        return functools.partial(_resume, run_id, name, tags)
+        return functools.partial(_resume, run_id, name if renames else None, tags)
     handle = RunHandle(run, is_own=False)
     if active_runs.was_opened_here(run) and _occupancy.claim(handle.key):
         return handle
-    return functools.partial(create, child_name or name, parent=run, tags=tags)
+    return functools.partial(create, name, parent=run, tags=tags)
 
 
-def open_run(name: str | None, *, child_name: str | None = None, tags: Mapping[str, str] | None = None) -> RunHandle:
+def open_run(name: str | None, *, renames: bool = True, tags: Mapping[str, str] | None = None) -> RunHandle:
     """Open the run of ``find_run``.
 
     Raises:
         Exception: Where one has to be created, and the store refuses.
     """
-    found = find_run(name, child_name=child_name, tags=tags)
+    found = find_run(name, renames=renames, tags=tags)
     return found if isinstance(found, RunHandle) else found()
 
 

@@ -28,10 +28,13 @@ from dspy_mlflow_async.seams.mlflow_prices import cost_in_usd
 from dspy_mlflow_async.seams.mlflow_store import client_of, resolve_tracking_uri
 from dspy_mlflow_async.seams.patching import Undo, patch
 
+MLFLOW_RUN_NOTE = "mlflow.note.content"  # which MLflow documents, for descriptions set by hand
+
 __all__ = [
     "MLFLOW_AUTOLOGGING",
     "MLFLOW_LOGGED_ARTIFACTS",
     "MLFLOW_PARENT_RUN_ID",
+    "MLFLOW_RUN_NOTE",
     "ActiveRun",
     "cost_in_usd",
     "experiment_here",

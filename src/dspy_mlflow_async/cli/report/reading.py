@@ -87,14 +87,7 @@ class Node:
         """Number of tokens, as counted by the evaluation or the compile, else by its traces."""
         data = self.run.data
         counted = [data.metrics[key] for key in ("input_tokens", "output_tokens") if key in data.metrics]
-        by_role = [
-            int(value)
-            for key, value in data.tags.items()
-            if key.startswith(("dspy.input_tokens.", "dspy.output_tokens."))
-        ]
-        if counted or by_role:
-            return int(sum(counted) + sum(by_role))
-        return self.traces.tokens
+        return int(sum(counted)) if counted else self.traces.tokens
 
     @property
     def cost(self) -> float | None:

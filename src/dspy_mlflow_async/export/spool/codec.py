@@ -63,6 +63,7 @@ def encode(item: Operation) -> bytes:
             "metrics": [[m.key, _sayable(m.value), m.timestamp, m.step] for m in item.metrics],
             "params": [[p.key, p.value] for p in item.params],
             "tags": [[t.key, t.value] for t in item.tags],
+            "datasets": [dataset.to_dictionary() for dataset in item.datasets],
             "path": item.path,
             "content": base64.b64encode(item.content).decode(),
             "status": item.status,
@@ -130,6 +131,7 @@ def decode(data: bytes) -> Operation:
             metrics=[Metric(key, float(value), at, step) for key, value, at, step in record["metrics"]],
             params=[Param(key, value) for key, value in record["params"]],
             tags=[RunTag(key, value) for key, value in record["tags"]],
+            datasets=[_decode_dataset(dataset) for dataset in record.get("datasets", ())],
             path=record["path"],
             content=base64.b64decode(record["content"]),
             status=record["status"],
@@ -137,6 +139,13 @@ def decode(data: bytes) -> Operation:
             workspace=record["workspace"],
         )
     raise ValueError(f"spool record of unknown kind {kind!r}")
+
+
+def _decode_dataset(record: dict[str, Any]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    tags = [InputTag(key, value) for key, value in record["tags"].items()]
+    return DatasetInput(Dataset.from_dictionary(record["dataset"]), tags)
 
 
 _KINDS: dict[type[Operation], str] = {

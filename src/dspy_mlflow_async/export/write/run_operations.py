@@ -51,7 +51,7 @@ def _write_run(
     outcomes: list[Outcome],
     link: Callable[[str, str], None],
 ) -> None:
-    """Write operations on one run: it, values, then artifacts, then its end. What worked is not repeated."""
+    """Write operations on one run: it, values, data sets, artifacts, then its end. What worked is not repeated."""
 
     def write(how: Callable[[MlflowClient, str, Sequence[RunOperation]], None], some: Sequence[RunOperation]) -> None:
         waiting = [outcome for item in some if (outcome := blocked_by(item, outcomes)) is not None]
@@ -78,6 +78,7 @@ def _write_run(
     for how, some in (
         (create, [item for item in items if item.creation is not None]),
         (_log_values, [item for item in items if _is_values(item)]),
+        (_log_datasets, [item for item in items if item.datasets]),
         (_log_artifacts, [item for item in items if item.path is not None]),
         (_end, [item for item in items if item.status is not None]),
     ):
@@ -86,7 +87,7 @@ def _write_run(
 
 
 def _is_values(item: RunOperation) -> bool:
-    return item.creation is None and item.path is None and item.status is None
+    return item.creation is None and item.path is None and item.status is None and not item.datasets
 
 
 def _create(
@@ -105,6 +106,10 @@ def _log_values(client: MlflowClient, run_id: str, items: Sequence[RunOperation]
     values = [value for item in items for value in item.metrics], [param for item in items for param in item.params]
     for metrics, params, some_tags in parts(*values, list(tags.values())):
         client.log_batch(run_id, metrics, params, some_tags)
+
+
+def _log_datasets(client: MlflowClient, run_id: str, items: Sequence[RunOperation]) -> None:
+    client.log_inputs(run_id, [dataset for item in items for dataset in item.datasets])
 
 
 def _log_artifacts(client: MlflowClient, run_id: str, items: Sequence[RunOperation]) -> None:
