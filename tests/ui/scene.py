@@ -5,7 +5,6 @@ Usage: ``python scene.py ours|mlflow``, with ``MLFLOW_TRACKING_URI``; prints the
 
 import asyncio
 import json
-import random
 import re
 import sys
 
@@ -150,7 +149,6 @@ def theirs():
 
 
 if __name__ == "__main__":
-    random.seed(0)
     with LocalEndpoint(script, latency=0.05) as endpoint:
         dspy.configure(lm=dspy.LM("openai/gpt-4o-mini", api_base=endpoint.api_base, api_key="none", cache=False))
         sys.stdout.write(json.dumps(ours() if sys.argv[1] == "ours" else theirs()))
