@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -84,10 +85,18 @@ def run(tmp_path):
     return run
 
 
+def errors_of(done):
+    """Its standard error, less the complaint of LiteLLM's transport when a program with DSPy 3.3 alone ends, too."""
+    complaint = (
+        r"Exception ignored in: <function LiteLLMAiohttpTransport\.__del__ .*\nTraceback.*\n(  .*\n)+TypeError: .*\n"
+    )
+    return re.sub(complaint, "", done.stderr)
+
+
 def result_of(done):
     """What a program has printed last; fails with its log where it has failed, or where anything was raised inside."""
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr, done.stderr[-5000:]
+    assert "Traceback" not in errors_of(done), done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -156,7 +165,7 @@ def test_the_doctor_says_what_the_default_store_needs(run):
         in done.stdout
     )
     assert "stand under the call that made them" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors_of(done)
 
 
 @needs_tracing_alone
