@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> int:
                     print(f"{mode:>3} {name}: {_label(group)}: {_sums(cases)}", file=sys.stderr, flush=True)
     differences = compare(results["off"], results["on"], wanted_differences(options.wanted))
     if options.report is not None:
-        told = json.dumps([asdict(each) for each in differences], indent=1)
+        both = fails_both_ways(results["off"], results["on"])
+        told = json.dumps([asdict(each) for each in (*differences, *both)], indent=1)
         options.report.write_text(told, encoding="utf-8")
     if not any(result.status == PASSED for result in results["off"].values()):
         print("No test passes even without us: these tests do not fit what is installed.", file=sys.stderr)
@@ -105,6 +106,15 @@ def compare(off: Results, on: Results, wanted: dict[str, tuple[str, str]]) -> li
     ]
 
 
+def fails_both_ways(off: Results, on: Results) -> list[Difference]:
+    """The tests with the same failure or error on both sides, whose reasons may yet be others."""
+    return [
+        Difference(test, off[test], on[test], is_listed=False)
+        for test in sorted(off.keys() & on.keys())
+        if off[test].status == on[test].status and off[test].status in ("failure", "error")
+    ]
+
+
 def report(off: Results, on: Results, differences: list[Difference]) -> int:
     """Print one table, the messages of what is not listed and the sums, and return the exit code."""
     print(f"dspy {version('dspy')}, mlflow {version('mlflow')}, Python {sys.version.split()[0]}\n")
@@ -118,6 +128,10 @@ def report(off: Results, on: Results, differences: list[Difference]) -> int:
         for mode, result in (("off", each.off), ("on", each.on)):
             if result.message:
                 print(f"  {mode}: {result.message}")
+    for each in fails_both_ways(off, on):
+        if _kind(each.off) != _kind(each.on):
+            print(f"\n{each.test} fails both ways, for reasons of two kinds")
+            print(f"  off: {each.off.message}\n  on: {each.on.message}")
     silent = sorted(
         test for test in off if test in on and {off[test].status, on[test].status} <= {NO_RESULT, TIMED_OUT, CRASHED}
     )
@@ -223,6 +237,11 @@ def _environment(mode: str, folder: str, options: argparse.Namespace) -> dict[st
         "DSPY_MLFLOW_ASYNC_SPOOL": f"{folder}/spool",
         "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(is_asynchronous).lower(),
     }
+
+
+def _kind(result: Result) -> str:
+    """The name of the exception."""
+    return result.message.partition(":")[0]
 
 
 def _first_line(message: str) -> str:

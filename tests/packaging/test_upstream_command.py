@@ -17,7 +17,8 @@ def test_alike():
     assert True
 
 def test_fails_both_ways():
-    assert False
+    assert not dspy.settings.callbacks, "a callback is there"
+    raise RuntimeError("no callback is there")
 
 def test_without_callbacks():
     assert not dspy.settings.callbacks, "a callback is there"
@@ -57,6 +58,7 @@ def test_alike():
 def test_loads_us():
     import dspy_mlflow_async
 """
+FAILS_BOTH_WAYS = "dspy: tests/test_small.py::test_fails_both_ways"
 WITHOUT_CALLBACKS = "dspy: tests/test_small.py::test_without_callbacks"
 
 
@@ -73,7 +75,9 @@ def checkout(folder: Path, suite: str = SUITE) -> None:
 
 
 def test_only_what_differs_is_told(tmp_path):
-    """A test that our callback breaks is told with its failure, for exit code 1; one that fails both ways is not."""
+    """A test that our callback breaks is told with its failure, for exit code 1; one that fails both ways is
+    told where the reasons are of two kinds.
+    """
     checkout(tmp_path)
 
     done = compare(tmp_path, "--report", str(tmp_path / "report.json"))
@@ -83,7 +87,9 @@ def test_only_what_differs_is_told(tmp_path):
     assert "\n  on: AssertionError: a callback is there" in done.stdout
     assert "3 compared, 2 of them pass without us; 1 different, 1 of them not listed." in done.stdout
     assert done.returncode == 1
-    (told,) = json.loads((tmp_path / "report.json").read_text())
+    assert f"{FAILS_BOTH_WAYS} fails both ways, for reasons of two kinds\n  off: RuntimeError: no cal" in done.stdout
+    told, alike = json.loads((tmp_path / "report.json").read_text())
+    assert (alike["test"], alike["off"]["status"], alike["on"]["status"]) == (FAILS_BOTH_WAYS, "failure", "failure")
     assert (told["test"], told["off"]["status"], told["on"]["status"]) == (WITHOUT_CALLBACKS, "passed", "failure")
     assert "assert not dspy.settings.callbacks" in told["on"]["text"]
 
