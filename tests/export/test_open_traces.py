@@ -23,6 +23,8 @@ import dspy, mlflow
 import dspy_mlflow_async
 from echo import EchoLM
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 uri, experiment_id = sys.argv[1:3]
 mlflow.set_tracking_uri(uri)
 mlflow.tracing.set_destination(mlflow.entities.trace_location.MlflowExperimentLocation(experiment_id))

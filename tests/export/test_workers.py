@@ -182,7 +182,7 @@ def test_a_process_that_was_no_fork_does_not_write_ahead(place):  # noqa: F811
 def test_signals_that_end_a_process(place, name, handler):  # noqa: F811
     """By default the process flushes and dies of the signal; a user's handler decides, an ignored one stays ignored."""
     before = {
-        "default": "",
+        "default": f"signal.signal(signal.{name}, signal.SIG_DFL)\n",  # nohup lets its children ignore SIGHUP
         "user": f"signal.signal(signal.{name}, lambda *_: sys.exit(7))\n",
         "ignored": f"signal.signal(signal.{name}, signal.SIG_IGN)\n",
     }[handler]
