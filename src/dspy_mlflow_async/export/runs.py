@@ -99,9 +99,9 @@ class RunWriter:
         return pipeline().current().queue(self._uri)
 
     @guarded
-    def _put(self, item: RunOperation) -> None:
-        item.workspace, item.write_status = mlflow_store.request_workspace(), self._write_status
-        self._queue().put(item)
+    def _put(self, operation: RunOperation) -> None:
+        operation.workspace, operation.write_status = mlflow_store.request_workspace(), self._write_status
+        self._queue().put(operation)
 
     @guarded
     def _settle(self, run_id: str, timeout: float) -> bool:

@@ -37,13 +37,13 @@ _ABANDONED_AFTER = 3600.0
 class Outlet(Protocol):
     """Destination of assembled traces."""
 
-    def emit(self, uri: str, item: Operation, is_sync: bool) -> None:
+    def emit(self, uri: str, operation: Operation, is_sync: bool) -> None:
         """Take what is to be written, at once if ``is_sync``."""
 
     def writes_ahead(self, uri: str) -> bool:
         """Return whether what has ended goes to the disk before anything else."""
 
-    def write_ahead(self, uri: str, item: Operation) -> Reference | None:
+    def write_ahead(self, uri: str, operation: Operation) -> Reference | None:
         """Keep a copy of what is not ready to be written."""
 
     def discard_copy(self, uri: str, reference: Reference) -> None:
@@ -152,14 +152,14 @@ class TraceAssembler:
 
     def _make_safe_copy(self, entry: OpenTrace) -> None:
         """Keep a copy of what has ended: it must survive while it waits for its children or its feedback."""
-        reference = self._outlet.write_ahead(entry.uri, self._item(entry, entry.trace))
+        reference = self._outlet.write_ahead(entry.uri, self._operation(entry, entry.trace))
         with self._lock:
             is_needless = entry.is_handed_on
             entry.safe_copy = reference
         if is_needless and reference is not None:  # handed on meanwhile
             self._outlet.discard_copy(entry.uri, reference)
 
-    def _item(self, entry: OpenTrace, trace: Any) -> TraceOperation:
+    def _operation(self, entry: OpenTrace, trace: Any) -> TraceOperation:
         for index, assessment in enumerate(trace.info.assessments):
             if assessment.assessment_id is None:  # MLflow's own, said while the trace was open
                 trace.info.assessments[index] = name_it(assessment, entry.trace_id)
@@ -211,7 +211,7 @@ class TraceAssembler:
         live = trace.span_dict.pop(mlflow_traces.encode_span_id(span.context.span_id), None)
         spans = [live or mlflow_traces.finished_span(span)]
         self._counters.take_remote_span()
-        item = SpansOperation(
+        operation = SpansOperation(
             key=trace.info.trace_id,
             size=mlflow_traces.weigh(spans),
             counted=Counted.REMOTE_SPAN,
@@ -219,7 +219,7 @@ class TraceAssembler:
             workspace=workspace,
             experiment_id=mlflow_traces.experiment_of(trace) or mlflow_experiment.experiment_of_trace(span, uri),
         )
-        self._emit(uri, item, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
+        self._emit(uri, operation, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
         remote_traces.span_ended(span.context.trace_id)
 
     # --- handing on ---
@@ -252,10 +252,10 @@ class TraceAssembler:
             trace.info.assessments = [*trace.info.assessments, *said.assessments]
             trace.info.trace_metadata.update(said.metadata)
             trace.info.tags.update(said.tags)
-        item = self._item(entry, trace)
+        operation = self._operation(entry, trace)
         if not entry.is_late and mlflow_traces.displays():
             mlflow_traces.display(trace.to_mlflow_trace())
-        self._emit(entry.uri, item, entry.is_sync)
+        self._emit(entry.uri, operation, entry.is_sync)
 
     def _discards(self, entry: OpenTrace, trace: Any) -> bool:
         """Decide on a whole trace, once; later spans of one that was discarded go the same way."""
@@ -352,7 +352,7 @@ class TraceAssembler:
         entry.shown.update([entry.trace_id, *(span.span_id for span in fresh)])
         info = entry.trace.info
         info = replace(info, trace_metadata=dict(info.trace_metadata), tags=dict(info.tags), assessments=[])
-        item = TraceOperation(
+        operation = TraceOperation(
             key=entry.trace_id,
             size=2000 + mlflow_traces.weigh(fresh),
             info=info,
@@ -362,7 +362,7 @@ class TraceAssembler:
             workspace=entry.workspace,
             shown=entry.shown,
         )
-        self._emit(entry.uri, item, False)
+        self._emit(entry.uri, operation, False)
 
     def hand_on_everything(self) -> None:
         """Hand on every trace whose root has ended, with or without its children, held or not."""

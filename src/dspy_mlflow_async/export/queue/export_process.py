@@ -149,13 +149,13 @@ class ProcessQueue(StoreQueue):
         self._is_writing_around = False  # said once
         self._somebody_waits = threading.Event()
 
-    def put(self, item: Operation) -> None:
+    def put(self, operation: Operation) -> None:
         """Append an operation to the spool: when this returns, the end of the process cannot lose it."""
-        self._write_ahead(item)
+        self._write_ahead(operation)
         # A disk that was full may have room again, but what came first goes first.
-        is_spooled = not self.pending.resident and self.overflow.try_put(item)
-        if not is_spooled and not self.pending.add(item, most_bytes=self.options.max_waiting_bytes):
-            self.pending.drop(item)
+        is_spooled = not self.pending.resident and self.overflow.try_put(operation)
+        if not is_spooled and not self.pending.add(operation, most_bytes=self.options.max_waiting_bytes):
+            self.pending.drop(operation)
         self.worker.wake()
 
     def work(self) -> None:

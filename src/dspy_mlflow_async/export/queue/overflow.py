@@ -32,55 +32,55 @@ class Overflow:
         self.copies = self.disk if copies is None else Disk(copies)
         self.keeps_partial = copies is not None
 
-    def is_partial(self, item: Operation) -> bool:
+    def is_partial(self, operation: Operation) -> bool:
         """Return whether an operation may be forgotten, since the whole of it will follow."""
-        return isinstance(item, TraceOperation) and item.stage == "partial" and not self.keeps_partial
+        return isinstance(operation, TraceOperation) and operation.stage == "partial" and not self.keeps_partial
 
-    def put(self, item: Operation) -> None:
+    def put(self, operation: Operation) -> None:
         """Let an operation wait on disk, for which there is no room in memory; what the disk does not take is lost."""
-        if self.is_partial(item):
-            not_shown(item)
-        elif not self.try_put(item):
-            self._pending.drop(item)
+        if self.is_partial(operation):
+            not_shown(operation)
+        elif not self.try_put(operation):
+            self._pending.drop(operation)
 
-    def try_put(self, item: Operation) -> bool:
+    def try_put(self, operation: Operation) -> bool:
         """Let an operation wait on disk.
 
         Returns:
             Whether the disk took it.
         """
-        if not self.disk.save(item):
+        if not self.disk.save(operation):
             return False
-        self._discard_superseded(item)
-        if item.reference is not None:
-            self._pending.add_spooled([item.reference], coming_from="waiting")
+        self._discard_superseded(operation)
+        if operation.reference is not None:
+            self._pending.add_spooled([operation.reference], coming_from="waiting")
         return True
 
-    def write_ahead(self, item: Operation, *, is_wanted: bool, durable: bool) -> None:
+    def write_ahead(self, operation: Operation, *, is_wanted: bool, durable: bool) -> None:
         """Keep a copy on disk of an operation that waits in memory, and discard the earlier one that it supersedes.
 
         Args:
-            item: The operation.
+            operation: The operation.
             is_wanted: Whether there shall be a copy; else the earlier one goes alone.
             durable: Return only when the copy would survive a power cut, and warn where there can be none.
         """
-        if self.is_partial(item):
+        if self.is_partial(operation):
             return
-        if not is_wanted or self.disk.save(item, durable=durable, is_needed=durable):
-            self._discard_superseded(item)
+        if not is_wanted or self.disk.save(operation, durable=durable, is_needed=durable):
+            self._discard_superseded(operation)
 
-    def _discard_superseded(self, item: Operation) -> None:
-        if item.supersedes is not None:
-            self.discard_copy(item.supersedes)
-            item.supersedes = None
+    def _discard_superseded(self, operation: Operation) -> None:
+        if operation.supersedes is not None:
+            self.discard_copy(operation.supersedes)
+            operation.supersedes = None
 
-    def copy(self, item: Operation, *, durable: bool) -> Reference | None:
+    def copy(self, operation: Operation, *, durable: bool) -> Reference | None:
         """Keep a copy on disk of what is not ready to be written yet.
 
         Returns:
             Where it lies, for the operation that will supersede it; None if it could not be written.
         """
-        return item.reference if self.copies.save(item, durable=durable) else None
+        return operation.reference if self.copies.save(operation, durable=durable) else None
 
     def discard_copy(self, reference: Reference) -> None:
         """Forget a copy that nothing supersedes any more, and take it off the disk: it may have been sampled out."""
@@ -90,7 +90,7 @@ class Overflow:
         """Bring what waits to the disk; what the disk does not take stays in memory, as far as there is room."""
         self._spill_those(lambda _: True)
         if self.disk.is_full:  # there may be room yet for what is the last to go
-            self._spill_those(lambda item: item.is_vital)
+            self._spill_those(lambda operation: operation.is_vital)
             self.disk.is_full = True
 
     def _spill_those(self, are_meant: Callable[[Operation], bool]) -> None:
@@ -98,8 +98,8 @@ class Overflow:
         batch = self._pending.take_residents()
         try:
             for entry in batch:
-                item = entry.operation
-                if item is None or not are_meant(item):
+                operation = entry.operation
+                if operation is None or not are_meant(operation):
                     continue
                 is_safe = self.spill(entry)
                 if self.disk.is_full:
@@ -116,18 +116,18 @@ class Overflow:
             Whether nothing is lost without the memory.
         """
         with self._spilling:
-            item = entry.operation
-            if item is None:
+            operation = entry.operation
+            if operation is None:
                 return True
-            if self.is_partial(item):
-                not_shown(item)
+            if self.is_partial(operation):
+                not_shown(operation)
                 self._pending.finish(entry, None)
                 return True
-            if not self.disk.save(item):
+            if not self.disk.save(operation):
                 return False
-            self._discard_superseded(item)
-            if item.reference is not None and not self._pending.spill(entry, item.reference):
-                self.disk.forget(item, stored=True)  # it has been dealt with meanwhile
+            self._discard_superseded(operation)
+            if operation.reference is not None and not self._pending.spill(entry, operation.reference):
+                self.disk.forget(operation, stored=True)  # it has been dealt with meanwhile
             return True
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class Overflow:
             disk.spool.after_fork()
 
 
-def not_shown(item: Operation) -> None:
+def not_shown(operation: Operation) -> None:
     """Let the spans of a partial operation that is not written be shown again."""
-    if isinstance(item, TraceOperation) and item.shown is not None:
-        item.shown.clear()
+    if isinstance(operation, TraceOperation) and operation.shown is not None:
+        operation.shown.clear()

@@ -78,21 +78,21 @@ class Pipeline:
             queue.prepare_for_end()
         return queue
 
-    def emit(self, uri: str, item: Operation, is_sync: bool) -> None:
+    def emit(self, uri: str, operation: Operation, is_sync: bool) -> None:
         """Bring an operation on its way; with ``is_sync``, to the store before returning."""
         queue = self.queue(uri)
         if is_sync:
-            queue.synchronous.write_now(item)
+            queue.synchronous.write_now(operation)
         else:
-            queue.put(item)
+            queue.put(operation)
 
     def writes_ahead(self, uri: str) -> bool:
         """Return whether what has ended goes to the disk before anything else."""
         return self.queue(uri).writes_ahead
 
-    def write_ahead(self, uri: str, item: Operation) -> Reference | None:
+    def write_ahead(self, uri: str, operation: Operation) -> Reference | None:
         """Keep a copy of an operation on disk until the operation itself comes."""
-        return self.queue(uri).overflow.copy(item, durable=self.options.durable)
+        return self.queue(uri).overflow.copy(operation, durable=self.options.durable)
 
     def discard_copy(self, uri: str, reference: Reference) -> None:
         """Forget a copy that nothing supersedes any more."""

@@ -78,21 +78,21 @@ class StoreQueue:
 
     # --- the caller's side ---
 
-    def put(self, item: Operation) -> None:
+    def put(self, operation: Operation) -> None:
         """Take an operation. The caller waits for the disk only when the memory is full, or with ``durable``."""
-        self._write_ahead(item)
+        self._write_ahead(operation)
         # Operations on runs are few, and somebody will wait for them.
-        most = None if isinstance(item, RunOperation) else self.options.max_waiting_bytes
+        most = None if isinstance(operation, RunOperation) else self.options.max_waiting_bytes
         # What follows what lies on disk would wait in memory for long.
-        if not self.pending.is_spooled(item.key) and self.pending.add(item, most_bytes=most):
+        if not self.pending.is_spooled(operation.key) and self.pending.add(operation, most_bytes=most):
             if 2 * self.pending.size > self.options.max_waiting_bytes:
                 self.worker.hurry()
         else:
-            self.overflow.put(item)
+            self.overflow.put(operation)
         self.worker.wake()
 
-    def _write_ahead(self, item: Operation) -> None:
-        self.overflow.write_ahead(item, is_wanted=self.writes_ahead, durable=self.options.durable)
+    def _write_ahead(self, operation: Operation) -> None:
+        self.overflow.write_ahead(operation, is_wanted=self.writes_ahead, durable=self.options.durable)
 
     def take_back(self, entries: list[Pending]) -> None:
         """Queue what a caller has had in hand and could not bring to the store."""
@@ -147,9 +147,9 @@ class StoreQueue:
         if not batch:
             return False
         try:
-            held = [(entry, item) for entry in batch if (item := self._operation_of(entry)) is not None]
-            entries = {id(item): entry for entry, item in held}
-            outcomes = self._writer.write([item for _, item in held]) if held else []
+            held = [(entry, operation) for entry in batch if (operation := self._operation_of(entry)) is not None]
+            entries = {id(operation): entry for entry, operation in held}
+            outcomes = self._writer.write([operation for _, operation in held]) if held else []
             for outcome in outcomes:
                 self.settle(entries[id(outcome.item)], outcome)
         finally:
@@ -164,18 +164,18 @@ class StoreQueue:
 
     def _operation_of(self, entry: Pending) -> Operation | None:
         """Return the operation of an entry, from the disk if need be; None where it cannot be had any more."""
-        item, reference = entry.operation, entry.reference
-        if item is not None or reference is None:
-            return item
+        operation, reference = entry.operation, entry.reference
+        if operation is not None or reference is None:
+            return operation
         try:
-            item = self.overflow.disk.load(reference)
+            operation = self.overflow.disk.load(reference)
         except codec.UnreadableError as error:
             self._leave_alone(entry, error)
             return None
-        if item is None:
+        if operation is None:
             self.pending.finish(entry, "dropped")
             self.spool.done([reference], stored=False)
-        return item
+        return operation
 
     def _leave_alone(self, entry: Pending, error: codec.UnreadableError) -> None:  # noqa: ARG002 - for those who report
         """Keep a record on disk that this version cannot read, and wait for it no longer."""
@@ -183,19 +183,19 @@ class StoreQueue:
 
     def settle(self, entry: Pending, outcome: Outcome) -> None:
         """Note what has become of an operation that was in hand; where the store is away, it goes on waiting."""
-        item = outcome.item
+        operation = outcome.item
         if outcome.verdict is Verdict.STORED:
             self.pending.note_success(entry)
             self.pending.finish(entry, "stored")
-            self.overflow.disk.forget(item, stored=True)
+            self.overflow.disk.forget(operation, stored=True)
         elif outcome.verdict is Verdict.AWAY:
             return
-        elif self.overflow.is_partial(item):
+        elif self.overflow.is_partial(operation):
             if outcome.verdict is Verdict.SUSPECT:
-                not_shown(item)
+                not_shown(operation)
             self.pending.finish(entry, None)
         elif outcome.verdict is Verdict.SUSPECT and not self.pending.suspect(entry):
-            for waiting in self.pending.residents_of(item.key):
+            for waiting in self.pending.residents_of(operation.key):
                 self.overflow.spill(waiting)
         else:
             self._refused(entry, outcome)
@@ -206,15 +206,15 @@ class StoreQueue:
         Returns:
             Whether it is a dead letter.
         """
-        item = outcome.item
-        if isinstance(item, RunOperation) and item.write_status is not None:
-            item.write_status.was_refused = True
-        is_kept = self.overflow.disk.dead_letter(item, f"{type(outcome.error).__name__}: {outcome.error}")
+        operation = outcome.item
+        if isinstance(operation, RunOperation) and operation.write_status is not None:
+            operation.write_status.was_refused = True
+        is_kept = self.overflow.disk.dead_letter(operation, f"{type(outcome.error).__name__}: {outcome.error}")
         if not is_kept and self.overflow.spill(entry):
             self.pending.finish(entry, None)
             return False
         self.pending.finish(entry, "dead" if is_kept else "dropped")
-        self.overflow.disk.forget(item, stored=False)
+        self.overflow.disk.forget(operation, stored=False)
         return is_kept
 
     def _found_away(self, error: Exception | None) -> None:

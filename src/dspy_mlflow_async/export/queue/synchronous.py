@@ -26,7 +26,7 @@ class Queue(Protocol):
     pending: PendingOperations
     availability: Availability
 
-    def put(self, item: Operation) -> None:
+    def put(self, operation: Operation) -> None:
         """Take an operation."""
 
     def settle(self, entry: Pending, outcome: Outcome) -> None:
@@ -49,17 +49,17 @@ class SynchronousWriter:
         self._queue = queue
         self._writer = Writer(queue.uri, request_seconds=_SECONDS)
 
-    def write_now(self, item: Operation) -> bool:
+    def write_now(self, operation: Operation) -> bool:
         """Write an operation, behind what waits of the same trace or run; what does not work now is queued.
 
         Returns:
             Whether it is stored.
         """
         queue = self._queue
-        entry = queue.pending.add_taken(item) if queue.availability.may_wait() else None
+        entry = queue.pending.add_taken(operation) if queue.availability.may_wait() else None
         if entry is None:  # what has ended of it was shown while it was open, or the store is away
-            queue.put(item)
-            return self.write_waiting(item.key, _SECONDS)
+            queue.put(operation)
+            return self.write_waiting(operation.key, _SECONDS)
         return self._write([entry])
 
     def write_waiting(self, key: str, timeout: float) -> bool:
@@ -77,11 +77,11 @@ class SynchronousWriter:
 
     def _write(self, batch: list[Pending]) -> bool:
         queue, begun = self._queue, time.monotonic()
-        held = [(entry, item) for entry in batch if (item := entry.operation) is not None]
-        entries = {id(item): entry for entry, item in held}
+        held = [(entry, operation) for entry in batch if (operation := entry.operation) is not None]
+        entries = {id(operation): entry for entry, operation in held}
         left = list(batch)
         try:
-            outcomes = self._writer.write([item for _, item in held])
+            outcomes = self._writer.write([operation for _, operation in held])
             for outcome in outcomes:
                 if outcome.verdict in _SETTLED:
                     entry = entries[id(outcome.item)]

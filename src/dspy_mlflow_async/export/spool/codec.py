@@ -38,37 +38,41 @@ class UnreadableError(ValueError):
     """Error of a whole record that this version cannot decode: another one wrote it, and can read it."""
 
 
-def encode(item: Operation) -> bytes:
+def encode(operation: Operation) -> bytes:
     """Encode an operation as one line of JSON, without the line's end."""
-    record: dict[str, Any] = {"v": VERSION if is_stand_in(item.key) else 1, "kind": _KINDS[type(item)], "key": item.key}
-    record["counted"] = item.counted
-    if isinstance(item, TraceOperation):
-        record |= _encode_spans(item) | {
-            "info": _encode_info(item.info),
-            "stage": item.stage,
-            "prompts": [[prompt.name, prompt.version] for prompt in item.prompts],
+    record: dict[str, Any] = {
+        "v": VERSION if is_stand_in(operation.key) else 1,
+        "kind": _KINDS[type(operation)],
+        "key": operation.key,
+    }
+    record["counted"] = operation.counted
+    if isinstance(operation, TraceOperation):
+        record |= _encode_spans(operation) | {
+            "info": _encode_info(operation.info),
+            "stage": operation.stage,
+            "prompts": [[prompt.name, prompt.version] for prompt in operation.prompts],
         }
-    elif isinstance(item, SpansOperation):
-        record |= _encode_spans(item)
-    elif isinstance(item, TraceUpdate):
+    elif isinstance(operation, SpansOperation):
+        record |= _encode_spans(operation)
+    elif isinstance(operation, TraceUpdate):
         record |= {
-            "assessments": [assessment.to_dictionary() for assessment in item.assessments],
-            "metadata": item.metadata,
-            "tags": item.tags,
-            "workspace": item.workspace,
+            "assessments": [assessment.to_dictionary() for assessment in operation.assessments],
+            "metadata": operation.metadata,
+            "tags": operation.tags,
+            "workspace": operation.workspace,
         }
-    elif isinstance(item, RunOperation):
+    elif isinstance(operation, RunOperation):
         record |= {
-            "creation": None if item.creation is None else asdict(item.creation),
-            "metrics": [[m.key, _sayable(m.value), m.timestamp, m.step] for m in item.metrics],
-            "params": [[p.key, p.value] for p in item.params],
-            "tags": [[t.key, t.value] for t in item.tags],
-            "datasets": [dataset.to_dictionary() for dataset in item.datasets],
-            "path": item.path,
-            "content": base64.b64encode(item.content).decode(),
-            "status": item.status,
-            "end_time_ms": item.end_time_ms,
-            "workspace": item.workspace,
+            "creation": None if operation.creation is None else asdict(operation.creation),
+            "metrics": [[m.key, _sayable(m.value), m.timestamp, m.step] for m in operation.metrics],
+            "params": [[p.key, p.value] for p in operation.params],
+            "tags": [[t.key, t.value] for t in operation.tags],
+            "datasets": [dataset.to_dictionary() for dataset in operation.datasets],
+            "path": operation.path,
+            "content": base64.b64encode(operation.content).decode(),
+            "status": operation.status,
+            "end_time_ms": operation.end_time_ms,
+            "workspace": operation.workspace,
         }
     return dumps(record)
 
@@ -187,14 +191,14 @@ def _sayable(value: float) -> float | str:
 # --- spans ---
 
 
-def _encode_spans(item: TraceOperation | SpansOperation) -> dict[str, Any]:
-    resource = item.spans[0]._span.resource if item.spans else None
+def _encode_spans(operation: TraceOperation | SpansOperation) -> dict[str, Any]:
+    resource = operation.spans[0]._span.resource if operation.spans else None
     return {
-        "spans": [_encode_span(span) for span in item.spans],
+        "spans": [_encode_span(span) for span in operation.spans],
         "resource": dict(resource.attributes) if resource else {},
-        "experiment_id": item.experiment_id,
-        "workspace": item.workspace,
-        "prepared": item.prepared,
+        "experiment_id": operation.experiment_id,
+        "workspace": operation.workspace,
+        "prepared": operation.prepared,
     }
 
 

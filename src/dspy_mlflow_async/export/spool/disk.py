@@ -25,26 +25,26 @@ class Disk:
         self._is_warned = False
         self._is_warned_of_others = False
 
-    def save(self, item: Operation, *, durable: bool = False, is_needed: bool = True) -> bool:
+    def save(self, operation: Operation, *, durable: bool = False, is_needed: bool = True) -> bool:
         """Write an operation, unless it is there already.
 
         Args:
-            item: What to write.
+            operation: What to write.
             durable: Return only when it would survive a power cut.
             is_needed: Whether anything is lost where the disk does not take it; else nobody is warned.
 
         Returns:
             Whether it is in the spool now.
         """
-        if item.reference is None:
+        if operation.reference is None:
             try:
-                payload = _encode(item)
+                payload = _encode(operation)
             except Exception as error:  # noqa: BLE001 - the user's values decide what it is
-                logger.warning("dspy-mlflow-async: %s cannot be kept on disk: %s", item.key, error)
+                logger.warning("dspy-mlflow-async: %s cannot be kept on disk: %s", operation.key, error)
                 return False
             try:
-                item.reference = self.spool.put(
-                    payload, key=item.key, counted=item.counted, durable=durable, is_vital=item.is_vital
+                operation.reference = self.spool.put(
+                    payload, key=operation.key, counted=operation.counted, durable=durable, is_vital=operation.is_vital
                 )
                 self.is_full = False
             except OSError as error:
@@ -72,31 +72,31 @@ class Disk:
             logger.warning("dspy-mlflow-async: a record in %s is damaged, and lost", reference.segment)
             return None
         try:
-            item = codec.decode(payload)
+            operation = codec.decode(payload)
         except Exception as error:  # its checksum is right: another version wrote it so
             if not self._is_warned_of_others:
                 self._is_warned_of_others = True
                 logger.warning("dspy-mlflow-async: left alone in %s: %s", self.spool.folder, error)
             raise codec.UnreadableError(f"{type(error).__name__}: {error}") from error
-        item.reference, item.counted = reference, reference.counted
-        return item
+        operation.reference, operation.counted = reference, reference.counted
+        return operation
 
-    def dead_letter(self, item: Operation, reason: str) -> bool:
+    def dead_letter(self, operation: Operation, reason: str) -> bool:
         """Keep what the store refuses among the dead letters.
 
         Returns:
             Whether the disk took it.
         """
         try:
-            dead_letters.append(self.spool.folder, self.spool.uri, _encode(item), reason)
+            dead_letters.append(self.spool.folder, self.spool.uri, _encode(operation), reason)
         except Exception:  # noqa: BLE001 - a full disk: nothing is left to try
             logger.warning(
-                "dspy-mlflow-async: the store refuses %s, and no dead letter can be written: %s", item.key, reason
+                "dspy-mlflow-async: the store refuses %s, and no dead letter can be written: %s", operation.key, reason
             )
             return False
         logger.warning(
             "dspy-mlflow-async: the store refuses %s; kept in %s: %s",
-            item.key,
+            operation.key,
             self.spool.folder / "dead.letters",
             reason,
         )
@@ -107,16 +107,16 @@ class Disk:
         with contextlib.suppress(OSError):
             self.spool.close()
 
-    def forget(self, item: Operation, *, stored: bool) -> None:
+    def forget(self, operation: Operation, *, stored: bool) -> None:
         """Forget an operation that is done with: whatever the spool has of it may go."""
-        references = [reference for reference in (item.reference, item.supersedes) if reference is not None]
+        references = [reference for reference in (operation.reference, operation.supersedes) if reference is not None]
         if references:
             self.spool.done(references, stored=stored)
 
 
-def _encode(item: Operation) -> bytes:
+def _encode(operation: Operation) -> bytes:
     try:
-        return codec.encode(item)
+        return codec.encode(operation)
     except Exception:  # noqa: BLE001 - text that no database takes: the store would get it repaired, too
-        prepare.prepare(item)
-        return codec.encode(item)
+        prepare.prepare(operation)
+        return codec.encode(operation)
