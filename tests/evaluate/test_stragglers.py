@@ -104,7 +104,7 @@ async def test_thread_that_never_begins():
     """A call that is cancelled before a thread has taken it up is not made, and holds nothing."""
     import anyio
 
-    from dspy_mlflow_async.evaluate.abandoned_threads import Threads
+    from dspy_mlflow_async.workers import Threads
 
     called, threads, limiter = [], Threads(), anyio.CapacityLimiter(1)
     with anyio.CancelScope() as scope:
@@ -120,7 +120,7 @@ def test_under_trio():
     """The same under trio."""
     import anyio
 
-    from dspy_mlflow_async.evaluate.abandoned_threads import Threads
+    from dspy_mlflow_async.workers import Threads
 
     async def main():
         threads, limiter, go_on, over = Threads(), anyio.CapacityLimiter(1), threading.Event(), anyio.Event()

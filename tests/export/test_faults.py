@@ -35,10 +35,10 @@ from dspy_mlflow_async.export.spool.format import scan
 from dspy_mlflow_async.export.spool.paths import segments_of
 from dspy_mlflow_async.export.write import errors
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, classify
-from dspy_mlflow_async.export.write.parallel_requests import map_concurrently
 from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.seams.mlflow_http import Status
+from dspy_mlflow_async.workers import map_concurrently
 from mlflow_server import free_port, mlflow_server
 
 

@@ -15,8 +15,9 @@ from test_store_failure import flush_all, server, store_at  # noqa: F401 - a fix
 
 import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all
+from dspy_mlflow_async.export import runs as store_runs
 from dspy_mlflow_async.export.write import late_runs
-from dspy_mlflow_async.runs import selection, store_timeout
+from dspy_mlflow_async.runs import selection
 from echo import feedback_on
 from slow_store import slow_store
 
@@ -288,8 +289,7 @@ def test_away_to_the_end_then_replay(server, monkeypatch, tmp_path):  # noqa: F8
 
 def test_a_locked_database(store, monkeypatch):
     """A SQL store that somebody locks while evaluations begin: they have their runs when it is free."""
-    for module in (store_timeout, selection):
-        monkeypatch.setattr(module, "TIMEOUT", 1.0)
+    monkeypatch.setattr(store_runs, "ASK_SECONDS", 1.0)
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     path = mlflow.get_tracking_uri().removeprefix("sqlite:///")

@@ -16,7 +16,8 @@ from mlflow.tracking import fluent
 from runtools import TIMEOUT, Candidates, Program, Store, devset, evaluate, flush, in_threads, markers
 
 import dspy_mlflow_async
-from dspy_mlflow_async.runs import selection, store_timeout
+from dspy_mlflow_async.export import runs as store_runs
+from dspy_mlflow_async.runs import selection
 from echo import feedback_on
 from mlflow_server import mlflow_server
 from slow_store import slow_store
@@ -151,7 +152,7 @@ def test_a_database_that_somebody_locks(store, caplog, monkeypatch):
     while not dspy_mlflow_async.flush(10) and time.monotonic() < deadline:
         pass
 
-    assert seconds < store_timeout.TIMEOUT + 5
+    assert seconds < store_runs.ASK_SECONDS + 5
     (line,) = said(caplog)
     assert "scored 25.0" in line
     run = store.run("eval")
@@ -250,8 +251,7 @@ def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
 def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
     """The store answers after the bound: the evaluation has gone on, and the run that came late is its run."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    monkeypatch.setattr(store_timeout, "TIMEOUT", 0.05)
-    monkeypatch.setattr(selection, "TIMEOUT", 0.05)
+    monkeypatch.setattr(store_runs, "ASK_SECONDS", 0.05)
     may_create, is_created = threading.Event(), threading.Event()
     create = selection.mlflow_runs.create_run
 
@@ -278,8 +278,7 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
 def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
     """The late answer comes when the queue has created the run, and the store is too busy to delete one of the two."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    monkeypatch.setattr(store_timeout, "TIMEOUT", 0.05)
-    monkeypatch.setattr(selection, "TIMEOUT", 0.05)
+    monkeypatch.setattr(store_runs, "ASK_SECONDS", 0.05)
     may_create = threading.Event()
     create, delete = selection.mlflow_runs.create_run, mlflow.MlflowClient.delete_run
     refusals = []

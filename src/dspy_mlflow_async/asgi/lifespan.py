@@ -8,7 +8,7 @@ from dspy_mlflow_async.asgi.http import App, AsgiScope, Send
 from dspy_mlflow_async.asgi.receive_ahead import Message, Receive
 from dspy_mlflow_async.guard import report
 from dspy_mlflow_async.health import secure
-from dspy_mlflow_async.requests.threads import in_thread
+from dspy_mlflow_async.workers import in_thread
 
 logger = logging.getLogger("dspy_mlflow_async")
 

@@ -12,7 +12,7 @@ import anyio
 import dspy
 
 from dspy_mlflow_async.async_programs import async_form
-from dspy_mlflow_async.evaluate.abandoned_threads import Threads
+from dspy_mlflow_async.workers import Threads
 
 # Sync metrics are short as a rule: this many threads are enough, however many examples are in flight.
 METRIC_THREADS = 64

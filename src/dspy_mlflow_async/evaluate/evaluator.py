@@ -15,10 +15,10 @@ from dspy_mlflow_async.evaluate.calling import METRIC_THREADS, Caller
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
 from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.evaluate.progress import BOARD
-from dspy_mlflow_async.evaluate.uninterrupted import run_uninterrupted
 from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED
 from dspy_mlflow_async.seams.dspy_evaluate import with_callbacks
+from dspy_mlflow_async.workers import run_uninterrupted
 
 
 class AsyncEvaluate(dspy.Evaluate):

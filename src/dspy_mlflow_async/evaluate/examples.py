@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from dspy_mlflow_async.evaluate.abandoned_threads import Threads
 from dspy_mlflow_async.evaluate.calling import Caller
 from dspy_mlflow_async.evaluate.example_result import NO_TOKENS, Outcome, Tokens
 from dspy_mlflow_async.evaluate.limits import Entrance, Slots
@@ -23,6 +22,7 @@ from dspy_mlflow_async.runs.feedback import text_of
 from dspy_mlflow_async.runs.usage import restore, tokens_by_model
 from dspy_mlflow_async.seams import dspy_evaluate
 from dspy_mlflow_async.spans.usage import Ledger
+from dspy_mlflow_async.workers import Threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -24,11 +24,11 @@ from dspy_mlflow_async.evaluate import local_records
 from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
 from dspy_mlflow_async.evaluate.fingerprint import MAX_VALUE_BYTES
 from dspy_mlflow_async.evaluate.local_records import LocalCopy
-from dspy_mlflow_async.evaluate.uninterrupted import run_uninterrupted
 from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.seams import mlflow_artifact_reads as artifacts
 from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.spans.door import MAX_FAILURE_BYTES, Door
+from dspy_mlflow_async.workers import run_uninterrupted
 
 logger = logging.getLogger("dspy_mlflow_async")
 

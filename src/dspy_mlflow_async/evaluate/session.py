@@ -17,7 +17,6 @@ from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback
 from dspy_mlflow_async.evaluate import stored_runs, summary
 from dspy_mlflow_async.evaluate.budget import Budget, Limits
-from dspy_mlflow_async.evaluate.cancel_safe_run import HeldRun
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import FAILED, FINISHED, STOPPED, CaseResult, Comparison
 from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
@@ -36,6 +35,7 @@ from dspy_mlflow_async.runs.handle import FINISHED as RUN_FINISHED
 from dspy_mlflow_async.runs.handle import KILLED as RUN_KILLED
 from dspy_mlflow_async.runs.handle import RunHandle, run_status
 from dspy_mlflow_async.seams.installed import needs_whole
+from dspy_mlflow_async.workers import call_or_discard, run_uninterrupted
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -103,8 +103,7 @@ class Session:
             resume: The parent run of an earlier process, or None.
         """
         self._plan = await anyio.to_thread.run_sync(Plan.of, self._cases)
-        held = HeldRun(functools.partial(self._open_parent, self._plan, resume))
-        self._parent = await held.open()
+        self._parent = await _opened(functools.partial(self._open_parent, self._plan, resume))
         status = RUN_FAILED
         try:
             with stored_runs.entered(self._parent), _traced():
@@ -118,7 +117,7 @@ class Session:
         else:
             return comparison
         finally:
-            await held.end(status)
+            await _end(self._parent, status)
 
     def _open_parent(self, plan: Plan, resume: str | None) -> RunHandle | None:
         if resume is None:
@@ -157,8 +156,7 @@ class Session:
         if stored is None and self._slots.is_closed:
             self._results[case.name] = summary.case_result(case, {}, STOPPED)
             return
-        held = HeldRun(functools.partial(stored_runs.open_case, self._parent, case.name, stored))
-        handle = await held.open()
+        handle = await _opened(functools.partial(stored_runs.open_case, self._parent, case.name, stored))
         outcomes = {} if stored is None else _kept(stored)
         status, result, failure = RUN_FAILED, None, None
         try:
@@ -175,7 +173,7 @@ class Session:
                 raise
             failure = error  # a case that fails is reported, and the others go on
         finally:
-            await held.end(status)
+            await _end(handle, status)
         is_whole = len(outcomes) == len(case.devset or ())
         self._results[case.name] = summary.case_result(
             case,
@@ -318,3 +316,17 @@ def _traced() -> Iterator[None]:
             yield
     finally:
         hooks.dismiss(tracer)  # others may keep this context, such as LiteLLM's logging worker
+
+
+async def _opened(open_run: Callable[[], RunHandle | None]) -> RunHandle | None:
+    """Open a run. Should this be cancelled, it ends KILLED: now, or as soon as it is there."""
+    return await call_or_discard(open_run, lambda handle, error: stored_runs.end(handle, run_status(error)))
+
+
+async def _end(handle: RunHandle | None, status: str) -> None:
+    """End a run, also while this task is being cancelled; KILLED if that happens meanwhile."""
+    try:
+        await run_uninterrupted(stored_runs.end, handle, status)
+    except anyio.get_cancelled_exc_class():
+        await run_uninterrupted(stored_runs.end, handle, RUN_KILLED)
+        raise

@@ -16,12 +16,13 @@ from dspy_mlflow_async.export.installation import (
 from dspy_mlflow_async.export.operations import Creation
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue.replay import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
-from dspy_mlflow_async.export.runs import RunWriter, is_refusal, real_id, run_writer
+from dspy_mlflow_async.export.runs import ASK_SECONDS, RunWriter, ask, is_refusal, real_id, run_writer
 from dspy_mlflow_async.export.shutdown import before_leaving
 from dspy_mlflow_async.export.spool.dead_letters import DeadLetter
 from dspy_mlflow_async.export.write.late_runs import CREATION_TAG, is_stand_in, known, new_id
 
 __all__ = [
+    "ASK_SECONDS",
     "CREATION_TAG",
     "KEEPS",
     "Creation",
@@ -32,6 +33,7 @@ __all__ = [
     "ReplaySummary",
     "RunWriter",
     "SpoolInfo",
+    "ask",
     "before_leaving",
     "count_sampled",
     "discard",

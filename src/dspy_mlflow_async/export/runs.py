@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from dspy_mlflow_async.export.installation import pipeline
 from dspy_mlflow_async.export.operations import Creation, RunOperation, WriteStatus
@@ -13,11 +14,16 @@ from dspy_mlflow_async.export.write.errors import Verdict, classify
 from dspy_mlflow_async.export.write.run_operations import parts
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_store
+from dspy_mlflow_async.workers import Discard, call_with_timeout
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 
     from dspy_mlflow_async.export.queue.store_queue import StoreQueue
+
+ASK_SECONDS = 10.0  # a busy machine must not be taken for a store that is away
+
+_Answer = TypeVar("_Answer")
 
 
 class RunWriter:
@@ -38,14 +44,6 @@ class RunWriter:
         """
         if late_runs.keep(stand_in, run) is not run:
             self.create(stand_in, creation)
-
-    def may_ask(self) -> bool:
-        """Return whether the store is worth a wait now: it was not away a moment ago."""
-        return self._queue().availability.may_wait()
-
-    def note_wait(self, begun: float) -> None:
-        """Note a long wait in vain since ``begun`` (monotonic): nobody waits for a while."""
-        self._queue().availability.note_wait(begun)
 
     def log(
         self,
@@ -119,6 +117,34 @@ def run_writer(tracking_uri: str | None) -> RunWriter:
         tracking_uri: The store; None for the one that MLflow uses now.
     """
     return RunWriter(tracking_uri)
+
+
+def ask(
+    question: Callable[[], _Answer], discard: Discard[_Answer] | None = None, timeout: float | None = None
+) -> _Answer:
+    """Call ``question``, which talks to MLflow's current store, for a bounded time, in a thread.
+
+    MLflow's own retries can take minutes: an evaluation neither fails nor waits for a store that is away.
+
+    Args:
+        question: What to call.
+        discard: Called, in that thread, with an answer that came too late, and with why nobody waited any more.
+        timeout: Seconds to wait; ``ASK_SECONDS`` by default.
+
+    Raises:
+        TimeoutError: Where there is no answer in time, or the queue of this store knows that it gives none now.
+        Exception: What ``question`` raised.
+    """
+    availability = pipeline().current().queue(mlflow_store.resolve_tracking_uri()).availability
+    if not availability.may_wait():
+        raise TimeoutError("the store is away")
+    begun = time.monotonic()
+    try:
+        return call_with_timeout(question, ASK_SECONDS if timeout is None else timeout, discard)
+    except Exception as error:
+        if not is_refusal(error):
+            availability.note_wait(begun)
+        raise
 
 
 def is_refusal(error: BaseException) -> bool:

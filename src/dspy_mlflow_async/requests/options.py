@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import queue
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +15,7 @@ from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.seams import mlflow_trace_settings
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans.door import Door
+from dspy_mlflow_async.workers import call_with_timeout
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -213,21 +212,10 @@ def _texts_of(said: Any, args: tuple[Any, ...], kwargs: dict[str, Any], door: Do
 
 
 def _check_experiment(experiment_id: str) -> None:
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(mlflow_trace_settings.why_not(experiment_id))
-        except Exception as error:  # noqa: BLE001 - handed over
-            answers.put(error)
-
-    # MLflow's own retries can take minutes.
-    threading.Thread(target=ask, name="dspy-mlflow-async-check", daemon=True).start()
     try:
-        answer = answers.get(timeout=CHECK_TIMEOUT)
-    except queue.Empty:
-        answer = TimeoutError(f"no answer within {CHECK_TIMEOUT:g} s")
-    if isinstance(answer, Exception):
-        logger.warning("dspy-mlflow-async: could not check experiment %s: %s", experiment_id, answer)
-    elif answer is not None:
+        answer = call_with_timeout(lambda: mlflow_trace_settings.why_not(experiment_id), CHECK_TIMEOUT)
+    except Exception as error:  # noqa: BLE001 - the store may fail in any way
+        logger.warning("dspy-mlflow-async: could not check experiment %s: %s", experiment_id, error)
+        return
+    if answer is not None:
         raise ValueError(f"traces cannot go to experiment {experiment_id!r}: {answer}")

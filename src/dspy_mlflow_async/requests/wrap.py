@@ -14,9 +14,9 @@ from dspy_mlflow_async.requests.lazy_root import Beginning
 from dspy_mlflow_async.requests.options import Options, Show, Text, Texts
 from dspy_mlflow_async.requests.scope import Scope
 from dspy_mlflow_async.requests.stream import stream_in
-from dspy_mlflow_async.requests.threads import in_thread
 from dspy_mlflow_async.settings import Redact
 from dspy_mlflow_async.spans.describe import describe_outputs
+from dspy_mlflow_async.workers import in_thread
 
 # What `copy` and `pickle` ask an object for: the program's own would make a copy of it, and not of what wraps it.
 _COPYING = frozenset(

@@ -13,12 +13,12 @@ from typing import Any
 
 import dspy
 
+from dspy_mlflow_async import export
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs, artifacts, description, selection
 from dspy_mlflow_async.runs.datasets import TRAINING, VALIDATION, is_at_hand
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
-from dspy_mlflow_async.runs.store_timeout import ask
 from dspy_mlflow_async.runs.usage import add_up
 from dspy_mlflow_async.seams.dspy import scores_by_program
 from dspy_mlflow_async.seams.mlflow_autolog import FLAVOR
@@ -249,7 +249,7 @@ class Compile:
             return
         self._is_shown = True
         with contextlib.suppress(Exception):  # the store may be away; MLflow says no word either
-            ask(lambda: log_dummy_model(run.run_id, FLAVOR))
+            export.ask(lambda: log_dummy_model(run.run_id, FLAVOR))
 
 
 def pool_ended(data: Any, results: Any) -> None:

@@ -17,7 +17,6 @@ from mlflow.entities import Metric, Param, RunTag
 from dspy_mlflow_async import export
 from dspy_mlflow_async.runs.artifacts import table_json
 from dspy_mlflow_async.runs.datasets import dataset_input
-from dspy_mlflow_async.runs.store_timeout import TIMEOUT, ask
 from dspy_mlflow_async.seams.mlflow_runs import (
     MLFLOW_LOGGED_ARTIFACTS,
     MLFLOW_RUN_NOTE,
@@ -152,7 +151,7 @@ class RunHandle:
 
     def _has_description(self) -> bool:
         try:
-            return ask(lambda: MLFLOW_RUN_NOTE in fluent.get_run(self.run_id).data.tags)
+            return export.ask(lambda: MLFLOW_RUN_NOTE in fluent.get_run(self.run_id).data.tags)
         except Exception:  # noqa: BLE001 - the store is away: rather none than one overwritten
             return True
 
@@ -173,7 +172,7 @@ class RunHandle:
         earlier = None
         if not self._is_new and not getattr(self.run, "replaces_tables", False):
             try:
-                self._tables, earlier = ask(lambda: _stored_tables(self.run_id, path))
+                self._tables, earlier = export.ask(lambda: _stored_tables(self.run_id, path))
             except Exception:  # noqa: BLE001 - the store is away: rather a second table than one overwritten
                 stem, dot, ending = path.rpartition(".")
                 path = f"{stem}_{int(time.time() * 1000)}{dot}{ending}"
@@ -202,7 +201,7 @@ class RunHandle:
             if was_pending and self.is_own and not self.is_pending:
                 remember_last_run(self.run_id)
         if monitor is not None and self.is_complete:
-            monitor.join(1.0 if is_leaving else TIMEOUT)
+            monitor.join(1.0 if is_leaving else export.ASK_SECONDS)
 
     def start_system_metrics(self, *, is_resumed: bool = False) -> None:
         """Collect system metrics until the run ends, if the user has asked MLflow for them."""
@@ -226,14 +225,14 @@ class RunHandle:
     def settle(self) -> None:
         """Wait until the store has what was logged, for a bounded time; the rest goes on in the background."""
         try:
-            is_stored = ask(lambda: self._writer.settle(self.key, TIMEOUT))
+            is_stored = export.ask(lambda: self._writer.settle(self.key, export.ASK_SECONDS))
         except Exception:  # noqa: BLE001 - the store does not answer
             is_stored = False
         self.is_complete = self.is_complete and is_stored
 
     def _stored_params(self) -> Mapping[str, str]:
         try:
-            return ask(lambda: dict(fluent.get_run(self.run_id).data.params))
+            return export.ask(lambda: dict(fluent.get_run(self.run_id).data.params))
         except Exception:  # noqa: BLE001 - the store is away
             return {}
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import anyio.to_thread
-
 from dspy_mlflow_async.runs import active_runs, selection
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle, run_status
 from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.spans.door import Door
+from dspy_mlflow_async.workers import call_or_discard, run_uninterrupted
 
 
 class run:  # noqa: N801 - used like a function
@@ -56,45 +55,34 @@ class run:  # noqa: N801 - used like a function
         self._experiment_id = experiment_id
         self._parent_run_id = parent_run_id
         self._block: active_runs.Block | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the two below
         self._was_entered = False
         self._handle: RunHandle | None = None
-        self._status: str | None = None
 
     def __enter__(self) -> Any:
         """Create the run and make it active."""
         self._enter_once()
-        self._create()
-        return self._activate()
+        return self._activate(self._create())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Make active what was before, and end the run."""
         self._deactivate()
-        self._end(run_status(error))
+        self._end_once(run_status(error))
 
     async def __aenter__(self) -> Any:
         """Create the run, without blocking the event loop, and make it active."""
         self._enter_once()
-        try:
-            await anyio.to_thread.run_sync(self._create)
-        except BaseException as error:
-            self._end(run_status(error))  # cancelled while it was created: now, or when it is there
-            raise
-        return self._activate()
+        # Cancelled meanwhile: it ends now, or when it is there.
+        return self._activate(await call_or_discard(self._create, lambda handle, why: _end(handle, run_status(why))))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Make active what was before, and end the run, also when the task is being cancelled."""
         self._deactivate()
-        status = run_status(error)
-        with anyio.CancelScope(shield=True):
-            try:
-                await anyio.to_thread.run_sync(self._end, status)
-            finally:
-                self._end(status)  # a second cancellation may have come before the thread began
+        await run_uninterrupted(self._end_once, run_status(error))
 
     def _enter_once(self) -> None:
         with self._lock:
@@ -102,7 +90,7 @@ class run:  # noqa: N801 - used like a function
         if was_entered:
             raise RuntimeError(f"run({self._name!r}) was entered before; each block needs a run() of its own")
 
-    def _create(self) -> None:
+    def _create(self) -> RunHandle:
         parent = active_runs.innermost()
         tags, experiment_id = dict(self._tags), self._experiment_id
         if self._parent_run_id is not None:
@@ -112,14 +100,10 @@ class run:  # noqa: N801 - used like a function
             experiment_id = experiment_id or parent.info.experiment_id
         handle = RunHandle(mlflow_runs.create_run(self._name, experiment_id, tags), is_own=True)
         selection.register(handle)
-        with self._lock:
-            self._handle, status = handle, self._status
-        if status is not None:  # nobody waits for it any more
-            self._finish(handle, status)
+        return handle
 
-    def _activate(self) -> Any:
-        assert self._handle is not None  # noqa: S101 - _create has raised otherwise
-        created = self._handle.run
+    def _activate(self, handle: RunHandle) -> Any:
+        self._handle, created = handle, handle.run
         active_runs.mark_opened_here(created)
         self._block = active_runs.Block(created, needs_stack=True)
         return created
@@ -128,18 +112,16 @@ class run:  # noqa: N801 - used like a function
         if self._block is not None:
             self._block.leave()
 
-    def _end(self, status: str) -> None:
-        """End the run, if nobody has, or have it ended as soon as it is created."""
+    def _end_once(self, status: str) -> None:
         with self._lock:
-            is_first, self._status = self._status is None, self._status or status
-            handle = self._handle
-        if is_first and handle is not None:
-            self._finish(handle, status)
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            _end(handle, status)
 
-    @staticmethod
-    def _finish(handle: RunHandle, status: str) -> None:
-        selection.unregister(handle)
-        handle.end(status)
+
+def _end(handle: RunHandle, status: str) -> None:
+    selection.unregister(handle)
+    handle.end(status)
 
 
 def _tag(door: Door, key: str, value: Any) -> str:

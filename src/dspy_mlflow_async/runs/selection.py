@@ -14,8 +14,7 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.export import before_leaving
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs
-from dspy_mlflow_async.runs.handle import KILLED, RunHandle
-from dspy_mlflow_async.runs.store_timeout import TIMEOUT, ask
+from dspy_mlflow_async.runs.handle import KILLED, RunHandle, run_status
 from dspy_mlflow_async.seams import mlflow_runs
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -52,7 +51,7 @@ def create_or_queue(
     if parent is not None:
         tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
         is_below_pending = export.is_stand_in(parent.info.run_id)
-    writer, attempt = export.run_writer(None), _Attempt()
+    writer = export.run_writer(None)
     creation = export.Creation(
         name=name,
         experiment_id=experiment_id,
@@ -61,54 +60,35 @@ def create_or_queue(
         start_time_ms=start_time_ms,
     )
     marked = tags | {export.CREATION_TAG: stand_in}
+
+    def came_late(handle: RunHandle, why: BaseException) -> None:
+        if isinstance(why, TimeoutError):  # we have gone on without
+            writer.keep(stand_in, handle.run, creation)
+        else:
+            handle.end(run_status(why))
+
     try:
         if not is_below_pending:
-            return ask(
+            return export.ask(
                 lambda: RunHandle(mlflow_runs.create_run(name, experiment_id, marked, start_time_ms), is_own=True),
-                discard=lambda late: attempt.came_late(late, lambda: writer.keep(stand_in, late.run, creation)),
-                timeout=TIMEOUT if timeout is None else timeout,
+                discard=came_late,
+                timeout=timeout,
             )
     except Exception as error:
         if export.is_refusal(error):
             raise
         logger.info("The run %r is created in the background (%s).", name, error)
-    except BaseException:
-        attempt.give_up()
-        raise
     writer.create(stand_in, creation)
     return RunHandle(mlflow_runs.PendingRun(stand_in, experiment_id, name, start_time_ms, export.known), is_own=True)
-
-
-class _Attempt:
-    """An attempt to create a run whose answer may come when nobody waits for it. ``lock`` guards who ends the run."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._is_given_up = False
-        self._late: RunHandle | None = None
-
-    def came_late(self, handle: RunHandle, keep: Callable[[], None]) -> None:
-        """Keep the run for those who go on without, or end it where they were interrupted."""
-        with self._lock:
-            self._late, is_given_up = handle, self._is_given_up
-        if is_given_up:
-            handle.end(KILLED)
-        else:
-            keep()
-
-    def give_up(self) -> None:
-        """Give the run up: it ends as soon as it is there."""
-        with self._lock:
-            self._is_given_up, late = True, self._late
-        if late is not None:
-            late.end(KILLED)
 
 
 def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> RunHandle:
     """Take up a run that ends with what begins here, as ``mlflow.start_run`` does with ``MLFLOW_RUN_ID``."""
     begun = int(time.time() * 1000)
     try:
-        handle = ask(lambda: RunHandle(mlflow_runs.resume_run(run_id, name, tags or {}), is_own=True, is_new=False))
+        handle = export.ask(
+            lambda: RunHandle(mlflow_runs.resume_run(run_id, name, tags or {}), is_own=True, is_new=False)
+        )
     except Exception as error:
         if export.is_refusal(error):
             raise

@@ -7,17 +7,16 @@ import contextlib
 import os
 import sqlite3
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
 from dspy_mlflow_async.printable import split_credentials
+from dspy_mlflow_async.workers import call_with_timeout
 
 _SECONDS = 5.0
 _UNAUTHORIZED = (401, 403)
@@ -298,21 +297,11 @@ def _other(uri: str) -> Finding:
     """Ask through MLflow's client, which may take long to give up, in a thread that may be left behind."""
     from mlflow import MlflowClient
 
-    answer: list[Any] = []
-
-    def ask() -> None:
-        try:
-            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-            answer.append(None)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
-            answer.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_SECONDS)
-    if not answer:
+    try:
+        call_with_timeout(lambda: MlflowClient(tracking_uri=uri).search_experiments(max_results=1), _SECONDS)
+    except TimeoutError:
         return Finding(Level.PROBLEM, "store", f"{uri} has not answered for {_SECONDS:.0f} seconds.")
-    if answer[0] is not None:
-        reason = str(answer[0]).partition("\n")[0]
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        reason = str(error).partition("\n")[0]
         return Finding(Level.PROBLEM, "store", f"{uri} cannot be used: {reason}")
     return Finding(Level.OK, "store", f"{uri} answers")

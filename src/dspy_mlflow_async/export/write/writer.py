@@ -14,9 +14,9 @@ from dspy_mlflow_async.export.operations import Operation, RunOperation, TraceOp
 from dspy_mlflow_async.export.write import fork_gate, late_runs, prepare
 from dspy_mlflow_async.export.write.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, blocked_by, cannot_write_now, classify, is_away
-from dspy_mlflow_async.export.write.parallel_requests import map_concurrently
 from dspy_mlflow_async.export.write.run_operations import write_runs
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_http, mlflow_store, mlflow_traces
+from dspy_mlflow_async.workers import map_concurrently
 
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
 _REQUEST_SECONDS = 30.0
