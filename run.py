@@ -122,8 +122,10 @@ def _environment() -> dict[str, str]:
 def _run(tox: Path, name: str, rest: list[str]) -> int:
     # tox is started by path, not PYTHONPATH, which its environments would inherit.
     start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from tox.run import run; run()"
-    command = [sys.executable, "-c", start, str(tox), "run", "-e", name]
-    is_new = not (HERE / ".tox" / name).is_dir()
+    # In a folder of its own: a `tox run` at the same time, of another Python perhaps, has other environments.
+    work = HERE / ".tox" / "run"
+    command = [sys.executable, "-c", start, str(tox), "run", "--workdir", str(work), "-e", name]
+    is_new = not (work / name).is_dir()
     if is_new:
         _say(f"Setting up the environment {name} with all that it needs: one to four minutes, the first time.")
     over = threading.Event()
@@ -132,7 +134,7 @@ def _run(tox: Path, name: str, rest: list[str]) -> int:
     over.set()
     if code != 0:
         if is_new:
-            shutil.rmtree(HERE / ".tox" / name, ignore_errors=True)
+            shutil.rmtree(work / name, ignore_errors=True)
         return _fail(
             f"The environment {name} could not be set up; the reason is above. Most often the package index\n"
             "cannot be reached, or the disk is full (1.5 GB are needed). Mend that, and run the same command again."

@@ -4,6 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspy_mlflow_async import asgi as asgi
+    from dspy_mlflow_async import cli as cli
+    from dspy_mlflow_async import testing as testing
     from dspy_mlflow_async.callback import TracingCallback
     from dspy_mlflow_async.composition import autolog
     from dspy_mlflow_async.evaluate.case import Case
@@ -58,6 +61,8 @@ _HOMES = {
 }
 
 
+# Modules of the public names that stand for themselves, which Python would know only once somebody has imported them.
+_MODULES = ("asgi", "cli", "testing")
 _NEED_RUNS = ("AsyncEvaluate", "Case", "aevaluate_all", "evaluate_all", "run")
 
 
@@ -84,6 +89,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module on first use; ``__version__`` is read from the installed metadata."""
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_home(name)}"), name)
+    elif name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     elif name == "__version__":
         from importlib.metadata import version
 
@@ -96,4 +103,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, those not imported yet included."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -44,7 +44,16 @@ def flush(timeout: float | None = None) -> bool:
     Returns:
         True when all that had ended is stored: whole traces, and the ended spans of open ones. It does not say that
         nothing is open, and what comes during the call is not waited for.
+
+    Raises:
+        TypeError: For a timeout that is no number.
+        ValueError: For one below 0.
     """
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+        if not timeout >= 0:
+            raise ValueError(f"timeout must be 0 or more seconds, not {timeout!r}")
     end_abandoned()
     return export.flush(timeout)
 

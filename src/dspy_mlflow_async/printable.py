@@ -34,6 +34,11 @@ def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: ``1 record``, ``2 records``."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def mask_uris(text: object) -> str:
     """Return a URI, or a text with URIs in it, in one line and with ``***`` for passwords and tokens."""
     shown = _USER_INFO.sub(_masked_user, printable(text, one_line=True))

@@ -42,6 +42,28 @@ def test_unknown_command_is_a_usage_error(command):
     assert "no-such-command" in done.stderr
 
 
+def test_shells_complete_commands_and_options(command):
+    """The shell gets the commands and options that begin so, without anybody importing DSPy or MLflow for it."""
+
+    def complete(words):
+        line = {"COMP_WORDS": f"dspy-mlflow-async {words}", "COMP_CWORD": str(len(words.split()))}
+        before = "import atexit\natexit.register(lambda: print({'dspy', 'mlflow'} & {*sys.modules}, file=sys.stderr))"
+        return command(before=before, env={"_DSPY_MLFLOW_ASYNC_COMPLETE": "complete_bash", **line})
+
+    assert ["doctor"] == complete("doc").stdout.split()
+    assert "--tracking-uri" in complete("replay --tr").stdout.split()
+    assert "set()\n" == complete("doc").stderr
+    assert "dspy_mlflow_async" in command("--show-completion", "bash", env={"SHELL": "/bin/bash"}).stdout
+
+
+def test_placeholders_look_alike(command):
+    """FOLDER, FILE, URI, NAME: what an option takes is named as a person names it, and never as ``<path>``."""
+    shown = {name: command(name, "--help", env={"COLUMNS": "150"}).stdout for name in COMMANDS}
+
+    assert {} == {name: text for name, text in shown.items() if "<path>" in text or "<str>" in text or "<int" in text}
+    assert all(name in shown["replay"] for name in ("FOLDER", "URI", "TEXT"))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_terminal_gets_colours():
     """On a terminal the same output is coloured."""

@@ -45,8 +45,8 @@ def test_replay_sends_a_spooled_trace_once(command, tmp_path):
     sent = command("replay", "--folder", str(folder), "--tracking-uri", store, env=spool)
     again = command("replay", "--folder", str(folder), "--tracking-uri", store, env=spool)
 
-    assert "1 records (1 whole traces) would be sent." in counted.stdout, counted.stdout + counted.stderr
-    assert "1 records (1 whole traces) sent." in sent.stdout, sent.stdout + sent.stderr
+    assert "1 record (1 whole trace) would be sent." in counted.stdout, counted.stdout + counted.stderr
+    assert "1 record (1 whole trace) sent." in sent.stdout, sent.stdout + sent.stderr
     assert "0 records (0 whole traces) sent." in again.stdout
     assert (0, 0) == (sent.returncode, again.returncode)
 

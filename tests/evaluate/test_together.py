@@ -345,8 +345,6 @@ BAD = [
     ({"programs": Chain()}, TypeError, "mapping"),
     ({"programs": [Chain()]}, TypeError, "must be a Case"),
     ({"programs": [Case("a", Chain()), Case("a", Chain())]}, ValueError, "more than one 'a'"),
-    ({"programs": [Case("", Chain())]}, ValueError, "needs a name"),
-    ({"programs": [Case("a", Chain(), settings={"nope": 1})]}, TypeError, "no nope"),
     ({"devset": []}, ValueError, "at least one example"),
     ({"devset": None}, ValueError, "no devset"),
     ({"metric": None}, ValueError, "no metric"),
@@ -364,11 +362,26 @@ BAD = [
     ({"max_errors": "x"}, TypeError, "max_errors must be a number"),
     ({"max_errors": -1}, ValueError, "0 or more"),
     ({"run_name": 5}, TypeError, "run_name"),
-    ({"programs": [Case("a", Chain(), settings=5)]}, TypeError, "must be a mapping"),
-    ({"programs": [Case("a", Chain(), lm=EchoLM(), settings={"lm": EchoLM()})]}, TypeError, "lm of its own"),
     ({"resume": "no-such-run"}, ValueError, "there is no run"),
     ({"resume": 7}, TypeError, "run id"),
 ]
+
+
+BAD_CASES = [
+    ({"name": ""}, ValueError, "needs a name"),
+    ({"settings": {"nope": 1}}, TypeError, "no nope"),
+    ({"settings": 5}, TypeError, "must be a mapping"),
+    ({"lm": EchoLM(), "settings": {"lm": EchoLM()}}, TypeError, "lm of its own"),
+    ({"lm": "openai/gpt-4o"}, TypeError, r"must be a dspy\.LM"),
+    ({"program": "not a program"}, TypeError, "not str"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD_CASES)
+def test_bad_case(options, error, text):
+    """A case says at once what is wrong with it, where it is made."""
+    with pytest.raises(error, match=text):
+        Case(**{"name": "a", "program": Chain(), **options})
 
 
 @pytest.mark.parametrize(("options", "error", "text"), BAD)

@@ -137,7 +137,7 @@ def test_what_had_ended_is_shown_at_the_end(place, name):  # noqa: F811
         assert 8 <= len(trace.data.spans)
         return
     assert (state, spans) == (trace.info.state.value, len(trace.data.spans)), err
-    assert (state == "IN_PROGRESS") == ("1 traces were still open when the process ended" in err)
+    assert (state == "IN_PROGRESS") == ("1 trace was still open when the process ended" in err)
 
 
 def test_flush_shows_open_traces_and_their_end_completes_them(sqlite):

@@ -532,7 +532,7 @@ sys.stdin.read()
     process.terminate()
     _, err = finish(process)
     assert time.monotonic() - begun < 15
-    assert "1 operations could not be stored in time" in err
+    assert "1 operation could not be stored in time" in err
     proxy.fault = None
 
     assert 1 == export.replay().stored

@@ -8,12 +8,18 @@ import inspect
 import sys
 from pathlib import Path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 import dspy_mlflow_async
 from dspy_mlflow_async.seams import check
 
 PACKAGE = "dspy_mlflow_async"
 # The installed files, so that what is read is what is tested: in tox the wheel, not the tree.
 ROOT = Path(dspy_mlflow_async.__file__).parent
+TREE = Path(__file__).parents[2]
 # What DSPy and MLflow document for users.
 PUBLIC = (
     "dspy",
@@ -32,6 +38,11 @@ PUBLIC = (
 )
 
 NAMED_TUPLE = ("_asdict", "_fields", "_replace")  # documented, for all their underscores
+
+
+@functools.cache
+def pyproject():
+    return tomllib.loads((TREE / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The words that users read are true: code in the docs runs, links lead somewhere, CI runs the README's command."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -89,3 +90,16 @@ def test_run_py_explains_itself():
 
     assert done.returncode == 2
     assert all(name in done.stdout for name in ("demo", "test", "lint", "typing", "lowest", "bench"))
+
+
+def test_run_py_keeps_out_of_the_way_of_tox(monkeypatch):
+    """``run.py`` and a ``tox run`` beside it, of another Python perhaps, have environments of their own."""
+    spec = importlib.util.spec_from_file_location("run_py", ROOT / "run.py")
+    run_py = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run_py)
+    called = []
+    monkeypatch.setattr(run_py.subprocess, "call", lambda command, **_: called.append(command) or 0)
+    run_py._run(Path("tox"), "lint", ["src"])
+
+    assert [str(ROOT / ".tox" / "run")] * 2 == [command[command.index("--workdir") + 1] for command in called]
+    assert ["--", "src"] == called[1][-2:]

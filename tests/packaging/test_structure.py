@@ -63,7 +63,7 @@ def test_all_is_sorted_and_complete():
     taken = {
         alias.asname or alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module.startswith(source.PACKAGE)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{source.PACKAGE}.")
         for alias in node.names
     }
 
@@ -160,6 +160,40 @@ def test_files_stay_short():
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
 
     assert {} == {name: count for name, count in lines.items() if count > MAX_LINES}
+
+
+# Distributions by what is imported of them, where the names differ; and what nobody needs to install.
+DISTRIBUTIONS = {"google": "protobuf", "mlflow": "mlflow-tracing", "opentelemetry": "opentelemetry-sdk"}
+LOOKED_UP = {"trio"}  # used where the program has imported it
+# What needs the whole of MLflow.
+OF_MLFLOW = {"matplotlib", "numpy", "pandas", "sqlalchemy"}
+
+
+def test_what_is_imported_is_declared():
+    """Each distribution that a file imports, also late, is a dependency, or in the extra it belongs to."""
+    project = source.pyproject()["project"]
+
+    def names(requirements):
+        return {re.match(r"[\w.-]+", each)[0].replace("_", "-") for each in requirements}
+
+    imported = {
+        DISTRIBUTIONS.get(root, root).replace("_", "-")
+        for name, path in MODULES.items()
+        for root in {module.partition(".")[0] for module in source.imported_modules(path, name)}
+        if root not in {source.PACKAGE, *sys.stdlib_module_names, *LOOKED_UP}
+    }
+
+    assert OF_MLFLOW == names(project["optional-dependencies"]["mlflow"]) - {"mlflow"}
+    assert imported - OF_MLFLOW == names(project["dependencies"]) - {"opentelemetry-api"}
+
+
+def test_source_distribution_has_every_folder():
+    """What the documents point to and the tests run is in the source distribution, examples included."""
+    included = source.pyproject()["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    folders = {path.parts[len(source.TREE.parts)] for path in source.TREE.glob("*/**/*.py")}
+
+    assert {name for name in folders if not name.startswith(".")} <= {*included}
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", "run.py", "tox.ini"} <= {*included}
 
 
 def test_modules_say_what_they_are_for():

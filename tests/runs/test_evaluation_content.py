@@ -387,9 +387,14 @@ def test_prices_are_not_looked_for_in_the_network(monkeypatch):
     importlib.import_module("litellm")
     with_litellm = [cost_in_usd(model, tokens) for model in models]
     monkeypatch.delitem(sys.modules, "litellm")
+    asked = []
+    monkeypatch.setattr("mlflow.utils.request_utils.requests.Session.request", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr("mlflow.utils.providers.cloud_storage_http_request", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr("mlflow.utils.providers._remote_cache", None)
 
     without = [cost_in_usd(model, tokens) for model in models]
     assert "litellm" not in sys.modules
+    assert [] == asked
     assert [pytest.approx(with_litellm[0]), None] == without
 
 

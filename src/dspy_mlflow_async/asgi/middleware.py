@@ -86,6 +86,8 @@ class TracingMiddleware:
         websocket: Literal["connection", "message"] = "connection",
         flush_timeout: float = 5.0,
     ) -> None:
+        if not callable(app):
+            raise TypeError(f"app must be an ASGI application, not {app!r}")
         if websocket not in {"connection", "message"}:
             raise ValueError(f"websocket must be 'connection' or 'message', not {websocket!r}")
         if isinstance(flush_timeout, bool) or not isinstance(flush_timeout, (int, float)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 from collections.abc import Callable
@@ -22,6 +23,13 @@ COMMANDS = {
 NEED_RUNS = ("demo", "report")
 
 
+def __getattr__(name: str) -> Any:
+    """Import a command's module when somebody asks for it, as in ``dspy_mlflow_async.cli.doctor.diagnose()``."""
+    if name not in COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
+
+
 class _LazyGroup(typer.core.TyperGroup):
     """Imports a command's module when somebody asks for that command, or for the list of them all."""
 
@@ -29,6 +37,13 @@ class _LazyGroup(typer.core.TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, and for one that there is not, name the one that was meant, perhaps."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, 1)
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - click's signature
         if cmd_name not in COMMANDS:
@@ -67,7 +82,6 @@ def _what_is_missing(name: str, options: dict[str, Any]) -> str | None:
 
 app = typer.Typer(
     cls=_LazyGroup,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="MLflow tracing for DSPy programs that run concurrently.",

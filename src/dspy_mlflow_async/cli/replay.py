@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dspy_mlflow_async.printable import mask_uris
+from dspy_mlflow_async.printable import counted, mask_uris
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,11 +26,15 @@ _MAX_REASON = 160  # characters
 def replay(
     tracking_uri: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Send only what is for this store; with --folder, send that spool to this store."),
+        typer.Option(
+            metavar="URI", help="Send only what is for this store; with --folder, send that spool to this store."
+        ),
     ] = None,
     folder: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="A spool, or a folder of spools; by default the one that the tracer uses here."),
+        typer.Option(
+            metavar="FOLDER", help="A spool, or a folder of spools; by default the one that the tracer uses here."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
     dead_letters: Annotated[
@@ -77,7 +81,7 @@ def _choice(reason: str | None) -> Choice:
 
 def _list_letters(console: Console, letters: list[DeadLetter]) -> None:
     """Say how many records would be sent again, by reason and with the day of the first and the last."""
-    console.print(f"{len(letters)} dead letters would be sent again.")
+    console.print(f"{counted(len(letters), 'dead letter')} would be sent again.")
     by_reason: dict[str, list[float]] = {}
     for letter in letters:
         short = " ".join(letter.reason.split())
@@ -117,7 +121,8 @@ def _send(console: Console, tracking_uri: str | None, folder: Path | None, reviv
     if summary.dead:
         console.print(f"{summary.dead} refused by the store for good; see --dead-letters --dry-run for the reasons.")
     if summary.skipped:
-        console.print(f"{summary.skipped} files belong to a process that is running, and will be sent by it.")
+        files = counted(summary.skipped, "file belongs", "files belong")
+        console.print(f"{files} to a process that is running, and will be sent by it.")
     if summary.left:
         console.print(f"{summary.left} left in the spool. Run the same command again when the store answers.")
     for reason in summary.errors:
@@ -127,9 +132,11 @@ def _send(console: Console, tracking_uri: str | None, folder: Path | None, reviv
 
 
 def _records(count: int, traces: int) -> str:
-    return f"{count} records ({traces} whole traces)"
+    return f"{counted(count, 'record')} ({counted(traces, 'whole trace')})"
 
 
 def _say_damaged(console: Console, summary: ReplaySummary) -> None:
     if summary.damaged:
-        console.print(f"{summary.damaged} stretches of the spool could not be read; the rest could.")
+        console.print(
+            f"{counted(summary.damaged, 'stretch', 'stretches')} of the spool could not be read; the rest could."
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -65,6 +66,24 @@ def check_program(program: Any, name: str = "program") -> None:
         raise TypeError(f"{name} must be a dspy.Module or another callable, not {type(program).__name__}")
 
 
+def check_keywords(given: Iterable[str], name: str, known: Collection[str]) -> None:
+    """Refuse keyword arguments that a callable does not have.
+
+    Args:
+        given: The arguments' names.
+        name: The callable's.
+        known: The names of its arguments.
+
+    Raises:
+        TypeError: For the first that it does not have, with the one that was meant, perhaps.
+    """
+    for argument in given:
+        if argument not in known:
+            close = difflib.get_close_matches(argument, known, 1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name} has no argument {argument!r}{meant}")
+
+
 def check_metric(metric: Any) -> None:
     """Refuse what cannot judge.
 
@@ -95,6 +114,8 @@ def check_devset(devset: Any) -> list[Any]:
         devset = list(devset)
     if not devset:
         raise ValueError("devset must contain at least one example, got an empty devset.")
+    if not hasattr(devset[0], "inputs"):
+        raise TypeError(f"devset must be a list of dspy.Example, not of {type(devset[0]).__name__}")
     return devset
 
 

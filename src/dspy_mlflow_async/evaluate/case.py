@@ -34,6 +34,25 @@ class Case:
     adapter: Any = field(default=None, hash=False)
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        """Refuse a name that is none, and what cannot be evaluated.
+
+        Raises:
+            ValueError: For a name that is no text or blank.
+            TypeError: For what is no program, no mapping of settings, or has one of them twice.
+        """
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"a case needs a name, not {self.name!r}")
+        calling.check_program(self.program, f"the program of case {self.name!r}")
+        if self.lm is not None and not isinstance(self.lm, dspy.BaseLM):
+            raise TypeError(f"case {self.name!r}: lm must be a dspy.LM or another dspy.BaseLM, not {self.lm!r}")
+        if not isinstance(self.settings, Mapping):
+            raise TypeError(f"case {self.name!r}: settings must be a mapping, not {self.settings!r}")
+        if unknown := sorted(str(name) for name in self.settings if name not in dspy.settings):
+            raise TypeError(f"case {self.name!r}: dspy.settings has no {', '.join(unknown)}")
+        if twice := [name for name in ("lm", "adapter") if getattr(self, name) is not None and name in self.settings]:
+            raise TypeError(f"case {self.name!r} has {' and '.join(twice)} of its own, and another in its settings")
+
     def context(self) -> Any:
         """Return ``dspy.context`` with the case's own LM, adapter and settings.
 
@@ -82,15 +101,6 @@ def _checked(
     """Check one case. ``devsets`` has those already read, by identity: an iterator that cases share is read once."""
     if not isinstance(case, Case):
         raise TypeError(f"each of a list of cases must be a Case, not a {type(case).__name__}")
-    if not isinstance(case.name, str) or not case.name.strip():
-        raise ValueError(f"a case needs a name, not {case.name!r}")
-    if not isinstance(case.settings, Mapping):
-        raise TypeError(f"case {case.name!r}: settings must be a mapping, not {case.settings!r}")
-    if unknown := sorted(name for name in case.settings if name not in dspy.settings):
-        raise TypeError(f"case {case.name!r}: dspy.settings has no {', '.join(unknown)}")
-    if twice := [name for name in ("lm", "adapter") if getattr(case, name) is not None and name in case.settings]:
-        raise TypeError(f"case {case.name!r} has {' and '.join(twice)} of its own, and another in its settings")
-    calling.check_program(case.program, f"the program of case {case.name!r}")
     try:
         given = devset if case.devset is None else case.devset
         if id(given) not in devsets:

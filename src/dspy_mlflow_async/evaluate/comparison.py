@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.statistics import Difference
-from dspy_mlflow_async.printable import printable
+from dspy_mlflow_async.printable import counted, printable
 from dspy_mlflow_async.runs.description import table as markdown_table
 from dspy_mlflow_async.runs.feedback import text_of
 from dspy_mlflow_async.seams.installed import needs_whole
@@ -201,7 +201,7 @@ class Comparison(Mapping[str, CaseResult]):
                 notes.append(f"Differences are from {self.baseline}, with 95% intervals.")
         if self.stopped_by is not None:
             left_out = sum(map(len, self.not_run.values()))
-            notes.append(f"Stopped by {self.stopped_by}; {left_out} examples were not run.")
+            notes.append(f"Stopped by {self.stopped_by}; {counted(left_out, 'example was', 'examples were')} not run.")
         if self.unpriced:
             notes.append(f"MLflow knows no price for {', '.join(self.unpriced)}: max_cost has not counted that.")
         for case in self.cases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -117,6 +118,7 @@ def _without_await(function: Callable[_Arguments, Coroutine[Any, Any, _Result]])
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        calling.check_keywords(kwargs, call.__name__, inspect.signature(function).parameters)
         begin = functools.partial(function, *args, **kwargs)
         if _is_in_trio():
             raise RuntimeError(f"in trio, use `await {function.__name__}(...)` in place of {call.__name__}(...)")

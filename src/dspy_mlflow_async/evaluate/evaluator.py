@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,10 +47,11 @@ class AsyncEvaluate(dspy.Evaluate):
         failure_score: The score of a failed example.
         save_as_csv: Where to write the results as CSV.
         save_as_json: Where to write them as JSON.
-        **kwargs: As ``dspy.Evaluate``'s.
+        **kwargs: Arguments that a later ``dspy.Evaluate`` may have.
 
     Raises:
-        TypeError: For a limit, a timeout, ``max_errors`` or ``failure_score`` that is no number.
+        TypeError: For a limit, a timeout, ``max_errors`` or ``failure_score`` that is no number, and for an argument
+            that ``dspy.Evaluate`` does not have, which it would itself ignore.
         ValueError: For a limit below 1, or a timeout that is not above 0.
     """
 
@@ -70,6 +72,10 @@ class AsyncEvaluate(dspy.Evaluate):
         save_as_json: str | None = None,
         **kwargs: Any,
     ) -> None:
+        known = {*inspect.signature(AsyncEvaluate).parameters, *inspect.signature(dspy.Evaluate).parameters} - {
+            "kwargs"
+        }
+        calling.check_keywords(kwargs, "AsyncEvaluate", known)
         super().__init__(
             devset=devset,
             metric=metric,

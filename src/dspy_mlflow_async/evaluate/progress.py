@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
 from dspy_mlflow_async.guard import guarded
-from dspy_mlflow_async.printable import printable
+from dspy_mlflow_async.printable import counted, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -52,7 +52,7 @@ class Line:
     @property
     def error_text(self) -> str:
         """Number of examples that have failed, in words; empty for none."""
-        return "" if not self.errors else "1 error" if self.errors == 1 else f"{self.errors} errors"
+        return counted(self.errors, "error") if self.errors else ""
 
 
 class Board:
@@ -151,7 +151,7 @@ class Board:
         live.update(self._lines[line], completed=line.done, score=line.score, errors=line.error_text)
         if self._total is not None:
             done, size, errors = self._sums()
-            live.update(self._total, completed=done, total=size, errors=f"{errors} errors" if errors else "")
+            live.update(self._total, completed=done, total=size, errors=counted(errors, "error") if errors else "")
 
     def _sums(self) -> tuple[int, int, int]:
         lines = [*self._ended, *self._lines]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from platformdirs import user_state_dir
+
+MODES = ("thread", "process")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,22 @@ class ExportOptions:
     max_spool_bytes: int = 2**30
     exit_timeout: float = 10.0
     spool_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later, in a thread of ours."""
+        if self.mode not in MODES:
+            raise ValueError(f"export must be {' or '.join(map(repr, MODES))}, not {self.mode!r}")
+        for name in ("visible_after", "children_timeout", "exit_timeout"):
+            _require(getattr(self, name), name, numbers.Real, "a number of seconds")
+        for name in ("max_waiting_bytes", "max_spool_bytes"):
+            _require(getattr(self, name), name, numbers.Integral, "a whole number of bytes")
+
+
+def _require(value: Any, name: str, kind: type, words: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} must be {words}, not {value!r}")
+    if not value >= 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be 0 or more, not {value!r}")
 
 
 def spool_root(folder: Path | None = None) -> Path:

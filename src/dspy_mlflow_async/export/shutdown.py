@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export import worker_processes
 from dspy_mlflow_async.export.write import fork_gate
+from dspy_mlflow_async.printable import counted
 from dspy_mlflow_async.seams.patching import Undo
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def leave(pipeline: Pipeline | None, closing: list[tuple[Pipeline, threading.Thr
         save(pipeline)
         if count:
             logger.warning(
-                "dspy-mlflow-async: %d traces were still open when the process ended; they are shown with the spans "
-                "that had ended, in state IN_PROGRESS.",
-                count,
+                "dspy-mlflow-async: %s still open when the process ended; shown with the spans that had ended, in "
+                "state IN_PROGRESS.",
+                counted(count, "trace was", "traces were"),
             )
     for replaced, thread in closing:
         if thread.is_alive():
@@ -75,9 +76,9 @@ def save(pipeline: Pipeline) -> None:
     """Bring what is left to the disk, and say so."""
     for folder, count in pipeline.save_everything().items():
         logger.warning(
-            "dspy-mlflow-async: %d operations could not be stored in time and are kept in %s; "
-            "send them with: dspy-mlflow-async replay",
-            count,
+            "dspy-mlflow-async: %s could not be stored in time, and will be found in %s; "
+            "send what is there with: dspy-mlflow-async replay",
+            counted(count, "operation"),
             folder,
         )
 

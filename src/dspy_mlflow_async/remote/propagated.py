@@ -54,7 +54,12 @@ def propagate(function: Callable[..., _Result]) -> Callable[..., _Result]:
     Returns:
         A function that may be called any number of times, at once and anywhere, each time under the span that is
         current now, with its session, user, tags and metadata.
+
+    Raises:
+        TypeError: For what cannot be called.
     """
+    if not callable(function):
+        raise TypeError(f"propagate takes a function that can be called, not {function!r}")
     return cast("Callable[..., _Result]", _Function(_Binding(function)))
 
 

@@ -72,6 +72,9 @@ def wrap(
     """
     if not callable(program):
         raise TypeError(f"wrap takes a program that can be called, not {program!r}")
+    if isinstance(program, type) and issubclass(program, dspy.Module):
+        name = program.__name__
+        raise TypeError(f"wrap takes a program, and {name} is a class; pass an instance of it: {name}(...)")
     options = Options(name, sample, session_id, user, tags, metadata, experiment_id, redact, inputs, outputs)
     options.check_span()
     options.check_experiment()

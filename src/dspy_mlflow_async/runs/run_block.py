@@ -34,6 +34,7 @@ class run:  # noqa: N801 - used like a function
         MLflow's ``ActiveRun``. It ends FINISHED, FAILED after an exception, KILLED after a cancellation.
 
     Raises:
+        TypeError: For a name that is no text, and tags that are no mapping.
         MlflowException: Where the store refuses to create or end it.
         RuntimeError: Where it is entered a second time: each block is a run of its own.
     """
@@ -47,6 +48,10 @@ class run:  # noqa: N801 - used like a function
         experiment_id: str | None = None,
         parent_run_id: str | None = None,
     ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a text, not {name!r}")
+        if tags is not None and not isinstance(tags, Mapping):
+            raise TypeError(f"tags must be a mapping of names to values, not {tags!r}")
         self._name = name if name is None else Door.here().text(name, MAX_TAG_LENGTH)
         door = Door.here()
         self._tags = {key: _tag(door, key, value) for key, value in (tags or {}).items()}

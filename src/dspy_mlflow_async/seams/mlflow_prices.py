@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import os
 import sys
 from collections.abc import Mapping
 from types import FunctionType, ModuleType
@@ -39,10 +40,10 @@ def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
         cost = calculate(model, dict(tokens), provider.partition("/")[0] or None)
         return None if cost is None else float(cost["total_cost"])
     # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.
-    cost_per_token = taken("mlflow.utils.providers:cost_per_token")
-    if cost_per_token is None:
+    providers = taken("mlflow.utils:providers")
+    if providers is None or taken("mlflow.utils.providers:cost_per_token") is None:
         return None
-    costs = cost_per_token(
+    costs = _bundled(providers).cost_per_token(
         model=name,
         prompt_tokens=tokens.get(TokenUsageKey.INPUT_TOKENS, 0),
         completion_tokens=tokens.get(TokenUsageKey.OUTPUT_TOKENS, 0),
@@ -86,14 +87,26 @@ def _without_import(original: Any, providers: ModuleType) -> Any:
     return calculate_cost_by_model_and_token_usage
 
 
-def _offline(original: FunctionType, providers: ModuleType) -> Any:
-    """Return MLflow's function as it is where LiteLLM is not installed and no catalog of prices is in the network."""
+@functools.cache
+def _bundled(providers: ModuleType) -> ModuleType:
+    """Return MLflow's module of prices as it is where no catalog is in the network: with the prices that came with it.
+
+    MLflow would ask the internet for the catalog of a provider, again and again, while a write holds the database or
+    somebody waits for the end of an evaluation.
+    """
     prices = ModuleType(_PROVIDERS)
-    # A write holds the database; MLflow would look for the catalog of a provider on the internet meanwhile.
-    vars(prices).update(vars(providers), _fetch_remote_provider=lambda _provider: None)
+    vars(prices).update(vars(providers))
+    if not os.environ.get("MLFLOW_MODEL_CATALOG_URI", "").startswith("file:"):  # a mirror on this machine
+        vars(prices).update(_fetch_remote_provider=lambda _provider: None)
     for name in ("_load_provider", "_lookup_model_info", "cost_per_token"):
         if isinstance(function := getattr(providers, name, None), FunctionType):
             setattr(prices, name, over(function, vars(prices)))
+    return prices
+
+
+def _offline(original: FunctionType, providers: ModuleType) -> Any:
+    """Return MLflow's function as it is where LiteLLM is not installed and no catalog of prices is in the network."""
+    prices = _bundled(providers)
 
     def import_(name: str, *args: Any, **kwargs: Any) -> Any:
         if name.partition(".")[0] == "litellm":

@@ -19,14 +19,18 @@ FOLDER = Path("dspy-mlflow-async-demo")
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the MLflow store goes; made if need be.")] = FOLDER,
+    folder: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the MLflow store goes; made if need be.")
+    ] = FOLDER,
     model: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Ask this model, by LiteLLM's name (openai/gpt-4o-mini), not the local endpoint."),
+        typer.Option(
+            metavar="NAME", help="Ask this model, by LiteLLM's name (openai/gpt-4o-mini), not the local endpoint."
+        ),
     ] = None,
     api_base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="The OpenAI-compatible endpoint of --model; by default its provider's."),
+        typer.Option(metavar="URL", help="The OpenAI-compatible endpoint of --model; by default its provider's."),
     ] = None,
 ) -> None:
     """Trace a DSPy program under concurrency, read the traces back from MLflow, and check every span."""

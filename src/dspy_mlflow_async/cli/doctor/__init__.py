@@ -24,7 +24,7 @@ _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
 def doctor(
     tracking_uri: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Ask after this store; by default the one that MLflow would take here."),
+        typer.Option(metavar="URI", help="Ask after this store; by default the one that MLflow would take here."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name each seam, with what it is for.")] = False,
 ) -> None:

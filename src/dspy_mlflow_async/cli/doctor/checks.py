@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
-from dspy_mlflow_async.printable import split_credentials
+from dspy_mlflow_async.printable import counted, split_credentials
 from dspy_mlflow_async.workers import call_with_timeout
 
 _SECONDS = 5.0
@@ -135,24 +135,30 @@ def spool() -> Iterator[Finding]:
             )
         if info.records and info.in_use:
             yield Finding(
-                Level.NOTE, "spool", f"{info.folder} holds {info.records} records for {target}, on their way."
+                Level.NOTE,
+                "spool",
+                f"{info.folder} holds {counted(info.records, 'record')} for {target}, on their way.",
             )
         elif info.records:
             yield Finding(
                 Level.PROBLEM,
                 "spool",
-                f"{info.folder} holds {info.records} records ({info.traces} traces) that {target} has not got; "
-                "send them with: dspy-mlflow-async replay",
+                f"{info.folder} holds {counted(info.records, 'record')} ({counted(info.traces, 'trace')}) that "
+                f"{target} has not got; send them with: dspy-mlflow-async replay",
             )
         if info.dead:
             yield Finding(
                 Level.NOTE,
                 "spool",
-                f"{target} has refused {info.dead} records for good; {info.folder} keeps them. See why, and send "
-                "them again, with: dspy-mlflow-async replay --dead-letters --dry-run. Or delete the folder.",
+                f"{target} has refused {counted(info.dead, 'record')} for good; {info.folder} keeps them. See why, and "
+                "send them again, with: dspy-mlflow-async replay --dead-letters --dry-run. Or delete the folder.",
             )
         if info.damaged:
-            yield Finding(Level.NOTE, "spool", f"{info.folder} has {info.damaged} stretches that cannot be read.")
+            yield Finding(
+                Level.NOTE,
+                "spool",
+                f"{info.folder} has {counted(info.damaged, 'stretch', 'stretches')} that cannot be read.",
+            )
     if not found:
         yield Finding(Level.OK, "spool", "nothing waits on disk")
 

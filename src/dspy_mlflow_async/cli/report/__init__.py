@@ -16,10 +16,10 @@ def report(
         typer.Option(metavar="FILE", help="Write one page with the plots, too."),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Put evaluations side by side, by example.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="How many examples that differ to list.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="How many examples that differ to list.")] = 20,
     tracking_uri: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Read this store; by default the one that MLflow would take here."),
+        typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
     ] = None,
 ) -> None:
     """Show a run and the runs below it, or what differs between evaluations.
