@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -153,6 +154,13 @@ def test_options_are_known_where_the_design_says(option, words):
     }
 
     assert named == found
+
+
+def test_test_files_have_names_of_their_own():
+    """No two test files have the same name: pytest imports them by it, and refuses the second."""
+    names = Counter(path.name for path in Path(__file__).parents[1].rglob("test_*.py"))
+
+    assert [] == [name for name, count in names.items() if count > 1]
 
 
 def test_files_stay_short():

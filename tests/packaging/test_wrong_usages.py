@@ -168,7 +168,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "sentence"), PYTHON, ids=[sentence for _, sentence in PYTHON])
+@pytest.mark.parametrize(("call", "sentence"), PYTHON, ids=[sentence.partition(" at 0x")[0] for _, sentence in PYTHON])
 def test_python_says_what_is_wrong(call, sentence):
     """The sentence, as the one error that there is; nothing is switched on, and no run is made."""
     with pytest.raises((TypeError, ValueError)) as caught:
