@@ -34,6 +34,7 @@ NAMES = {
     "docs": "build the documentation's site, with warnings as errors",
     "bench": "measure what tracing costs",
     "faults": "try what may go wrong, and show where every trace is (two to three minutes; --long for hours)",
+    "ui": "look at MLflow's pages in a headless Chromium, and save the pictures of the docs",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }
 NO_PIP = """\
