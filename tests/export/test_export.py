@@ -18,7 +18,9 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 from stores import call, check_sum, span_processor, wait_until
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.export import installation
 from dspy_mlflow_async.export.assemble import assembler, gc_deferred
+from dspy_mlflow_async.export.operations import TraceOperation, TraceUpdate
 
 
 def test_a_trace_arrives_whole(sqlite):
@@ -486,6 +488,34 @@ def test_holds_nest(sqlite):
 
     assert export.flush(100)
     assert {"a": "1", "b": "2"} == {k: v for k, v in sqlite.read()[root.trace_id].info.tags.items() if k in "ab"}
+
+
+def test_feedback_does_not_overtake_a_trace_that_is_being_handed_on(sqlite, monkeypatch):
+    """Feedback that comes in the very moment in which a flush hands its trace on is written after it, not refused."""
+    assembling = installation.pipeline().assembler
+    emit, order, is_said = assembling._emit, [], threading.Event()
+    is_handing_on = threading.Event()
+
+    def emit_slowly(uri, item, is_sync):
+        if isinstance(item, TraceOperation):
+            is_handing_on.set()
+            is_said.wait(0.3)  # so long the feedback may try to overtake
+        emit(uri, item, is_sync)
+        order.append(type(item))
+        is_said.set()
+
+    monkeypatch.setattr(assembling, "_emit", emit_slowly)
+    with mlflow.start_span("root") as root:
+        export.hold(root.trace_id)
+    handing_on = threading.Thread(target=assembling.hand_on, args=(root.trace_id,))
+    handing_on.start()
+    assert is_handing_on.wait(20)
+    export.release(root.trace_id, assessments=[Feedback(name="score", value=1.0)])
+    handing_on.join(20)
+
+    assert [TraceOperation, TraceUpdate] == order
+    assert export.flush(100)
+    assert 0 == export.stats().dead
 
 
 def test_a_release_after_the_write_follows_it(sqlite):

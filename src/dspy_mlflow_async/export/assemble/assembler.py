@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
@@ -226,6 +227,10 @@ class TraceAssembler:
 
     def complete(self, entry: OpenTrace, *, force: bool = False) -> None:
         """Hand a trace on, unless somebody holds it. Doing so twice does nothing."""
+        with entry.showing:  # what is said about it from here on comes after it
+            self._complete(entry, force=force)
+
+    def _complete(self, entry: OpenTrace, *, force: bool) -> None:
         with self._lock:
             if entry.is_handed_on or (self._holds.get(entry.trace_id) and not force):
                 return
@@ -392,7 +397,7 @@ class TraceAssembler:
     ) -> None:
         """Take back a hold, and say something about the trace."""
         named = [name_it(assessment, trace_id) for assessment in assessments]
-        follow_up = None
+        follow_up = old = None
         uri, is_sync = None, False
         with self._lock:
             count = self._holds.get(trace_id, 0) - 1
@@ -420,7 +425,8 @@ class TraceAssembler:
                     workspace=old.workspace if old else None,
                 )
         if follow_up is not None:
-            self._emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
+            with contextlib.nullcontext() if old is None else old.showing:  # it may be on its way this very moment
+                self._emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
         elif entry is not None and count <= 0:
             with entry.lock:
                 is_complete = entry.ended_at is not None and not entry.open_ids
