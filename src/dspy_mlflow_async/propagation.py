@@ -10,12 +10,13 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.runs import active_runs
+from dspy_mlflow_async.runs.evaluation import ELSEWHERE
 from dspy_mlflow_async.seams.mlflow_spans import TRACING_VARIABLES
 from dspy_mlflow_async.settings import OVERRIDE
 
 _Result = TypeVar("_Result")
 
-_VARIABLES = (active_runs.VARIABLE, export.KEEPS, OVERRIDE, *TRACING_VARIABLES)
+_VARIABLES = (active_runs.VARIABLE, export.KEEPS, OVERRIDE, ELSEWHERE, *TRACING_VARIABLES)
 
 
 def capture() -> Carrier:

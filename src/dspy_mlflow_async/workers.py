@@ -217,7 +217,7 @@ class Threads:
 
         Should this be cancelled, the thread goes on unheeded, and keeps its place in ``limiter``.
         """
-        borrower, call, into_loop = object(), _Call(function), _way_into_loop()
+        borrower, call, into_loop = object(), _Call(function), way_into_loop()
         await limiter.acquire_on_behalf_of(borrower)
         self._running += 1
 
@@ -241,7 +241,7 @@ class Threads:
                 is_over()
 
 
-def _way_into_loop() -> Callable[[Callable[[], None]], Any]:
+def way_into_loop() -> Callable[[Callable[[], None]], Any]:
     """Return a function by which a thread has functions called in this event loop, without waiting for them."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe

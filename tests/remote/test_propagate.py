@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import pickle
+import tempfile
 import threading
 
 import cloudpickle
@@ -28,8 +29,9 @@ def stored(experiment_id):
 
 def settled(pool):
     """What both processes have traced is in the store."""
-    for future in [pool.submit(elsewhere.settle) for _ in range(8)]:
-        future.result(60)
+    with tempfile.TemporaryDirectory() as folder:
+        for future in [pool.submit(elsewhere.settle_both, folder) for _ in range(2)]:
+            future.result(60)
     assert flush(30)
 
 

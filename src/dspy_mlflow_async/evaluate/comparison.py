@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+    from dspy_mlflow_async.remote.workers import WorkerReport
+
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 _MAX_ERROR = 200  # characters
 _WIDTH = 120  # columns of print(result)
@@ -102,6 +104,7 @@ class Comparison(Mapping[str, CaseResult]):
         run_id: MLflow's id of the parent run, or None where the store did not create one.
         stopped_by: Which budget was reached, in words, or None.
         unpriced: The models that ``max_cost`` could not count, since MLflow does not know their price.
+        workers: The processes that have evaluated the examples, with their books; empty where this one has.
     """
 
     cases: tuple[CaseResult, ...]
@@ -109,6 +112,7 @@ class Comparison(Mapping[str, CaseResult]):
     run_id: str | None = None
     stopped_by: str | None = None
     unpriced: tuple[str, ...] = ()
+    workers: tuple[WorkerReport, ...] = ()
 
     def __getitem__(self, name: str) -> CaseResult:
         for case in self.cases:

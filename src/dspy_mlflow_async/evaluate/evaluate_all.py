@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
+import anyio.to_thread
 import dspy
 from anyio.from_thread import start_blocking_portal
 
@@ -17,7 +18,9 @@ from dspy_mlflow_async.evaluate import calling
 from dspy_mlflow_async.evaluate.budget import Limits
 from dspy_mlflow_async.evaluate.case import Case, cases_of
 from dspy_mlflow_async.evaluate.comparison import Comparison
+from dspy_mlflow_async.evaluate.elsewhere import Crew, check, workers_of
 from dspy_mlflow_async.evaluate.session import Options, Session
+from dspy_mlflow_async.remote.workers import Workers
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -31,6 +34,7 @@ async def aevaluate_all(
     baseline: str | None = None,
     max_concurrency: int | None = None,
     timeout: float | None = None,  # noqa: ASYNC109 - per example, not of this call
+    workers: int | Workers | None = None,
     max_errors: int | None = None,
     provide_traceback: bool | None = None,
     failure_score: float = 0.0,
@@ -59,6 +63,9 @@ async def aevaluate_all(
         max_concurrency: How many examples of all cases together may be in flight; by default
             ``dspy.settings.async_max_workers``.
         timeout: Seconds that an example may take; one that takes longer is a failed one.
+        workers: Processes that evaluate the examples: a number of them on this machine, or ``Processes``, ``Ray`` or
+            ``Executor`` of ``dspy_mlflow_async.remote``. By default this process does. All other limits hold for all
+            of them together; ``comparison.workers`` tells what each has done.
         max_errors: How many failed examples end a case; by default ``dspy.settings.max_errors``.
         provide_traceback: Log failed examples with their traceback; by default ``dspy.settings.provide_traceback``.
         failure_score: The score of a failed example.
@@ -80,7 +87,8 @@ async def aevaluate_all(
         run has the same as a table (``comparison.json``), the scores as metrics, and a plot (``scores.png``).
 
     Raises:
-        TypeError: For an argument of the wrong type.
+        TypeError: For an argument of the wrong type, and for a program, a metric or a setting that cannot be sent to
+            workers; says which.
         ValueError: For no case, two of one name, an unknown baseline, an empty devset, no metric, a limit out of
             range, or a run that is unknown or does not fit. Nothing has run then.
         Exception: What a case raised, with ``raise_on_error``.
@@ -110,7 +118,10 @@ async def aevaluate_all(
         seed=seed,
         display_progress=display_progress,
     )
-    return await Session(cases, baseline or names[0], options).run(resume)
+    crew = None if (found := workers_of(workers)) is None else Crew(found)
+    if crew is not None:
+        await anyio.to_thread.run_sync(check, cases)
+    return await Session(cases, baseline or names[0], options, crew).run(resume)
 
 
 def _without_await(function: Callable[_Arguments, Coroutine[Any, Any, _Result]]) -> Callable[_Arguments, _Result]:

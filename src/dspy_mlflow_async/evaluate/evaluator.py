@@ -13,9 +13,11 @@ import dspy
 
 from dspy_mlflow_async.evaluate import calling, results
 from dspy_mlflow_async.evaluate.calling import METRIC_THREADS, Caller
+from dspy_mlflow_async.evaluate.elsewhere import Crew, RemoteExamples, workers_of
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
 from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.evaluate.progress import BOARD
+from dspy_mlflow_async.remote.workers import Workers
 from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED
 from dspy_mlflow_async.seams.dspy_evaluate import with_callbacks
@@ -39,6 +41,8 @@ class AsyncEvaluate(dspy.Evaluate):
             ``dspy.settings.async_max_workers``.
         timeout: Seconds that an example may take, prediction and metric together, once it has begun. One that takes
             longer is a failed example, and what it awaits is cancelled.
+        workers: Processes that evaluate the examples in ``acall``: a number of them on this machine, or ``Processes``,
+            ``Ray`` or ``Executor`` of ``dspy_mlflow_async.remote``. By default this process does.
         num_threads: For calls without ``acall``, as in ``dspy.Evaluate``.
         display_progress: Show a line of progress.
         display_table: Show the results as a table, all or so many of them.
@@ -62,6 +66,7 @@ class AsyncEvaluate(dspy.Evaluate):
         metric: Callable[..., Any] | None = None,
         max_concurrency: int | None = None,
         timeout: float | None = None,
+        workers: int | Workers | None = None,
         num_threads: int | None = None,
         display_progress: bool = False,
         display_table: bool | int = False,
@@ -91,6 +96,7 @@ class AsyncEvaluate(dspy.Evaluate):
         )
         self.max_concurrency = None if max_concurrency is None else calling.check_limit(max_concurrency)
         self.timeout = calling.check_positive(timeout, "timeout", "seconds")
+        self.workers = workers_of(workers)
 
     async def acall(
         self,
@@ -192,7 +198,8 @@ class AsyncEvaluate(dspy.Evaluate):
         with BOARD.line(name, len(devset), self.failure_score, is_shown=display_progress) as line:
             if display_progress:
                 conditions = replace(conditions, note=line.advance)
-            outcomes = await Examples(*callers, rules, conditions, evaluation).run(devset)
+            kind = Examples if conditions.crew is None else RemoteExamples
+            outcomes = await kind(*callers, rules, conditions, evaluation).run(devset)
         if not outcomes:
             raise results.NothingRun("a budget was reached before the first example")
         if evaluation is not None:
@@ -208,7 +215,7 @@ class AsyncEvaluate(dspy.Evaluate):
 
     def _conditions(self, limit: int) -> Conditions:
         """Return the conditions for the examples of one call."""
-        return Conditions(Slots(limit))
+        return Conditions(Slots(limit), crew=None if self.workers is None else Crew(self.workers))
 
 
 @contextlib.asynccontextmanager

@@ -56,12 +56,14 @@ class Conditions:
         note: Called with the outcome of each example that ends.
         note_late: Called when the thread that an example has left behind ends: with the outcome as it is then, and with
             one whose tokens are those alone that were used after the example.
+        crew: Who evaluates the examples in other processes; None where this one does.
     """
 
     slots: Slots
     finished: Mapping[int, Outcome] = field(default_factory=lambda: MappingProxyType({}))
     note: Callable[[Outcome], None] = lambda _: None
     note_late: Callable[[Outcome, Outcome], None] = lambda _, __: None
+    crew: Any = None
 
 
 class Examples:
@@ -126,15 +128,17 @@ class Examples:
         threads = Threads()
         try:
             dspy_evaluate.isolate_settings()
-            outcome, noted = await self._outcome(index, item, threads)
+            outcome, noted, error = await self._outcome(index, item, threads)
+            if error is not None:
+                self._note_error(item, error)
             self._outcomes[index] = outcome
             self._conditions.note(outcome)
             if threads.are_running:
                 threads.when_over(functools.partial(self._note_late, outcome, noted))
-        except BaseException as error:
+        except BaseException as fatal:
             if not is_cancelled_from_outside() and self._fatal is None:
                 # The program's own: it goes through as it is, where a task group would wrap or swallow it.
-                self._fatal = error
+                self._fatal = fatal
                 self._group.cancel_scope.cancel()
                 return
             raise
@@ -142,15 +146,14 @@ class Examples:
             # Not before what it has spent is counted, and its thread has ended: the limit is one of work.
             threads.when_over(functools.partial(self._conditions.slots.leave, self._entrance))
 
-    async def _outcome(self, index: int, item: Any, threads: Threads) -> tuple[Outcome, Any]:
+    async def _outcome(self, index: int, item: Any, threads: Threads) -> tuple[Outcome, Any, Exception | None]:
         noted: Any = None
         try:
             with self._watch(item, index) as noted:
                 prediction, score = await self._evaluate(noted, item, threads)
         except Exception as error:  # noqa: BLE001 - ParallelExecutor's rule: any is a failed example
-            self._note_error(item, error)
-            return _outcome_of(index, noted, error=error), noted
-        return _outcome_of(index, noted, prediction=prediction, score=score), noted
+            return _outcome_of(index, noted, error=error), noted, error
+        return _outcome_of(index, noted, prediction=prediction, score=score), noted, None
 
     async def _evaluate(self, noted: Any, item: Any, threads: Threads) -> tuple[Any, Any]:
         timeout = self._rules.timeout
@@ -179,9 +182,8 @@ class Examples:
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
         if self._rules.provide_traceback:
-            dspy_evaluate.PARALLELIZER_LOGGER.error(
-                f"Error for {text_of(item)}: {text_of(error)}\n{traceback.format_exc()}"
-            )
+            trace = getattr(error, "traceback", None) or "".join(traceback.format_exception(error))
+            dspy_evaluate.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}\n{trace}")
         else:
             hint = "Set `provide_traceback=True` for traceback."
             dspy_evaluate.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}. {hint}")

@@ -19,6 +19,7 @@ from dspy_mlflow_async.evaluate import stored_runs, summary
 from dspy_mlflow_async.evaluate.budget import Budget, Limits
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import FAILED, FINISHED, STOPPED, CaseResult, Comparison
+from dspy_mlflow_async.evaluate.elsewhere import Crew
 from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.examples import Conditions, is_cancelled_from_outside
@@ -82,12 +83,14 @@ class Session:
         cases: The cases, checked.
         baseline: The name of the case that the others are compared with.
         options: What holds for all.
+        crew: Who evaluates the examples in other processes; None where this one does.
     """
 
-    def __init__(self, cases: Sequence[Case], baseline: str, options: Options) -> None:
+    def __init__(self, cases: Sequence[Case], baseline: str, options: Options, crew: Crew | None = None) -> None:
         self._cases = cases
         self._baseline = baseline
         self._options = options
+        self._crew = crew
         self._slots = Slots(options.max_concurrency)
         self._budget = Budget(options.limits, self._slots)
         self._results: dict[str, CaseResult] = {}
@@ -203,9 +206,8 @@ class Session:
         with line_of as line, case.context():
             for outcome in outcomes.values():
                 line.advance(outcome)
-            conditions = Conditions(
-                self._slots, dict(outcomes), self._noting(outcomes, line, journal), self._noting_late(outcomes, journal)
-            )
+            noting = self._noting(outcomes, line, journal), self._noting_late(outcomes, journal)
+            conditions = Conditions(self._slots, dict(outcomes), *noting, self._crew)
             evaluator = _CaseEvaluate(case, self._options, conditions)
             async with _kept_by(journal):
                 metadata = {"metric_key": case.name, ALWAYS_LOGGED: True}
@@ -259,6 +261,7 @@ class Session:
             None if parent is None else parent.run_id,
             self._budget.reached,
             tuple(self._budget.unpriced),
+            () if self._crew is None else self._crew.report(),
         )
         if parent is not None:
             try:

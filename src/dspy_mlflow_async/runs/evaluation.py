@@ -20,7 +20,7 @@ from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.feedback import metric_name
 from dspy_mlflow_async.runs.handle import FINISHED, MAX_KEY_LENGTH, RunHandle
 from dspy_mlflow_async.runs.results import Results, usage_of
-from dspy_mlflow_async.seams.dspy import with_program_and_metric
+from dspy_mlflow_async.seams.dspy import program_and_metric, with_program_and_metric
 from dspy_mlflow_async.settings import Settings
 from dspy_mlflow_async.spans.door import Door
 
@@ -29,6 +29,13 @@ logger = logging.getLogger("dspy_mlflow_async")
 DEFAULT_METRIC_KEY = "eval"
 # In an evaluation's callback_metadata: it is logged as a run whatever the tracer was told, as evaluate_all wants.
 ALWAYS_LOGGED = "dspy_mlflow_async.always_logged"
+
+
+# Takes an evaluation's examples to other processes in this context: called with the evaluation, its program and its
+# metric, it returns the function that evaluates one example, or None where they cannot go there.
+ELSEWHERE: ContextVar[Callable[[Evaluation, Any, Any], Callable[[Any], Any] | None] | None] = ContextVar(
+    "dspy_mlflow_async_elsewhere", default=None
+)
 
 
 class Postponed:
@@ -234,7 +241,7 @@ class Evaluation:
             example.close(error)
             self._ended.append(example)
 
-    def recall(self, index: int, trace_id: str | None, error: str | None, duration: float | None) -> Example:
+    def recall(self, index: int | None, trace_id: str | None, error: str | None, duration: float | None) -> Example:
         """Note an example that an earlier, interrupted evaluation has finished; the arguments are ``Example``'s."""
         example = Example(index)
         example.trace_id, example.error, example.duration = trace_id, error, duration
@@ -246,7 +253,11 @@ class Evaluation:
 def watch_items(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return ``function`` as DSPy's worker pool should run it here: watched, if an evaluation runs it."""
     evaluation = begun_here()
-    return function if evaluation is None else evaluation.watch(function)
+    if evaluation is None:
+        return function
+    elsewhere, found = ELSEWHERE.get(), program_and_metric(function)
+    sent = None if elsewhere is None or found is None else elsewhere(evaluation, *found)
+    return evaluation.watch(function) if sent is None else sent
 
 
 def begun_here() -> Evaluation | None:

@@ -101,6 +101,14 @@ def is_tracking_usage() -> bool:
     return bool(dspy.settings.track_usage)
 
 
+def program_and_metric(function: Callable[[Any], Any]) -> tuple[Any, Any] | None:
+    """Return the program and the metric in ``Evaluate``'s function for one example; None for one of another shape."""
+    if not isinstance(function, types.FunctionType) or not {"program", "metric"} <= set(function.__code__.co_freevars):
+        return None
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return cells["program"].cell_contents, cells["metric"].cell_contents
+
+
 def with_program_and_metric(
     function: Callable[[Any], Any],
     run_program: Callable[[Any, dict[str, Any]], Any],

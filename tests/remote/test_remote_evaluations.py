@@ -1,0 +1,240 @@
+"""Evaluations whose examples run in worker processes: the same books, the same rules, and no example lost."""
+
+import asyncio
+import contextlib
+import os
+import threading
+
+import dspy
+import mlflow
+import pytest
+from elsewhere_examples import Dies, Waits, Where, is_right
+
+from dspy_mlflow_async import AsyncEvaluate, aevaluate_all, autolog, evaluate_all, flush
+from dspy_mlflow_async.remote import Processes, on
+from dspy_mlflow_async.testing import tree
+from echo import predict_tree
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """Two processes, with a spool of their own, for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(tmp_path_factory.mktemp("spool")))
+        with Processes(2) as started:
+            yield started
+
+
+def examples(size, prefix="@e"):
+    """Examples whose right answer is their question."""
+    return [dspy.Example(question=f"{prefix}-{n}", answer=f"{prefix}-{n}").with_inputs("question") for n in range(size)]
+
+
+def evaluate(programs, devset, workers, **options):
+    return evaluate_all(programs, devset=devset, metric=is_right, workers=workers, display_progress=False, **options)
+
+
+def stored(experiment):
+    assert flush(30)
+    return mlflow.search_traces(locations=[experiment], return_type="list", include_spans=True)
+
+
+def ids_of(case):
+    """The traces of a case's examples, by its table."""
+    table = mlflow.artifacts.load_dict(f"runs:/{case.run_id}/result_table.json")
+    return [row[table["columns"].index("trace_id")] for row in table["data"]]
+
+
+def marks(folder):
+    """What the programs have left in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def plain(case):
+    """What must be the same wherever the examples have run."""
+    return case.status, case.score, case.examples, case.errors, case.first_error, case.input_tokens, case.output_tokens
+
+
+def test_a_remote_evaluation_is_a_local_one(experiment, workers):
+    """Scores, errors, tokens, runs, traces, feedback and table rows are those of an evaluation in this process."""
+    autolog(silent=True)
+    devset = [*examples(6), *examples(1, "@bad")]
+    programs = {"one": Where(), "two": Where()}
+    here = evaluate(programs, devset, None)
+    there = evaluate(programs, devset, workers)
+    traces = stored(experiment)
+    by_run = {
+        case.run_id: sorted(
+            (tree(trace), trace.info.state, [(a.name, a.value) for a in trace.info.assessments])
+            for trace in traces
+            if trace.info.trace_metadata["mlflow.sourceRun"] == case.run_id
+        )
+        for case in (here["one"], there["one"])
+    }
+    pids = {prediction.pid for _, prediction, _ in there["one"].result.results[:6]}
+
+    assert [plain(case) for case in here.cases] == [plain(case) for case in there.cases]
+    assert by_run[here["one"].run_id] == by_run[there["one"].run_id]
+    assert ("Where.forward", [predict_tree()]) in [each for each, *_ in by_run[there["one"].run_id]]
+    assert os.getpid() not in pids
+    assert pids <= {int(report.process.partition(":")[2]) for report in there.workers}
+    assert 14 == sum(report.examples for report in there.workers)
+    assert all(report.books.is_settled for report in there.workers)
+    metrics = [mlflow.get_run(each["two"].run_id).data.metrics for each in (here, there)]
+    assert metrics[0].keys() == metrics[1].keys()
+    assert metrics[0]["eval"] == metrics[1]["eval"]
+
+
+def test_an_example_whose_process_is_killed_is_tried_again(experiment, workers, tmp_path):
+    """A worker that is killed with examples in hand: each of them is evaluated elsewhere, and counts once."""
+    autolog(silent=True)
+    comparison = evaluate({"dies": Dies(str(tmp_path), "@e-3", 1)}, examples(8), workers, max_concurrency=4)
+    case = comparison["dies"]
+    places = {trace_id: str(index) for index, trace_id in enumerate(ids_of(case))}
+    winners = {places[each.info.trace_id]: each for each in stored(experiment) if each.info.trace_id in places}
+
+    assert ("finished", 100.0, 8, 0) == (case.status, case.score, case.examples, case.errors)
+    assert {str(n) for n in range(8)} == set(winners)
+    assert all(place == each.info.tags["dspy_mlflow_async.example"] for place, each in winners.items())
+    assert "2" == winners["3"].info.tags["dspy_mlflow_async.attempt"]
+    (gone,) = [report for report in comparison.workers if report.losses]
+    assert 3 in gone.losses
+    assert gone.books is None
+
+
+def test_timeouts_and_max_errors_hold(experiment, workers, tmp_path):
+    """An example that takes too long fails and is cancelled over there; too many failed ones end the case."""
+    autolog(silent=True)
+    comparison = evaluate(
+        {"waits": Waits(str(tmp_path))}, examples(4), workers, timeout=0.5, max_errors=2, max_concurrency=2
+    )
+    case = comparison["waits"]
+
+    assert "failed" == case.status
+    assert "Execution cancelled" in str(case.error)
+    assert case.first_error == "TimeoutError: the example took longer than 0.5 seconds"
+    assert {name.replace("begun", "ended") for name in marks(tmp_path)} <= marks(tmp_path)
+
+
+async def test_cancelling_cancels_what_runs_elsewhere(experiment, workers, tmp_path):
+    """Cancelled, as by Ctrl-C: what the examples await in the workers is cancelled, and the runs are KILLED."""
+    autolog(silent=True)
+    call = asyncio.create_task(
+        aevaluate_all(
+            {"waits": Waits(str(tmp_path))},
+            devset=examples(2),
+            metric=is_right,
+            workers=workers,
+            display_progress=False,
+        )
+    )
+    while len(marks(tmp_path)) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)  # it is another process that tells
+    call.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await call
+    while len(marks(tmp_path)) < 4:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)  # it is another process that tells
+    assert await asyncio.to_thread(flush, 30)
+    runs = await asyncio.to_thread(mlflow.search_runs, [experiment], output_format="list")
+
+    assert {"KILLED"} == {run.info.status for run in runs}
+    assert {"begun-@e-0", "begun-@e-1", "ended-@e-0", "ended-@e-1"} == marks(tmp_path)
+
+
+def test_budget_and_resume_hold(experiment, workers):
+    """A budget stops the case; a resume in workers goes on from there, and finished examples are not run again."""
+    autolog(silent=True)
+    devset = examples(6)
+    first = evaluate({"one": Where()}, devset, workers, max_tokens=28, max_concurrency=1)
+    second = evaluate({"one": Where()}, devset, workers, resume=first.run_id)
+
+    assert ("stopped", 2) == (first["one"].status, first["one"].examples)
+    assert ("finished", 6, 100.0) == (second["one"].status, second["one"].examples, second["one"].score)
+    assert 4 == sum(report.examples for report in second.workers)
+
+
+async def test_async_evaluate_takes_workers(experiment, workers):
+    """`AsyncEvaluate(workers=...)`: results in devset order, with errors as texts."""
+    autolog(silent=True)
+    devset = [*examples(3), *examples(1, "@bad")]
+    result = await AsyncEvaluate(devset=devset, metric=is_right, workers=workers).acall(Where())
+
+    assert 75.0 == result.score
+    assert ["@e-0", "@e-1", "@e-2"] == [prediction.answer for _, prediction, _ in result.results[:3]]
+
+
+@pytest.mark.parametrize(
+    ("part", "program", "metric"),
+    [
+        ("the program of case 'one'", type("Locked", (Where,), {"lock": None}), is_right),
+        ("the metric of case 'one'", Where, lambda lock: lambda e, p: lock is None),
+    ],
+)
+def test_what_cannot_be_sent_is_named_before_anything_runs(experiment, part, program, metric):
+    """A program or metric that holds a lock: an error that names it, no process started, and no run made."""
+    program = program()
+    if "program" in part:
+        program.lock = threading.Lock()
+    else:
+        metric = metric(threading.Lock())
+    workers = Processes(1)
+    with pytest.raises(TypeError, match=f"{part} cannot be sent to another process"):
+        evaluate_all({"one": program}, devset=examples(1), metric=metric, workers=workers, display_progress=False)
+
+    assert [] == mlflow.search_runs([experiment], output_format="list")
+    assert [] == workers._processes
+
+
+def test_workers_are_checked():
+    """A number below 1, or what is no workers, is refused."""
+    for wrong, error in ((0, ValueError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="workers must be"):
+            evaluate({"one": Where()}, examples(1), wrong)
+
+
+def test_dspys_own_evaluate_runs_elsewhere(experiment, workers):
+    """Under `on`, `dspy.Evaluate` unchanged: the same result, run, tokens and rows as here, from other processes."""
+    autolog(silent=True, log_evals=True)
+    devset = [*examples(3), *examples(1, "@bad")]
+    evaluator = dspy.Evaluate(devset=devset, metric=is_right, num_threads=2)
+    here = evaluator(Where())
+    with on(workers):
+        there = evaluator(Where())
+    assert flush(30)
+    runs = mlflow.search_runs([experiment], output_format="list", order_by=["attributes.start_time"])
+    tables = [mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/result_table.json") for run in runs]
+    shown = [
+        [
+            (row[table["columns"].index("score")], row[table["columns"].index("trace_id")] is None)
+            for row in table["data"]
+        ]
+        for table in tables
+    ]
+
+    assert here.score == there.score == 75.0
+    assert all(prediction.pid != os.getpid() for _, prediction, _ in there.results[:3])
+    assert shown[0] == shown[1]
+    assert 1 == len({tuple(sorted((k, v) for k, v in run.data.metrics.items() if "token" in k)) for run in runs})
+
+
+def test_optimizers_evaluate_elsewhere(experiment, workers):
+    """Random search under `on`: its child runs and steps, and the program's LM calls in the compile's ledger."""
+    autolog(silent=True, log_compiles=True, log_evals=True)
+    told = []
+    for where in (None, workers):
+        optimizer = dspy.BootstrapFewShotWithRandomSearch(
+            is_right, max_bootstrapped_demos=1, num_candidate_programs=1, num_threads=2
+        )
+        with contextlib.nullcontext() if where is None else on(where):
+            optimizer.compile(Where(), trainset=examples(3))
+        assert flush(30)
+        runs = mlflow.search_runs([experiment], output_format="list", order_by=["attributes.start_time DESC"])
+        (compiled, *_) = [run for run in runs if "dspy.optimizer" in run.data.tags]
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == compiled.info.run_id]
+        tags = {name: value for name, value in compiled.data.tags.items() if "dspy." in name}
+        told.append((tags, sorted(run.info.run_name for run in children), compiled.data.metrics))
+
+    assert told[0] == told[1]
+    assert 3 <= len(told[0][1])
+    assert 3 < sum(value for name, value in told[0][2].items() if name.startswith("lm_calls"))
