@@ -63,7 +63,7 @@ def test_an_interrupt_while_waiting():
 
     def interrupt():
         assert slow.begun.wait(TIMEOUT)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

@@ -112,8 +112,8 @@ def call_with_timeout(
     """
     call = _Call(function)
     context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(call.run,), name="dspy-mlflow-async-ask", daemon=True).start()
-    try:
+    try:  # an interrupt may come at any line
+        threading.Thread(target=context.run, args=(call.run,), name="dspy-mlflow-async-ask", daemon=True).start()
         is_over = call.wait(seconds)
     except BaseException as error:
         why = error
