@@ -29,6 +29,8 @@ NAMES = {
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
     "clean": "try a clean install: doctor, an evaluation, its report, the demo",
     "light": "run what applies with mlflow-tracing alone, against a server of another environment",
+    "ray": "evaluate on a local Ray cluster, and follow a propagated function there",
+    "dask": "evaluate on a local Dask cluster",
     "newest": "run the tests on the newest DSPy and MLflow, pre-releases too",
     "drill": "take the private names of DSPy and MLflow away, one by one, and see that a program runs on",
     "docs": "build the documentation's site, with warnings as errors",

@@ -176,6 +176,7 @@ DISTRIBUTIONS = {"google": "protobuf", "mlflow": "mlflow-tracing", "opentelemetr
 LOOKED_UP = {"trio"}  # used where the program has imported it
 # What needs the whole of MLflow.
 OF_MLFLOW = {"matplotlib", "numpy", "pandas", "sqlalchemy"}
+OF_RAY = {"ray"}  # in its own file alone
 
 
 def test_what_is_imported_is_declared():
@@ -193,7 +194,11 @@ def test_what_is_imported_is_declared():
     }
 
     assert OF_MLFLOW == names(project["optional-dependencies"]["mlflow"]) - {"mlflow"}
-    assert imported - OF_MLFLOW == names(project["dependencies"]) - {"opentelemetry-api"}
+    assert OF_RAY == names(project["optional-dependencies"]["ray"]) - {"dspy-mlflow-async"}
+    assert imported - OF_MLFLOW - OF_RAY == names(project["dependencies"]) - {"opentelemetry-api"}
+    assert {"dspy_mlflow_async.remote.ray_actors"} == {
+        name for name, path in MODULES.items() if "ray" in source.imported_modules(path, name)
+    }
 
 
 def test_source_distribution_has_every_folder():

@@ -6,6 +6,7 @@ An outcome that comes back is noted as a resume notes one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import traceback
@@ -92,6 +93,15 @@ def _parts(program: Any, metric: Any, whose: str = "") -> tuple[bytes, bytes, by
     )
 
 
+@functools.cache  # once a process
+def _warn_of_file(scheme: str) -> None:
+    if scheme in {"sqlite", "file"}:
+        logger.warning(
+            "several processes write into one file, and wait for each other: start `mlflow server` and set it as the "
+            "tracking URI where that matters"
+        )
+
+
 class Crew:
     """Workers of one evaluation, or of several that belong together, and what each of them has done.
 
@@ -112,7 +122,8 @@ class Crew:
     async def opened(self, job: Callable[[], ExampleJob]) -> AsyncIterator[Plan]:
         """Give out the plan of one evaluation; at the end its traces are stored, and the plan is forgotten."""
         plan = await anyio.to_thread.run_sync(lambda: Plan.of(job()))
-        self.workers.start()
+        await anyio.to_thread.run_sync(self.workers.start)
+        _warn_of_file(mlflow_store.resolve_tracking_uri().partition(":")[0])
         try:
             yield plan
         finally:
@@ -215,6 +226,7 @@ class _Block:
             logger.warning("%s: this evaluation runs here.", error)
             return None
         self._crew.workers.start()
+        _warn_of_file(mlflow_store.resolve_tracking_uri().partition(":")[0])
         self._last = plan
         numbers = itertools.count()
 

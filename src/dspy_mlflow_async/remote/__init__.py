@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.evaluate.elsewhere import on
     from dspy_mlflow_async.remote.executor import Executor
     from dspy_mlflow_async.remote.processes import Processes
+    from dspy_mlflow_async.remote.ray_actors import Ray
 
-__all__ = ["Executor", "Processes", "on"]
+__all__ = ["Executor", "Processes", "Ray", "on"]
 
 # Imported when somebody asks: each brings an engine of its own.
-_HOMES = {"Executor": "remote.executor", "Processes": "remote.processes", "on": "evaluate.elsewhere"}
+_HOMES = {
+    "Executor": "remote.executor",
+    "Processes": "remote.processes",
+    "Ray": "remote.ray_actors",
+    "on": "evaluate.elsewhere",
+}
 
 
 def __getattr__(name: str) -> Any:

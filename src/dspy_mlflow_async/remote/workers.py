@@ -80,7 +80,7 @@ class Workers(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start what is not up. Called before each use; must not block."""
+        """Start what is not up. Called in a thread before each use."""
 
     @abstractmethod
     def submit(self, worker: int, plan: Plan, item: bytes) -> concurrent.futures.Future[bytes]:

@@ -19,6 +19,11 @@ def needs_whole(what: str) -> str:
     return f'{what} needs the whole of MLflow, which is not installed: pip install "dspy-mlflow-async[mlflow]"'
 
 
+def needs_extra(what: str, extra: str) -> str:
+    """Say in one sentence that something needs a package which is not installed, and which extra brings it."""
+    return f'{what} needs {extra.capitalize()}, which is not installed: pip install "dspy-mlflow-async[{extra}]"'
+
+
 def missing_for(uri: str) -> str | None:
     """Say in one sentence why the store of a resolved URI cannot be opened by what is installed; None where it can."""
     scheme, has_scheme, _ = uri.partition(":")
