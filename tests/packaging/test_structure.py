@@ -140,7 +140,7 @@ def test_no_file_imports_itself():
     [
         ("`durable`", r"\bdurable\b(?!`)"),
         ('`export="process"`', r"ProcessQueue|\"process\""),
-        ('`websocket="message"`', r"\"connection\", \"message\""),
+        ('`websocket="message"`', r"\"connection\", \"message\"|CurrentMessage|ConnectionScope"),
     ],
 )
 def test_options_are_known_where_the_design_says(option, words):

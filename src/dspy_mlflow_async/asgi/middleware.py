@@ -10,11 +10,11 @@ from typing import Any, Literal
 from dspy_mlflow_async.asgi import lifespan
 from dspy_mlflow_async.asgi.http import App, AsgiScope, Exchange, Send, header
 from dspy_mlflow_async.asgi.receive_ahead import Receive
-from dspy_mlflow_async.asgi.websocket import Connection
+from dspy_mlflow_async.asgi.websocket import Connection, ConnectionScope
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests import sampling
 from dspy_mlflow_async.requests.incoming_traceparent import Callers, Trust
-from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage
+from dspy_mlflow_async.requests.lazy_root import Beginning
 from dspy_mlflow_async.requests.options import Options, Show, call, refuse_async
 from dspy_mlflow_async.requests.scope import Scope
 from dspy_mlflow_async.settings import Redact
@@ -24,7 +24,6 @@ __all__ = ["TracingMiddleware"]
 OfScope = Callable[[AsgiScope], Any]
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # a header's name, by RFC 9110
-_BARE = Options()
 
 
 class TracingMiddleware:
@@ -127,9 +126,8 @@ class TracingMiddleware:
             if self._websocket == "connection":
                 connection.scope = self._begin(scope, connection.beginning, caller)
             else:
-                connection.scope = around = self._begin(scope, message=connection.message)
-                if around is not None:
-                    connection.split(lambda: self._scope(_BARE, scope, connection.beginning, caller, around))
+                describe = functools.partial(self._describe, scope, connection.beginning)
+                connection.split(ConnectionScope(self._options, scope), describe, caller)
             await self._run(connection)
         elif kind == "lifespan":
             await lifespan.live(self.app, scope, receive, send, self._flush_timeout)
@@ -154,27 +152,16 @@ class TracingMiddleware:
     def _begin(
         self,
         asgi: AsgiScope,
-        beginning: Callable[[str | None], Beginning] | None = None,
-        caller: Any | None = None,
-        *,
-        message: CurrentMessage | None = None,
-    ) -> Scope | None:
-        if beginning is None:
-            scope = Scope(self._options, (asgi,), message=message)
-        else:
-            scope = self._scope(self._options, asgi, beginning, caller)
+        beginning: Callable[[str | None], Beginning],
+        caller: Any | None,
+    ) -> Scope:
+        describe = functools.partial(self._describe, asgi, beginning)
+        scope = Scope(self._options, (asgi,), describe=describe, remote=caller)
         scope.enter()
         return scope
 
-    def _scope(
-        self,
-        options: Options,
-        asgi: AsgiScope,
-        beginning: Callable[[str | None], Beginning],
-        caller: Any | None,
-        inside: Scope | None = None,
-    ) -> Scope:
-        return Scope(options, (asgi,), None, lambda: beginning(self._name_of(asgi)), caller, inside=inside)
+    def _describe(self, asgi: AsgiScope, beginning: Callable[[str | None], Beginning]) -> Beginning:
+        return beginning(self._name_of(asgi))
 
     def _name_of(self, asgi: AsgiScope) -> str | None:
         if not callable(self._name):

@@ -45,6 +45,71 @@ class Beginning(NamedTuple):
     attributes: Mapping[str, Any] = {}
 
 
+class RootTrace:
+    """Trace that the root of a request is in: the one around it, the caller's, or one that it begins.
+
+    Args:
+        where: What is current around the request.
+        decisive: What holds in the request, and decides on its trace, whatever holds where the span begins.
+        remote: The caller's span in another process, or None.
+    """
+
+    def __init__(self, where: TracingContext, decisive: Carrier, remote: Any | None = None) -> None:
+        self.run = decisive.run
+        self._where = where
+        self._remote = remote
+        self._adopted: int | None = None  # the trace of another process that is kept open for the span
+        self._promised_id: int | None = None
+
+    def place(self) -> TracingContext:
+        """Return what is current where the span begins; a span around it that was only promised has begun by then."""
+        where = self._where
+        return where._replace(span=where.span.begun()) if type(where.span) is LazySpan else where
+
+    def start_span(self, name: str, place: TracingContext, attributes: dict[str, str]) -> OpenSpan | Unsampled | None:
+        """Start the span. To be called by ``run``, as `promise_id` is.
+
+        Args:
+            name: Its name.
+            place: Where, as `place` has said.
+            attributes: JSON texts by key.
+
+        Returns:
+            The span; None or what stands for it where it is not recorded.
+        """
+        parent: Any = place.span if is_live(place.span) else None
+        if has_ended(place.span):
+            parent = INVALID_SPAN
+        tracer_ = current_tracer(place)
+        if self._remote is not None and parent is None:
+            parent = self._remote
+            self._adopted = remote_traces.adopt(parent.get_span_context().trace_id)
+        elif self._promised_id is not None:
+            tracer_ = with_trace_id(tracer_, self._promised_id)
+        return start_span(name, SpanType.CHAIN, place, parent, None, attributes, tracer_)
+
+    @guarded
+    def promise_id(self) -> str | None:
+        """Return MLflow's id of the trace that the span would begin; None where there will be none, or nobody knows."""
+        span = self._where.span
+        if is_live(span) or type(span) is LazySpan:
+            return None  # below somebody else's span, which has not said
+        if self._remote is not None:
+            context = self._remote.get_span_context()
+            return mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
+        tracer_ = current_tracer(self._where)
+        if self._promised_id is None:
+            self._promised_id = new_trace_id(tracer_)
+        if leaves_out(tracer_, self._promised_id):
+            return None
+        return mlflow_trace_id(self._promised_id)
+
+    def release(self) -> None:
+        """Let the caller's trace go on to the store, as far as it is in this process."""
+        if self._adopted is not None:
+            remote_traces.release(self._adopted)
+
+
 class Root:
     """Root span of a request, promised in its context and started on demand, once.
 
@@ -53,9 +118,7 @@ class Root:
         preview: What the span shows of its calls.
         settings: What the span goes by.
         describe: What is known of the request when the span begins.
-        where: What is current around the request.
-        said: What holds in the request, and decides on its trace, whatever holds where the span begins.
-        remote: The caller's span in another process, or None.
+        trace: The trace that it is in.
         successor: Says who begins spans in its place when it is over, or None for nobody.
     """
 
@@ -65,9 +128,7 @@ class Root:
         preview: Preview,
         settings: Settings,
         describe: Callable[[], Beginning],
-        where: TracingContext,
-        said: Carrier,
-        remote: Any | None = None,
+        trace: RootTrace,
         successor: Callable[[], Promise | None] = lambda: None,
     ) -> None:
         self._span: Any | None = None  # OpenTelemetry's; one that records nothing where the sampler left it out
@@ -77,12 +138,8 @@ class Root:
         self.preview = preview
         self._settings = settings
         self._describe = describe
-        self._where = where
-        self._said = said
-        self._remote = remote
+        self._trace = trace
         self._successor = successor
-        self._adopted: int | None = None  # the trace of another process that is kept open for the span
-        self._promised_id: int | None = None
         # Tasks and threads of one request may want its span at once.
         self._lock = threading.Lock()
         self.promise = LazySpan(self)
@@ -109,31 +166,20 @@ class Root:
             if not self._is_over:
                 if self._span is None:
                     self._span = INVALID_SPAN  # whatever goes wrong, once
-                    self._said.run(self._begin)
+                    self._trace.run(self._begin)
                 return self._span
         successor = self._successor()
         return INVALID_SPAN if successor is None else successor.begin()
 
     @guarded
     def _begin(self) -> None:
-        where = self._where
-        if type(where.span) is LazySpan:
-            where = where._replace(span=where.span.begun())
-        parent: Any = where.span if is_live(where.span) else None
-        if has_ended(where.span):
-            parent = INVALID_SPAN
+        place = self._trace.place()
         beginning = self._describe()
         plain = Door(self._settings).plain()
         attributes = {key: plain.encode(plain(value)) for key, value in beginning.attributes.items()}
         if (inputs := self.preview.of_inputs(beginning.inputs)) is not None:
             attributes[SpanAttributeKey.INPUTS] = inputs
-        tracer_ = current_tracer(where)
-        if self._remote is not None and parent is None:
-            parent = self._remote
-            self._adopted = remote_traces.adopt(parent.get_span_context().trace_id)
-        elif self._promised_id is not None:
-            tracer_ = with_trace_id(tracer_, self._promised_id)
-        begun = start_span(mask(beginning.name), SpanType.CHAIN, where, parent, None, attributes, tracer_)
+        begun = self._trace.start_span(mask(beginning.name), place, attributes)
         if isinstance(begun, Unsampled):
             self._span = begun.otel
         elif begun is not None:
@@ -148,22 +194,7 @@ class Root:
                 return self._open.trace_id
             if self._is_over or self._span is not None:
                 return None
-            return self._said.run(self._promise_id)
-
-    @guarded
-    def _promise_id(self) -> str | None:
-        span = self._where.span
-        if is_live(span) or type(span) is LazySpan:
-            return None  # below somebody else's span, which has not said
-        if self._remote is not None:
-            context = self._remote.get_span_context()
-            return mlflow_trace_id(context.trace_id) if context.trace_flags.sampled else None
-        tracer_ = current_tracer(self._where)
-        if self._promised_id is None:
-            self._promised_id = new_trace_id(tracer_)
-        if leaves_out(tracer_, self._promised_id):
-            return None
-        return mlflow_trace_id(self._promised_id)
+            return self._trace.run(self._trace.promise_id)
 
     def end(self, failure: Failure | None, outputs: Any = None, attributes: Mapping[str, Any] | None = None) -> None:
         """End the span if it began, and begin none from now on.
@@ -182,8 +213,7 @@ class Root:
                 self._end(self._open, failure, outputs, attributes or {})
         finally:
             self.preview.close()
-            if self._adopted is not None:
-                remote_traces.release(self._adopted)
+            self._trace.release()
 
     def _end(self, span: OpenSpan, failure: Failure | None, outputs: Any, attributes: Mapping[str, Any]) -> None:
         plain = Door(self._settings).plain()
@@ -194,45 +224,3 @@ class Root:
                 texts[SpanAttributeKey.OUTPUTS] = shown
         finally:
             tracer.end_span(span, self._settings, texts, failure)
-
-
-class CurrentMessage:
-    """Promise current in a WebSocket of which each message is a trace: it stands for the current message's span.
-
-    A message holds in the context of the task that has received it, which need not be the handler's: before Python
-    3.12 ``asyncio.wait_for`` receives in a task of its own. The handler finds the message here.
-
-    Attributes:
-        root: That of the message that is being worked on, or None.
-        is_handed_on: Whether another task than the handler's has received, so that what holds in the handler's context
-            may be an earlier message.
-    """
-
-    def __init__(self) -> None:
-        self.root: Root | None = None
-        self.is_handed_on = False
-
-    @property
-    def span(self) -> Any | None:
-        """The message's span, once it has started."""
-        root = self.root
-        return None if root is None else root.span
-
-    def call_started(self, span: OpenSpan, inputs: str | None) -> None:
-        """Let the message's span show what its first call is asked."""
-        if (root := self.root) is not None:
-            root.preview.call_started(span, inputs)
-
-    def call_ended(self, span: OpenSpan, outputs: str | None) -> None:
-        """Let the message's span show what its last call has returned."""
-        if (root := self.root) is not None:
-            root.preview.call_ended(span, outputs)
-
-    def begin(self) -> Any:
-        """Return the message's span; between two messages INVALID_SPAN, so that calls begin traces of their own."""
-        root = self.root
-        return INVALID_SPAN if root is None else root.begin()
-
-    def successor(self) -> CurrentMessage | None:
-        """Return the promise that starts spans where a message that is over is still current."""
-        return self if self.is_handed_on else None

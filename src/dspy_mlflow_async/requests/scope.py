@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -14,11 +15,11 @@ from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.requests import sampling
-from dspy_mlflow_async.requests.lazy_root import Beginning, CurrentMessage, Root
-from dspy_mlflow_async.requests.options import Options, Show, Text, Texts
+from dspy_mlflow_async.requests.lazy_root import Beginning, Root, RootTrace
+from dspy_mlflow_async.requests.options import Options, Show, Text, Texts, Values
 from dspy_mlflow_async.requests.preview import Preview
 from dspy_mlflow_async.requests.record import Record
-from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan
+from dspy_mlflow_async.seams.mlflow_lazy_span import LazySpan, Promise
 from dspy_mlflow_async.seams.mlflow_spans import (
     TRACE_CONTEXT,
     TracingContext,
@@ -30,6 +31,7 @@ from dspy_mlflow_async.seams.mlflow_spans import (
 from dspy_mlflow_async.seams.mlflow_trace_settings import DESTINATION, RATIO, destination
 from dspy_mlflow_async.settings import Redact, Settings
 from dspy_mlflow_async.spans.door import Door
+from dspy_mlflow_async.spans.observer import RequestObserver
 from dspy_mlflow_async.spans.outcome import Failure, failure_of
 
 _numbers = itertools.count()
@@ -50,8 +52,14 @@ class Scope:
         kwargs: The same by name.
         describe: What the span around it shows, if there is to be one.
         remote: The caller's span in another process, or nothing.
-        message: Promises the span of whichever scope inside this one has its turn, if this one has none.
-        inside: The scope with the messages, one of which this is. What it says holds in whatever context this begins.
+
+    Attributes:
+        options: What was asked for.
+        values: What that is for this call.
+        decisive: What holds inside and decides on a trace where it begins.
+        where: What is current around it; None where it promises no span.
+        record: What happens inside.
+        root: The span around it, if there is to be one.
     """
 
     def __init__(
@@ -61,22 +69,18 @@ class Scope:
         kwargs: Mapping[str, Any] | None = None,
         describe: Callable[[], Beginning] | None = None,
         remote: Any | None = None,
-        *,
-        message: CurrentMessage | None = None,
-        inside: Scope | None = None,
     ) -> None:
-        self._options = options
+        self.options = options
+        self.values = Values()
+        self.decisive = Carrier({})
+        self.where: TracingContext | None = None
+        self.record = Record()
+        self.root: Root | None = None
+        self.id = f"request-{next(_numbers)}"
         self._arguments = args, dict(kwargs or {})
         self._describe = describe
         self._remote = remote
-        self._message = message
-        self._inside = inside
-        self._said = Carrier({})
-        self.id = f"request-{next(_numbers)}"
         self._before: list[tuple[Any, Any]] = []
-        self._where: TracingContext | None = None
-        self.record = Record()
-        self.root: Root | None = None
 
     def enter(self) -> Record:
         """Begin the scope here. A failure of ours leaves the program without a scope, and running."""
@@ -85,46 +89,44 @@ class Scope:
 
     @guarded
     def _enter(self) -> None:
-        outer = frames.current()
-        around = outer.request if outer is not None else None
-        self.record = Record(around if self._inside is None else self._inside.record, self._options.redact)
-        self._values = self._options.values(Door(self._settings()), *self._arguments)
+        self.record = Record(self._outer_record(), self.options.redact)
+        self.values = self.options.values(Door(self._settings()), *self._arguments)
         self._set_variables()
         # Whatever an inner scope says by the time a span begins: it is this one's.
-        self._said = Carrier({variable: variable.get() for variable in _DECISIVE})
-        if not is_disabled():
-            self._promise()
-
-    def _promise(self) -> None:
-        here = current_context()
-        if self._describe is not None:
-            self.root = self._new_root(here)
-            promise = self.root.promise
-        elif self._message is not None:
-            promise = LazySpan(self._message)
-            self.record.show_by(self._message)
-        else:
+        self.decisive = Carrier({variable: variable.get() for variable in _DECISIVE})
+        if is_disabled():
             return
-        self._where = here
-        attach(promise, here)
+        here = current_context()
+        promise = self._promise(here)
+        if promise is not None:
+            self.where = here
+            attach(promise, here)
 
-    def _new_root(self, here: TracingContext) -> Root:
-        around, settings = self._inside, self._settings()
-        options = self._options if around is None else around._options
+    def _outer_record(self) -> RequestObserver | None:
+        """Return the record of the request around this one."""
+        outer = frames.current()
+        return None if outer is None else outer.request
+
+    def _promise(self, here: TracingContext) -> LazySpan | None:
+        """Return what stands for the span around this scope until that begins; None where there is to be none."""
+        if self._describe is None:
+            return None
+        self.root = self._new_root(self.options, self.values, RootTrace(here, self.decisive, self._remote))
+        return self.root.promise
+
+    def _new_root(
+        self, options: Options, values: Values, trace: RootTrace, successor: Callable[[], Promise | None] = lambda: None
+    ) -> Root:
+        settings = self._settings()
         preview = Preview(options.inputs, options.outputs, settings)
         self.record.show_by(preview)
-        known = self.record, preview, settings, self._beginning
-        if around is None or around._message is None:
-            return Root(*known, here, self._said, self._remote)
-        where, successor = around._where or here, around._message.successor
-        return Root(*known, where, around._said, self._remote, successor)
+        return Root(self.record, preview, settings, functools.partial(self._beginning, values), trace, successor)
 
-    def _beginning(self) -> Beginning:
+    def _beginning(self, values: Values) -> Beginning:
         beginning = self._describe() if self._describe is not None else Beginning("request")
         if self._remote is None:
             return beginning
         # The caller's trace is the caller's; what we know of the request stays with its span.
-        values = (self._inside or self)._values
         return beginning._replace(attributes={**beginning.attributes, **values.metadata, **values.tags})
 
     def _settings(self) -> Settings:
@@ -132,13 +134,13 @@ class Scope:
         return self.record.adapt(settings)
 
     def _set_variables(self) -> None:
-        values = self._values
+        values = self.values
         frames.enter(self.id, self, request=self.record)
         if values.metadata or values.tags:
             self._set(TRACE_CONTEXT, extended_context(metadata=values.metadata, tags=values.tags))
         if values.experiment_id is not None:
             self._set(DESTINATION, destination(values.experiment_id))
-        how = self._options.sampling
+        how = self.options.sampling
         if isinstance(how, sampling.ByRatio):
             ensure_sampler()
             self._set(RATIO, how.ratio)
@@ -157,8 +159,8 @@ class Scope:
     def _leave(self) -> None:
         if frames.leave(self.id) is None:
             return
-        if self._where is not None:
-            reattach(self._where)
+        if self.where is not None:
+            reattach(self.where)
         for variable, value in reversed(self._before):
             variable.set(value)
 
