@@ -20,6 +20,7 @@ from dspy_mlflow_async.export.runs import ASK_SECONDS, RunWriter, ask, is_refusa
 from dspy_mlflow_async.export.shutdown import before_leaving
 from dspy_mlflow_async.export.spool.dead_letters import DeadLetter
 from dspy_mlflow_async.export.write.late_runs import CREATION_TAG, is_stand_in, known, new_id
+from dspy_mlflow_async.export.write.row_writer import explain as explain_rows
 
 __all__ = [
     "ASK_SECONDS",
@@ -37,6 +38,7 @@ __all__ = [
     "before_leaving",
     "count_sampled",
     "discard",
+    "explain_rows",
     "flush",
     "hold",
     "install",

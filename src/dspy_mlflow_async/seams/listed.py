@@ -16,6 +16,10 @@ _MANAGER = "mlflow.tracing.trace_manager:InMemoryTraceManager"
 _UTILS = "mlflow.tracing.utils"
 _CALLBACK = "mlflow.dspy.callback:MlflowCallback"
 _PROCESSOR = "mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor"
+_SQL_STORE = "mlflow.store.tracking.sqlalchemy_store"
+_MODELS = "mlflow.store.tracking.dbmodels.models"
+_ANALYTICS = "mlflow.store.tracking.utils.trace_analytics"
+_TRANSLATION = "mlflow.tracing.otel.translation"
 _FLUENT = "mlflow.tracking.fluent"
 _CALLBACK_STATE = "answers those who read the state of MLflow's own callback"
 _WORKERS = "makes DSPy's worker threads take up the tracing context"
@@ -33,6 +37,7 @@ _SCOPE = "gives the traces of one request their own destination and sampling"
 _BY_ID = "lets what links a trace to a run or a prompt find one that waits"
 _EXPERIMENT = "tells the experiment of a trace without opening the store in the caller's thread"
 _PRICES = "prices a span without importing LiteLLM in the writer's thread"
+_ROWS = "writes complete traces to a SQL store as rows"
 _FORK = "keeps a forked process from inheriting held locks and open connections"
 
 SEAMS: tuple[Seam, ...] = (
@@ -199,6 +204,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.tracing.fluent:_EVAL_REQUEST_ID_TO_TRACE_ID", _WRITE, shape=".__setitem__", is_feature=True),
     Seam("mlflow.tracing.fluent:_set_last_active_trace_id", _WRITE, shape="(trace_id)", is_feature=True),
     Seam(f"{_UTILS}:add_size_stats_to_trace_metadata", _WRITE, shape="(trace)", is_feature=True),
+    Seam(f"{_UTILS}:TraceJSONEncoder", _WRITE, shape="(ensure_ascii=) .encode", is_feature=True),
+    Seam(f"{_UTILS}:_calculate_percentile", _WRITE, shape="(sizes, percentile)", is_optional=True),
     Seam(f"{_UTILS}:aggregate_cost_from_spans", _WRITE, shape="(spans)", is_feature=True),
     Seam(f"{_UTILS}:aggregate_usage_from_spans", _WRITE, shape="(spans)", is_feature=True),
     Seam(f"{_UTILS}:generate_assessment_id", _WRITE, shape="()", is_feature=True),
@@ -290,6 +297,32 @@ SEAMS: tuple[Seam, ...] = (
         shape="(workspace) .__enter__",
         is_optional=True,
     ),
+    # MLflow, the tables of its SQL store
+    Seam(f"{_MODELS}:SqlTraceInfo", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlTraceTag", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlTraceMetadata", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlTraceMetrics", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlSpan", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlSpanMetrics", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlExperiment", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlAssessments", _ROWS, shape=".__table__ .from_mlflow_entity", is_optional=True),
+    Seam(f"{_SQL_STORE}:SqlAlchemyStore", _ROWS, shape=".start_trace .log_spans", is_optional=True),
+    Seam(
+        f"{_SQL_STORE}:SqlAlchemyStore._get_trace_artifact_location_tag",
+        _ROWS,
+        shape="(self, experiment, trace_id)",
+        is_optional=True,
+    ),
+    Seam(f"{_SQL_STORE}:_try_parse_json_string", _ROWS, shape="(value)", is_optional=True),
+    Seam(f"{_TRANSLATION}:translate_span_when_storing", _ROWS, shape="(span)", is_optional=True),
+    Seam(f"{_TRANSLATION}:sanitize_attributes", _ROWS, shape="(attributes)", is_optional=True),
+    Seam(f"{_TRANSLATION}:update_cost", _ROWS, shape="(total, cost)", is_optional=True),
+    Seam(f"{_UTILS}:dump_span_attribute_value", _ROWS, shape="(value)", is_optional=True),
+    Seam(f"{_UTILS}:SpanAggregationNode", _ROWS, shape="(span_id=, parent_id=, data=)", is_optional=True),
+    Seam(f"{_UTILS}:aggregate_cost_from_span_nodes", _ROWS, shape="(nodes)", is_optional=True),
+    Seam(f"{_ANALYTICS}:analytics_columns_from_metadata", _ROWS, shape="(metadata)", is_optional=True),
+    Seam(f"{_ANALYTICS}:bounded_model_dimension", _ROWS, shape="(value)", is_optional=True),
+    Seam("mlflow.store.tracking.utils.sql_trace_rollups:rollups_enabled", _ROWS, shape="()", is_optional=True),
     # MLflow, requests
     Seam(f"{_UTILS}:generate_mlflow_trace_id_from_otel_trace_id", _SCOPE, shape="(otel_trace_id)"),
     Seam("opentelemetry.sdk.trace:TracerProvider._tracers", _SCOPE, shape=".values", is_optional=True),

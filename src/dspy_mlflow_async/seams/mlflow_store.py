@@ -35,19 +35,24 @@ __all__ = [
     "abandon_connections",
     "absolute_uri",
     "client_of",
+    "finalizes",
+    "first_experiment",
     "is_databricks_uri",
+    "is_sql",
     "is_unsupported",
     "link_prompts",
     "one_transaction",
     "renew_connections",
     "request_workspace",
     "resolve_tracking_uri",
+    "shared_view",
     "start_trace",
     "supports_span_batches",
     "tracing_client",
     "upload_attachments",
     "upload_spans_as_artifact",
     "workspace_scope",
+    "write_session",
 ]
 
 # What a trace is sent to a server with, whose answer is then not read. Without any of them it is read.
@@ -140,6 +145,11 @@ def link_prompts(client: TracingClient, trace_id: str, prompts: Sequence[PromptV
 _FINALIZES = hasattr(TraceMetadataKey, "TRACE_INFO_FINALIZED")
 
 
+def finalizes() -> bool:
+    """Return whether `start_trace` has the last word on a trace, whatever its spans say (from mlflow 3.12 on)."""
+    return _FINALIZES
+
+
 def supports_span_batches(client: TracingClient) -> bool | None:
     """Return whether spans of many traces go together after ``start_trace``; None where the server has not said.
 
@@ -191,6 +201,16 @@ class _OneSession:
         raise MlflowException("a write of the batch was refused; written one by one instead")
 
 
+def is_sql(store: Any) -> bool:
+    """Return whether a store is a database of this process's own."""
+    return hasattr(store, "ManagedSessionMaker")
+
+
+def first_experiment(store: Any) -> str:
+    """Return the id of an experiment that is not deleted."""
+    return str(store.search_experiments(max_results=1)[0].experiment_id)
+
+
 def _writes_by_one_call(store: Any) -> bool:
     """Return whether a SQL store writes a trace as we know it; a plugin's store may have a method of its own."""
     of_mlflow = taken("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._start_trace_once")
@@ -208,9 +228,23 @@ def one_transaction(client: TracingClient) -> Iterator[Any | None]:
         An object with the store's methods, or None where the store is no SQL store.
     """
     store = client.store
-    if not _FINALIZES or not hasattr(store, "ManagedSessionMaker") or not _writes_by_one_call(store):
+    if not _FINALIZES or not is_sql(store) or not _writes_by_one_call(store):
         yield None
         return
+    with write_session(store) as session:
+        yield shared_view(store, session)
+
+
+def write_session(store: Any) -> Any:
+    """Return a context with a session of a SQL store, committed at its end, or undone by an exception."""
+    try:
+        return store.ManagedSessionMaker(read_only=False)
+    except TypeError:  # before mlflow 3.13 every session may write
+        return store.ManagedSessionMaker()
+
+
+def shared_view(store: Any, session: Any) -> Any:
+    """Return a view of a SQL store in which all is written in one session, and an experiment is read once."""
     view = copy.copy(store)
     experiments: dict[str, Any] = {}
 
@@ -219,18 +253,17 @@ def one_transaction(client: TracingClient) -> Iterator[Any | None]:
             experiments[experiment_id] = store.get_experiment(experiment_id)
         return experiments[experiment_id]
 
-    with store.ManagedSessionMaker(read_only=False) as session:
-        shared = _OneSession(session)
+    shared = _OneSession(session)
 
-        @contextlib.contextmanager
-        def make_session(read_only: bool = True) -> Iterator[Any]:  # noqa: ARG001 - MLflow's signature
-            yield shared
+    @contextlib.contextmanager
+    def make_session(read_only: bool = True) -> Iterator[Any]:  # noqa: ARG001 - MLflow's signature
+        yield shared
 
-        view.ManagedSessionMaker = make_session
-        view.get_experiment = get_experiment
-        # No retry inside the transaction: the whole of it is what must be retried.
-        view._run_with_deadlock_retry = lambda fn, *args, **kwargs: fn(*args, **kwargs)
-        yield view
+    view.ManagedSessionMaker = make_session
+    view.get_experiment = get_experiment
+    # No retry inside the transaction: the whole of it is what must be retried.
+    view._run_with_deadlock_retry = lambda fn, *args, **kwargs: fn(*args, **kwargs)
+    return view
 
 
 def abandon_connections(tracking_uri: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlflow.entities import Span
@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
+from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, text_of
 
 __all__ = [
     "InMemoryTrace",
@@ -57,7 +58,6 @@ def _nothing(*_: Any, **__: Any) -> None:
     """Stand for what MLflow does beside storing a trace, where it has gone."""
 
 
-add_size_stats_to_trace_metadata: Any = taken(f"{_UTILS}:add_size_stats_to_trace_metadata", _nothing)
 aggregate_cost_from_spans: Any = taken(f"{_UTILS}:aggregate_cost_from_spans", _nothing)
 aggregate_usage_from_spans: Any = taken(f"{_UTILS}:aggregate_usage_from_spans", _nothing)
 generate_assessment_id: Any = taken(f"{_UTILS}:generate_assessment_id", lambda: f"a-{uuid.uuid4().hex}")
@@ -174,10 +174,16 @@ def display(trace: Any) -> None:
     taken("mlflow.tracing.export.inference_table:maybe_add_trace_to_serving_buffer", _nothing)(trace)
 
 
-def complete_metadata(trace: Any) -> None:
-    """Add previews and size statistics, as MLflow does at export."""
+def complete_metadata(trace: Any, texts: Sequence[str] | None = None) -> None:
+    """Add previews and size statistics, as MLflow does at export.
+
+    Args:
+        trace: The trace.
+        texts: Those of its spans, see `mlflow_span_text.text_of`, where they are there already.
+    """
     set_request_response_preview(trace.info, trace.data)
-    add_size_stats_to_trace_metadata(trace)
+    spans = trace.data.spans
+    add_sizes(trace.info, spans, list(map(text_of, spans)) if texts is None else texts)
 
 
 def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: list[Any] | None) -> Span:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -55,12 +55,16 @@ def diagnose(*, tracking_uri: str | None = None, self_test: bool = False) -> Dia
     from dspy_mlflow_async.seams.listed import lost_ground
 
     can_test = self_test and not lost_ground()
+    traces: list[Any] = []
+    store = _asked("store", lambda: checks.store(tracking_uri))
+    can_ask = not lost_ground() and all(finding.level is not Level.PROBLEM for finding in store)
     findings = [
         *_asked("versions", checks.versions),
         *_asked("seams", checks.seams),
-        *_asked("store", lambda: checks.store(tracking_uri)),
+        *store,
         *_asked("spool", checks.spool),
-        *(_asked("self-test", _self_test) if can_test else _asked("tracer", checks.tracer)),
+        *(_asked("self-test", lambda: _self_test(traces)) if can_test else _asked("tracer", checks.tracer)),
+        *(_asked("store", lambda: checks.rows(tracking_uri, traces)) if can_ask else ()),
         *checks.holes(),
     ]
     return Diagnosis(tuple(findings))
@@ -74,10 +78,10 @@ def _asked(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
         return [Finding(Level.PROBLEM, topic, f"it cannot be looked at, for {type(error).__name__}: {error}")]
 
 
-def _self_test() -> Iterable[Finding]:
+def _self_test(traces: list[Any]) -> Iterable[Finding]:
     from dspy_mlflow_async.cli.doctor import selftest
 
-    return selftest.run()
+    return selftest.run(traces)
 
 
 def show(console: Console, diagnosis: Diagnosis, *, verbose: bool = False) -> None:

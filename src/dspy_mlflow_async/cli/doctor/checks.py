@@ -9,9 +9,10 @@ import sqlite3
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
@@ -19,6 +20,7 @@ from dspy_mlflow_async.printable import counted, split_credentials
 from dspy_mlflow_async.workers import call_with_timeout
 
 _SECONDS = 5.0
+_SQL = ("sqlite", "postgresql", "mysql", "mssql")
 _UNAUTHORIZED = (401, 403)
 
 
@@ -97,16 +99,9 @@ def seams() -> Iterator[Finding]:
 
 def store(tracking_uri: str | None = None) -> Iterator[Finding]:
     """Check that the store that traces go to is there. Looks only: it makes no file and changes no schema."""
-    import mlflow
-
     from dspy_mlflow_async.seams.installed import missing_for
-    from dspy_mlflow_async.seams.mlflow_client import name_default_store
 
-    unname = name_default_store()
-    try:
-        uri = tracking_uri or mlflow.get_tracking_uri()
-    finally:
-        unname()
+    uri = _uri(tracking_uri)
     scheme = urlsplit(uri).scheme
     if said := missing_for(uri):
         yield Finding(Level.PROBLEM, "store", f"{said}, or name a server in MLFLOW_TRACKING_URI.")
@@ -118,6 +113,24 @@ def store(tracking_uri: str | None = None) -> Iterator[Finding]:
         yield _folder(uri)
     else:
         yield _other(uri)
+
+
+def rows(tracking_uri: str | None = None, traces: Sequence[Any] = ()) -> Iterator[Finding]:
+    """Say how traces get into a SQL store that is there.
+
+    Args:
+        tracking_uri: The store; by default MLflow's current one.
+        traces: Traces to try it with, in transactions that are undone; without any, what this process has found.
+    """
+    from dspy_mlflow_async import export
+    from dspy_mlflow_async.seams.installed import missing_for
+
+    uri = _uri(tracking_uri)
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in _SQL or missing_for(uri) or (scheme == "sqlite" and not _sqlite_path(uri).exists()):
+        return
+    are_rows, text = export.explain_rows(uri, traces)
+    yield Finding(Level.OK if are_rows else Level.NOTE, "store", text)
 
 
 def spool() -> Iterator[Finding]:
@@ -216,8 +229,24 @@ def holes() -> Iterator[Finding]:
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
+def _uri(tracking_uri: str | None) -> str:
+    import mlflow
+
+    from dspy_mlflow_async.seams.mlflow_client import name_default_store
+
+    unname = name_default_store()
+    try:
+        return tracking_uri or str(mlflow.get_tracking_uri())
+    finally:
+        unname()
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
 def _sqlite(uri: str) -> Finding:
-    path = Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+    path = _sqlite_path(uri)
     if not path.exists():
         return _will_be_made(uri, path.parent)
     try:

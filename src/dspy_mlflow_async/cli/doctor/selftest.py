@@ -28,8 +28,12 @@ class _Probe(dspy.Module):
         return dspy.Parallel(num_threads=_THREADS, disable_progress_bar=True)(pairs)
 
 
-def run() -> Iterator[Finding]:
-    """Switch the tracer on for a moment and off again, unless it was on, with the traces kept in memory."""
+def run(kept: list[Any]) -> Iterator[Finding]:
+    """Switch the tracer on for a moment and off again, unless it was on, with the traces kept in memory.
+
+    Args:
+        kept: Gets the traces.
+    """
     was_on = is_installed()
     with LocalEndpoint(lambda _: "[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]") as endpoint:
         lm = dspy.LM("openai/scripted", api_base=endpoint.api_base, api_key="none", cache=False, num_retries=0)
@@ -47,6 +51,7 @@ def run() -> Iterator[Finding]:
         finally:
             if not was_on:
                 autolog(disable=True)
+    kept += traces
     yield _verdict(traces, sum(request.usage["total_tokens"] for request in endpoint.requests))
     yield Finding(
         Level.NOTE,

@@ -47,7 +47,7 @@ class SynchronousWriter:
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
-        self._writer = Writer(queue.uri, request_seconds=_SECONDS)
+        self._writer = Writer(queue.uri, request_seconds=_SECONDS, may_try_rows=False)
 
     def write_now(self, operation: Operation) -> bool:
         """Write an operation, behind what waits of the same trace or run; what does not work now is queued.

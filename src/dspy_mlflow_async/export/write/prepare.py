@@ -14,10 +14,15 @@ from opentelemetry.trace import Status
 from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
 from dspy_mlflow_async.seams import mlflow_traces
 from dspy_mlflow_async.seams.mlflow_live import computes_cost
+from dspy_mlflow_async.seams.mlflow_span_text import text_of
 
 
-def prepare(item: Operation) -> None:
-    """Complete an operation in place. Doing so twice does nothing."""
+def prepare(item: Operation) -> list[str] | None:
+    """Complete an operation in place. Doing so twice does nothing.
+
+    Returns:
+        The JSON texts of the spans, see `mlflow_span_text.text_of`, where they were made on the way.
+    """
     if isinstance(item, TraceUpdate):
         item.assessments = [_clean_assessment(assessment) for assessment in item.assessments]
         item.metadata, item.tags = _clean_value(dict(item.metadata)), _clean_value(dict(item.tags))
@@ -25,20 +30,23 @@ def prepare(item: Operation) -> None:
         item.params = [Param(clean(param.key), clean(param.value)) for param in item.params]
         item.tags = [RunTag(clean(tag.key), clean(tag.value)) for tag in item.tags]
     elif isinstance(item, (TraceOperation, SpansOperation)) and not item.prepared:
-        _prepare_spans(item)
+        return _prepare_spans(item)
+    return None
 
 
-def _prepare_spans(item: TraceOperation | SpansOperation) -> None:
-    item.spans = [_clean_span(span) for span in item.spans]
+def _prepare_spans(item: TraceOperation | SpansOperation) -> list[str]:
+    pairs = [_clean_span(span) for span in item.spans]
+    item.spans, texts = [span for span, _ in pairs], [text for _, text in pairs]
     if isinstance(item, TraceOperation):
         info = item.info
         _clean_info(info)
         if item.stage == "whole":
             total(info, item.spans)
             if item.spans:
-                mlflow_traces.complete_metadata(Trace(info, TraceData(list(item.spans))))
+                mlflow_traces.complete_metadata(Trace(info, TraceData(list(item.spans))), texts)
                 _clean_info(info)  # the previews are new
     item.prepared = True
+    return texts
 
 
 def total(info: Any, spans: Any) -> None:
@@ -60,9 +68,12 @@ def clean(text: str) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
 
 
-def _clean_span(span: Any) -> Any:
-    """Return the immutable form of a span, and a repaired copy of it where it holds what no database takes."""
+def _clean_span(span: Any) -> tuple[Any, str]:
+    """Return the immutable form of a span, or a repaired copy of it where it holds what no database takes; its text."""
     span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
+    text = text_of(span)
+    if _is_clean_json(text):
+        return span, text
     otel = span._span
     if (
         all(map(_is_clean, (otel.attributes or {}).values()))
@@ -70,7 +81,7 @@ def _clean_span(span: Any) -> Any:
         and _is_clean(otel.status.description)
         and all(_is_clean(v) for event in otel.events for v in (event.name, *(event.attributes or {}).values()))
     ):
-        return span
+        return span, text
     status = otel.status
     repaired = ReadableSpan(
         name=clean(otel.name),
@@ -85,7 +96,18 @@ def _clean_span(span: Any) -> Any:
         end_time=otel.end_time,
         status=Status(status.status_code, clean(status.description)) if status.description else status,
     )
-    return mlflow_traces.restore_span(repaired, span._attachments, getattr(span, "_links", None))
+    span = mlflow_traces.restore_span(repaired, span._attachments, getattr(span, "_links", None))
+    return span, text_of(span)
+
+
+def _is_clean_json(text: str) -> bool:
+    """Return whether no text in this JSON needs cleaning; False also where that would take a closer look."""
+    if "\\u0000" in text:
+        return False
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _clean_info(info: Any) -> None:

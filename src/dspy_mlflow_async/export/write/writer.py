@@ -14,6 +14,7 @@ from dspy_mlflow_async.export.operations import Operation, RunOperation, TraceOp
 from dspy_mlflow_async.export.write import fork_gate, late_runs, prepare
 from dspy_mlflow_async.export.write.batches import by_experiment, grouped, is_late
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, blocked_by, cannot_write_now, classify, is_away
+from dspy_mlflow_async.export.write.row_writer import row_writer
 from dspy_mlflow_async.export.write.run_operations import write_runs
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_http, mlflow_store, mlflow_traces
 from dspy_mlflow_async.workers import map_concurrently
@@ -28,12 +29,14 @@ _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, a
 class Writer:
     """Writer to the store of one tracking URI. Safe for threads: all it keeps is what it has learnt of the store."""
 
-    def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS) -> None:
+    def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS, may_try_rows: bool = True) -> None:
         self.uri = uri
         self._request_seconds = request_seconds
         self._client: mlflow_store.TracingClient | None = None
         self._takes_batches: bool | None = None
         self._takes_spans = True
+        self._may_try_rows = may_try_rows  # not in the thread of a caller
+        self._has_rows_refused = False  # by the store, as being away
         # Only connections to a database must not be copied in the middle of something.
         self._is_server = uri.startswith(("http:", "https:"))
         self._gate = contextlib.nullcontext() if self._is_server else fork_gate.writes
@@ -85,9 +88,11 @@ class Writer:
     def _write_traces(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         good: list[Any] = []
         bad: list[Outcome] = []
+        texts: dict[int, list[str]] = {}  # of spans, by the `id` of an operation
         for item in items:
             try:
-                prepare.prepare(item)
+                if (made := prepare.prepare(item)) is not None:
+                    texts[id(item)] = made
             except Exception as error:  # noqa: BLE001 - one trace must not keep the others from the store
                 bad.append(Outcome(item, Verdict.SUSPECT, error))
                 continue
@@ -105,7 +110,7 @@ class Writer:
                 bad.append(Outcome(item, classify(error, statuses), error))
         if not good:
             return bad
-        return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, statuses)]
+        return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, texts, statuses)]
 
     def _linked(self, outcome: Outcome, statuses: list[mlflow_http.Status]) -> Outcome:
         """Return the outcome of a trace, with its run where that was created while it was stored."""
@@ -119,18 +124,23 @@ class Writer:
             return Outcome(item, classify(error, statuses), error)
         return outcome
 
-    def _store_traces(self, good: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+    def _store_traces(
+        self, good: Sequence[Any], texts: dict[int, list[str]], statuses: list[mlflow_http.Status]
+    ) -> list[Outcome]:
         statuses.clear()
         try:
             if self._takes_batches is None:
                 self._takes_batches = self._ask_for_batches(statuses)
         except Exception as error:  # noqa: BLE001 - the store decides what it raises; `classify` says what it means
             return [Outcome(item, classify(error, statuses), error) for item in good]
-        if self._takes_batches and self._takes_spans and self._all_at_once(good):
-            return [Outcome(item, Verdict.STORED) for item in good]
         if not self._takes_batches:
             return self._one_by_one(good, self._write_spans_first, statuses)
-        return self._starts_then_spans(good, statuses)
+        if self._is_server or not self._takes_spans:
+            return self._starts_then_spans(good, statuses)
+        outcomes, left = self._write_rows(good, texts)
+        if left and self._all_at_once(left):
+            return [*outcomes, *(Outcome(item, Verdict.STORED) for item in left)]
+        return [*outcomes, *(self._starts_then_spans(left, statuses) if left else ())]
 
     def _ask_for_batches(self, statuses: Sequence[mlflow_http.Status]) -> bool:
         """Return whether the store takes spans of many traces together.
@@ -143,6 +153,30 @@ class Writer:
             host = self.uri.rpartition("@")[2]  # without a password
             raise ConnectionError(f"the MLflow server at {host} does not tell its version")
         return bool(answer)
+
+    def _write_rows(self, items: Sequence[Any], texts: dict[int, list[str]]) -> tuple[list[Outcome], list[Any]]:
+        """Write complete new traces as rows.
+
+        Returns:
+            The outcomes, and the operations that are left for MLflow.
+        """
+        if self._has_rows_refused:  # MLflow has its turn, in case that rows are to blame
+            self._has_rows_refused = False
+            return [], list(items)
+        try:
+            store = self.client.store
+            places = row_writer(self.uri).write(store, items, texts, may_try=self._may_try_rows)
+        except Exception as error:  # noqa: BLE001 - what is wrong will show when written by MLflow
+            if classify(error) is not Verdict.AWAY:
+                return [], list(items)
+            self._has_rows_refused = True
+            return [Outcome(item, Verdict.AWAY, error) for item in items], []
+        stored = [item for item in items if id(item) in places]
+        for item in stored:
+            info = copy.copy(item.info)
+            info.tags = {**info.tags, _ARTIFACT_LOCATION: places[id(item)]}
+            self._finish(item, info)
+        return [Outcome(item, Verdict.STORED) for item in stored], [item for item in items if id(item) not in places]
 
     def _all_at_once(self, items: Sequence[Any]) -> bool:
         """Write the whole batch in one SQL transaction.

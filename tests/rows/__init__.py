@@ -1,0 +1,1 @@
+"""Stores written as rows, compared with stores written by MLflow, table by table."""
