@@ -37,6 +37,7 @@ NAMES = {
     "bench": "measure what tracing costs",
     "faults": "try what may go wrong, and show where every trace is (two to three minutes; --long for hours)",
     "ui": "look at MLflow's pages in a headless Chromium, and save the pictures of the docs",
+    "rows": "compare stores written as rows with stores written by MLflow, for each version of it (--postgres)",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }
 NO_PIP = """\
