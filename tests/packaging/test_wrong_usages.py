@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dspy_mlflow_async as dma
-from dspy_mlflow_async import cli, testing
+from dspy_mlflow_async import cli, remote, testing
 from dspy_mlflow_async.composition import is_installed
 from echo import EchoLM
 
@@ -70,6 +70,18 @@ PYTHON = [
     (lambda: dma.TracingCallback(redact=3), "redact must be a function of one value, not 3"),
     # threads, flush, runs
     (lambda: dma.propagate(3), "propagate takes a function that can be called, not 3"),
+    (lambda: dma.carry(secrets="none"), "secrets must be 'carried' or 'environment', not 'none'"),
+    (lambda: dma.attached({}).__enter__(), "attached takes what carry() has returned, not {}"),
+    (lambda: remote.Processes("2"), "workers must be a whole number of processes, not '2'"),
+    (lambda: remote.Processes(0), "workers must be at least 1, not 0"),
+    (lambda: remote.Executor(3), "executor must be a concurrent.futures.Executor, or make one, not 3"),
+    (lambda: remote.on(None).__enter__(), "on takes workers, not None"),
+    (lambda: evaluator(workers=0), "workers must be at least 1, not 0"),
+    (lambda: evaluate_all(workers=0), "workers must be at least 1, not 0"),
+    (
+        lambda: evaluate_all(workers="2"),
+        "workers must be a number of processes, or Processes, Ray or Executor of dspy_mlflow_async.remote, not '2'",
+    ),
     (lambda: dma.flush("10"), "timeout must be a number of seconds, not '10'"),
     (lambda: dma.flush(-1), "timeout must be 0 or more seconds, not -1"),
     (lambda: dma.run(3), "name must be a text, not 3"),

@@ -57,6 +57,20 @@ class Where(dspy.Module):
         return dspy.Prediction(answer=question, pid=os.getpid())
 
 
+class KillsOnce:
+    """A metric that kills the process it is in when it first judges its example: the prediction is traced by then."""
+
+    def __init__(self, folder, question):
+        self.folder, self.question = folder, question
+
+    def __call__(self, example, prediction, trace=None):
+        mark = Path(self.folder, "killed")
+        if example.question == self.question and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return is_right(example, prediction)
+
+
 def is_right(example, prediction, trace=None):
     """Exact match."""
     return example.answer == prediction.answer

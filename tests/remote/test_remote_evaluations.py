@@ -8,7 +8,7 @@ import threading
 import dspy
 import mlflow
 import pytest
-from elsewhere_examples import Dies, Waits, Where, is_right
+from elsewhere_examples import KillsOnce, Waits, Where, is_right
 
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all, autolog, evaluate_all, flush
 from dspy_mlflow_async.remote import Processes, on
@@ -30,8 +30,8 @@ def examples(size, prefix="@e"):
     return [dspy.Example(question=f"{prefix}-{n}", answer=f"{prefix}-{n}").with_inputs("question") for n in range(size)]
 
 
-def evaluate(programs, devset, workers, **options):
-    return evaluate_all(programs, devset=devset, metric=is_right, workers=workers, display_progress=False, **options)
+def evaluate(programs, devset, workers, metric=is_right, **options):
+    return evaluate_all(programs, devset=devset, metric=metric, workers=workers, display_progress=False, **options)
 
 
 def stored(experiment):
@@ -86,18 +86,28 @@ def test_a_remote_evaluation_is_a_local_one(experiment, workers):
 
 
 def test_an_example_whose_process_is_killed_is_tried_again(experiment, workers, tmp_path):
-    """A worker that is killed with examples in hand: each of them is evaluated elsewhere, and counts once."""
+    """A worker that is killed with examples in hand: each counts once, and what is left is marked."""
     autolog(silent=True)
-    comparison = evaluate({"dies": Dies(str(tmp_path), "@e-3", 1)}, examples(8), workers, max_concurrency=4)
+    metric = KillsOnce(str(tmp_path), "@e-3")
+    comparison = evaluate({"dies": Where()}, examples(8), workers, metric=metric, max_concurrency=4)
     case = comparison["dies"]
     places = {trace_id: str(index) for index, trace_id in enumerate(ids_of(case))}
-    winners = {places[each.info.trace_id]: each for each in stored(experiment) if each.info.trace_id in places}
+    traces = stored(experiment)
+    counted = {places[each.info.trace_id]: each for each in traces if each.info.trace_id in places}
+    (lost,) = [
+        each
+        for each in traces
+        if each.info.trace_id not in places and each.info.tags["dspy_mlflow_async.example"] == "3"
+    ]
+    (gone,) = [report for report in comparison.workers if report.losses]
 
     assert ("finished", 100.0, 8, 0) == (case.status, case.score, case.examples, case.errors)
-    assert {str(n) for n in range(8)} == set(winners)
-    assert all(place == each.info.tags["dspy_mlflow_async.example"] for place, each in winners.items())
-    assert "2" == winners["3"].info.tags["dspy_mlflow_async.attempt"]
-    (gone,) = [report for report in comparison.workers if report.losses]
+    assert {str(n) for n in range(8)} == set(counted)
+    assert all(place == each.info.tags["dspy_mlflow_async.example"] for place, each in counted.items())
+    assert "2" == counted["3"].info.tags["dspy_mlflow_async.attempt"]
+    assert "1" == lost.info.tags["dspy_mlflow_async.attempt"]
+    assert "SIGKILL" in lost.info.tags["dspy_mlflow_async.lost"]
+    assert [] == [each for each in counted.values() if "dspy_mlflow_async.lost" in each.info.tags]
     assert 3 in gone.losses
     assert gone.books is None
 
@@ -184,6 +194,31 @@ def test_what_cannot_be_sent_is_named_before_anything_runs(experiment, part, pro
 
     assert [] == mlflow.search_runs([experiment], output_format="list")
     assert [] == workers._processes
+
+
+def test_what_a_script_or_a_notebook_defines_is_sent_along(experiment, workers):
+    """Programs, metrics and results of ``__main__`` work in workers, and come home as what they were."""
+
+    class Answer:
+        def __init__(self, answer):
+            self.answer = answer
+
+    class Mine(dspy.Module):
+        def forward(self, question):
+            return Answer(question)
+
+    def is_mine(example, prediction, trace=None):
+        return isinstance(prediction, Answer) and example.answer == prediction.answer
+
+    for each in (Answer, Mine, is_mine):
+        each.__module__ = "__main__"
+    autolog(silent=True)
+    comparison = evaluate_all(
+        {"mine": Mine()}, devset=examples(2), metric=is_mine, workers=workers, display_progress=False
+    )
+
+    assert 100.0 == comparison["mine"].score
+    assert {Answer} == {type(prediction) for _, prediction, _ in comparison["mine"].result.results}
 
 
 def test_workers_are_checked():
