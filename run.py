@@ -35,6 +35,7 @@ NAMES = {
     "drill": "take the private names of DSPy and MLflow away, one by one, and see that a program runs on",
     "docs": "build the documentation's site, with warnings as errors",
     "bench": "measure what tracing costs",
+    "audit": "measure what an audit of a store of many traces costs (--traces 100000)",
     "faults": "try what may go wrong, and show where every trace is (two to three minutes; --long for hours)",
     "ui": "look at MLflow's pages in a headless Chromium, and save the pictures of the docs",
     "rows": "compare stores written as rows with stores written by MLflow, for each version of it (--postgres)",

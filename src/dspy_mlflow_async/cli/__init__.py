@@ -14,13 +14,14 @@ import typer.main
 
 # name: (module below this package, function). The order is that of the help text.
 COMMANDS = {
+    "audit": ("audit", "audit"),
     "demo": ("demo", "demo"),
     "doctor": ("doctor", "doctor"),
     "replay": ("replay", "replay"),
     "report": ("report", "report"),
 }
 
-NEED_RUNS = ("demo", "report")
+NEED_RUNS = ("audit", "demo", "report")
 
 
 def __getattr__(name: str) -> Any:

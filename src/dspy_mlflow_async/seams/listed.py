@@ -39,6 +39,7 @@ _EXPERIMENT = "tells the experiment of a trace without opening the store in the 
 _PRICES = "prices a span without importing LiteLLM in the writer's thread"
 _ROWS = "writes complete traces to a SQL store as rows"
 _FORK = "keeps a forked process from inheriting held locks and open connections"
+_ROWS = "reads many traces from a SQL store at once"
 
 SEAMS: tuple[Seam, ...] = (
     # DSPy
@@ -392,6 +393,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROVIDER}:_get_span_processors", _CAPTURE, shape="()", is_feature=True),
     Seam("opentelemetry.util._once:Once._done", _CAPTURE, shape=".__bool__", is_feature=True),
     Seam("opentelemetry.trace:_TRACER_PROVIDER", _CAPTURE, shape="?.get_tracer", is_feature=True),
+    # MLflow, its SQL tables
+    *(
+        Seam(f"mlflow.store.tracking.dbmodels.models:{name}", _ROWS, shape=".__table__", is_feature=True)
+        for name in ("SqlTraceInfo", "SqlSpan", "SqlTraceTag", "SqlTraceMetadata", "SqlAssessments")
+    ),
     # OpenTelemetry, under MLflow
     Seam(
         "opentelemetry.context:_SUPPRESS_INSTRUMENTATION_KEY",

@@ -16,6 +16,7 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 from mlflow.entities import Trace, TraceData
 from mlflow.entities.model_registry import PromptVersion
+from mlflow.entities.trace_state import TraceState
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import TraceMetadataKey
@@ -35,6 +36,7 @@ __all__ = [
     "abandon_connections",
     "absolute_uri",
     "client_of",
+    "end_stored_trace",
     "finalizes",
     "first_experiment",
     "is_databricks_uri",
@@ -186,6 +188,20 @@ def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
     body = message_to_json(StartTraceV3(trace=trace.to_proto()))
     store._call_endpoint(StartTraceV3, body, endpoint=_V3_TRACE_REST_API_PATH_PREFIX, response_proto=Empty())
     return info
+
+
+def end_stored_trace(uri: str, trace_id: str, duration_ms: int) -> None:
+    """End a trace that its process has left in progress, as failed: its spans stay as they are.
+
+    Args:
+        uri: The resolved tracking URI.
+        trace_id: MLflow's id.
+        duration_ms: How long it took, as far as anybody knows.
+    """
+    client = tracing_client(uri)
+    info = client.get_trace_info(trace_id)
+    info.state, info.execution_duration = TraceState.ERROR, duration_ms
+    client.start_trace(info)  # of a trace that is there, the store takes the new state
 
 
 class _OneSession:

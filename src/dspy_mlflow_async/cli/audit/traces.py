@@ -1,0 +1,128 @@
+"""A stored trace as the checks look at it: parsed once, its spans by parent, its values as they are asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from dspy_mlflow_async.cli.audit.findings import Finding, Kind
+from dspy_mlflow_async.seams.mlflow_rows import SpanRow, TraceRow
+from dspy_mlflow_async.spans.secret_texts import mask
+
+INPUTS, OUTPUTS, USAGE = "mlflow.spanInputs", "mlflow.spanOutputs", "mlflow.chat.tokenUsage"
+SECOND, MILLISECOND = 1_000_000_000, 1_000_000  # in nanoseconds
+_MAX_DEPTH = 200
+
+
+def parse(text: str) -> Any:
+    """Return what a JSON text says; a text that is none is itself the value."""
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        try:
+            return json.loads(text)  # NaN, or a number of many digits
+        except ValueError:
+            return text
+
+
+class Span:
+    """One span of a stored trace."""
+
+    __slots__ = ("attributes", "children", "content", "end_ns", "kind", "name", "parent_id", "span_id", "start_ns")
+
+    def __init__(self, row: SpanRow) -> None:
+        self.span_id, self.parent_id, self.name, kind, self.start_ns, self.end_ns, _ = row
+        self.kind = kind or ""
+        self.content: dict[str, Any] = parse(row.content)
+        self.attributes: dict[str, str] = self.content.get("attributes") or {}
+        self.children: list[Span] = []
+
+    def value(self, key: str) -> Any:
+        """Return an attribute's value, or None."""
+        text = self.attributes.get(key)
+        return None if text is None else parse(text)
+
+    def text(self, key: str) -> str:
+        """Return the JSON text of an attribute; empty where there is none."""
+        return self.attributes.get(key) or ""
+
+    @property
+    def is_ok(self) -> bool:
+        """Return whether it ended without an error."""
+        return str(self.content.get("status", {}).get("code", "")).endswith("OK")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Return whether it is a step of an adapter, which a DSPy call is always above."""
+        return self.kind == "PARSER" and self.name.endswith((".format", ".parse"))
+
+    @property
+    def is_lm(self) -> bool:
+        """Return whether it is a call of an LM."""
+        return self.name.endswith(".__call__") and self.kind in {"CHAT_MODEL", "LLM"}
+
+    @property
+    def is_module(self) -> bool:
+        """Return whether it is a call of a DSPy module."""
+        return self.name.endswith(".forward")
+
+    @property
+    def is_predict(self) -> bool:
+        """Return whether it is a call of ``dspy.Predict`` itself."""
+        return self.name == "Predict.forward"
+
+    def walk(self, depth: int = 0) -> Iterator[Span]:
+        """Yield this span and all below it."""
+        yield self
+        if depth < _MAX_DEPTH:
+            for child in self.children:
+                yield from child.walk(depth + 1)
+
+
+class Trace:
+    """One stored trace.
+
+    Attributes:
+        row: What the store has of it.
+        spans: Its spans in the order in which they began.
+        by_id: The same by id.
+        tops: Spans that no span of the trace is above.
+    """
+
+    __slots__ = ("__dict__", "by_id", "row", "spans", "tops")
+
+    def __init__(self, row: TraceRow) -> None:
+        self.row = row
+        self.spans = sorted(map(Span, row.spans or ()), key=lambda span: span.start_ns)
+        self.by_id = {span.span_id: span for span in self.spans}
+        self.tops: list[Span] = []
+        for span in self.spans:
+            parent = self.by_id.get(span.parent_id) if span.parent_id else None
+            (self.tops if parent is None else parent.children).append(span)
+
+    @property
+    def root(self) -> Span | None:
+        """The one span that has no parent, and should be the only one; else the first."""
+        return next((span for span in self.tops if not span.parent_id), self.tops[0] if self.tops else None)
+
+    @functools.cached_property
+    def end_ns(self) -> int:
+        """When its root ended; where that has not, when its last span did."""
+        root = self.root
+        if root is not None and root.end_ns:
+            return root.end_ns
+        return max((span.end_ns or span.start_ns for span in self.spans), default=self.row.start_ms * MILLISECOND)
+
+    @functools.cached_property
+    def last_sign_ms(self) -> int:
+        """When anything of it was heard of last, in milliseconds since the epoch."""
+        return max([self.row.start_ms, *((span.end_ns or span.start_ns) // MILLISECOND for span in self.spans)])
+
+
+def found(kind: Kind, trace: Trace, detail: str) -> Finding:
+    """Return a finding about a trace."""
+    return Finding(kind, mask(detail), trace.row.experiment_id, trace.row.trace_id)
