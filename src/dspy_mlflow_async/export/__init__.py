@@ -12,6 +12,7 @@ from dspy_mlflow_async.export.installation import (
     release,
     secure,
     stats,
+    take_over,
 )
 from dspy_mlflow_async.export.operations import Creation
 from dspy_mlflow_async.export.options import ExportOptions
@@ -55,4 +56,5 @@ __all__ = [
     "secure",
     "spools",
     "stats",
+    "take_over",
 ]

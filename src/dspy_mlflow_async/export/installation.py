@@ -224,6 +224,13 @@ def flush(timeout: float | None = None) -> bool:
     return is_stored
 
 
+def take_over() -> None:
+    """Queue what ended processes have left on the disk for the stores of this one, ahead of the next ``flush``."""
+    current = _pipeline
+    if current is not None:
+        current.take_over(of_all=True)
+
+
 def secure(timeout: float) -> bool:
     """Store what has ended, and bring to the disk what is not stored in time. For a process that is about to end.
 

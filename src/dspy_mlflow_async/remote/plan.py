@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from dspy_mlflow_async import export
 from dspy_mlflow_async.health import Stats, flush, stats
 from dspy_mlflow_async.remote import pickling
 from dspy_mlflow_async.spans.secret_texts import mask
@@ -146,7 +147,8 @@ def run_in_loop(call: Coroutine[Any, Any, _Result]) -> _Result:
 
 
 def settle(timeout: float) -> WorkerBooks:
-    """Store what this process has traced, for so many seconds at most, and return its books."""
+    """Store what this process has traced, and what dead ones have left, for so many seconds; return its books."""
+    export.take_over()
     is_settled = flush(timeout)
     return WorkerBooks(process_name(), stats(), time.process_time(), is_settled)
 

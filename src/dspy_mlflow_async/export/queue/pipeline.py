@@ -154,9 +154,13 @@ class Pipeline:
             self._housekeeping()
 
     @guarded
-    def take_over(self) -> None:
-        """Bring to the store what forked children of this process have left on the disk when they ended."""
-        if not self.has_forked or self.is_closed:
+    def take_over(self, *, of_all: bool = False) -> None:
+        """Bring to the store what forked children of this process have left on the disk when they ended.
+
+        Args:
+            of_all: Whether what any process has left that is gone.
+        """
+        if not (self.has_forked or of_all) or self.is_closed:
             return
         for uri in {mlflow_store.resolve_tracking_uri(), *self.queues}:
             if not mlflow_store.is_databricks_uri(uri):
