@@ -34,10 +34,12 @@ def console(monkeypatch):
 
 
 async def test_log(console):
-    """In a log: a line for each evaluation when it is over, and a total."""
+    """In a log: the run at the start, a line for each evaluation when it is over, and a total."""
     text = console(is_terminal=False)
-    await aevaluate_all({"one": Chain(), "two": Chain()}, devset=examples(size=3), metric=is_right)
-    lines = text.getvalue().splitlines()
+    comparison = await aevaluate_all({"one": Chain(), "two": Chain()}, devset=examples(size=3), metric=is_right)
+    first, *lines = text.getvalue().splitlines()
+
+    assert f"evaluate_all: run {comparison.run_id}" == first
 
     assert ["one: 3/3, score 100.0,", "total: 6/6", "two: 3/3, score 100.0,"] == sorted(
         line.rpartition(" ")[0].rpartition(" ")[0] if "total" not in line else line for line in lines
@@ -54,10 +56,12 @@ def test_now_and_then(console, monkeypatch):
             clock[0] += 0.5
             line.advance(Outcome(number, score=1.0) if number % 2 else Outcome(number, error="bad"))
 
-    assert ["one: 20/100, score 50.0, 10 errors, 10 s", "one: 40/100, score 50.0, 20 errors, 20 s"] == (
-        text.getvalue().splitlines()[:2]
-    )
-    assert 4 == len(text.getvalue().splitlines())
+    assert [
+        "one: the first error: bad",
+        "one: 20/100, score 50.0, 10 errors, 10 s",
+        "one: 40/100, score 50.0, 20 errors, 20 s",
+    ] == text.getvalue().splitlines()[:3]
+    assert 5 == len(text.getvalue().splitlines())
 
 
 async def test_now_and_then_without_an_end(console, monkeypatch):

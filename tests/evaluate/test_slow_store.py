@@ -9,7 +9,7 @@ import pytest
 from small import examples, is_right
 
 import dspy_mlflow_async
-from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
+from dspy_mlflow_async import AsyncEvaluate, aevaluate_all, reachability
 from echo import Chain
 from mlflow_server import mlflow_server
 from slow_store import slow_store
@@ -40,6 +40,11 @@ def slow(server, store_uri, monkeypatch):
         dspy_mlflow_async.autolog(disable=True)
         mlflow.set_tracking_uri(store_uri)
         mlflow.tracing.reset()
+
+
+def test_a_real_server_is_known(server):
+    """Before anything is spent a server is asked who it is."""
+    assert reachability.Reached(version=mlflow.__version__) == reachability.look(server.uri)
 
 
 class Turns:

@@ -35,13 +35,14 @@ BESIDE = {
     "fallback": {"guard", "seams"},
     "guard": {"printable"},
     "printable": set(),
+    "reachability": {"printable"},
     "async_programs": set(),
     "settings": set(),
     "workers": set(),
 }
-# Cross-cutting, for every room: the boundary around failures, the settings, what may be shown, calls in threads, and
-# names of others.
-FOR_ALL = {"guard", "printable", "seams", "settings", "workers"}
+# Cross-cutting, for every room: the boundary around failures, the settings, what may be shown, whether a store is
+# there, calls in threads, and names of others.
+FOR_ALL = {"guard", "printable", "reachability", "seams", "settings", "workers"}
 # What stands between the tracer and those who use it.
 FOR_USERS = {"__init__", "health", "async_programs", "propagation", "testing"}
 MAX_LINES = 500  # rooms, not splinters: a file holds one whole idea

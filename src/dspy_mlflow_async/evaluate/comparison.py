@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 _MAX_ERROR = 200  # characters
-_WIDTH = 120  # columns of print(result)
+_WIDTH = 10_000  # columns where nobody looks: a log, a file, a pipe
+# What goes first where a terminal is too narrow for all.
+_LEAST_WANTED = ("p95 s", "examples", "tokens", "p50 s", "cost $", "not run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +167,9 @@ class Comparison(Mapping[str, CaseResult]):
         from rich.console import Console
 
         text = io.StringIO()
-        console = Console(file=text, width=_WIDTH, color_system=None)
-        console.print(self._table())
+        width = shutil.get_terminal_size().columns if _is_terminal() else _WIDTH
+        console = Console(file=text, width=width, color_system=None)
+        console.print(self._table(width))
         for note in self._notes():
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
@@ -184,14 +189,18 @@ class Comparison(Mapping[str, CaseResult]):
         notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes())
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
-    def _table(self) -> Table:
+    def _table(self, width: int) -> Table:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
         table, columns = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False), _columns(self.cases)
+        for name in _LEAST_WANTED:
+            if _width_of(columns) > width:
+                columns.pop(name, None)
         for name in columns:
-            table.add_column(name, justify="left" if name == "case" else "right", no_wrap=name != "case")
+            is_name = name == "case"
+            table.add_column(name, justify="left" if is_name else "right", no_wrap=True, overflow="ellipsis")
         for cells in zip(*columns.values(), strict=True):
             table.add_row(*map(Text, cells))
         return table
@@ -211,10 +220,14 @@ class Comparison(Mapping[str, CaseResult]):
         for case in self.cases:
             if case.error is not None:
                 notes.append(f"{case.name} failed: {case.row()['error']}")
-                if case.first_error is not None:
-                    notes.append(f"  {errors_text(case.errors, case.first_error)}")
+            if case.first_error is not None:
+                all_failed = case.errors == case.examples > 1
+                said = f"all {errors_text(case.errors, case.first_error)}" if all_failed else None
+                notes.append(f"{case.name}: {said or errors_text(case.errors, case.first_error)}")
         if self.run_id is not None:
             notes.append(f"Run: {self.run_id}")
+            if self.stopped_by is not None:
+                notes.append(f'Go on with evaluate_all(..., resume="{self.run_id}").')
         return [printable(note, one_line=True) for note in notes]
 
 
@@ -233,6 +246,25 @@ def _columns(cases: Sequence[CaseResult]) -> dict[str, list[str]]:
         "cost $": [cost_text(case.cost_usd) for case in cases],
     }
     return {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # none, or closed
+        return False
+
+
+def _width_of(columns: Mapping[str, list[str]]) -> int:
+    """Return how many columns of a terminal the table takes: three blanks between two of them."""
+    return sum(max(map(cell_width, [name, *cells])) for name, cells in columns.items()) + 3 * (len(columns) - 1)
+
+
+def cell_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def _score(case: CaseResult) -> str:

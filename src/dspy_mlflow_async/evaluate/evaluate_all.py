@@ -46,6 +46,7 @@ async def aevaluate_all(
     run_name: str = "evaluate_all",
     seed: int = 0,
     display_progress: bool = True,
+    require_store: bool = False,
 ) -> Comparison:
     """Evaluate several programs at once, each in its own run below one parent run, and compare them.
 
@@ -79,7 +80,9 @@ async def aevaluate_all(
             examples have ended, where these are run again. What the earlier call has spent is not counted.
         run_name: The name of the parent run.
         seed: Of the bootstrap confidence intervals.
-        display_progress: Show a line per case and a total.
+        display_progress: Show a line per case and a total, on standard error.
+        require_store: Stop before anything is spent where the store does not answer, or does not create the run.
+            Otherwise the evaluations go on without it, and what they find is stored when it is back.
 
     Returns:
         The result of each case, and how they compare: score in percent with its standard error, errors, latency,
@@ -91,6 +94,7 @@ async def aevaluate_all(
             workers; says which.
         ValueError: For no case, two of one name, an unknown baseline, an empty devset, no metric, a limit out of
             range, or a run that is unknown or does not fit. Nothing has run then.
+        ConnectionError: With ``require_store`` or ``resume``, where the store cannot be reached. Nothing has run then.
         Exception: What a case raised, with ``raise_on_error``.
     """
     cases = cases_of(programs, devset, metric)
@@ -117,6 +121,7 @@ async def aevaluate_all(
         run_name=run_name,
         seed=seed,
         display_progress=display_progress,
+        require_store=require_store,
     )
     crew = None if (found := workers_of(workers)) is None else Crew(found)
     if crew is not None:
@@ -149,6 +154,8 @@ evaluate_all = _without_await(aevaluate_all)
 def _run(begin: Callable[[], Coroutine[Any, Any, _Result]]) -> _Result:
     try:
         return anyio.run(begin)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # hundreds of lines of tasks' frames tell nobody anything
     except asyncio.CancelledError:
         if sys.version_info >= (3, 11):
             raise

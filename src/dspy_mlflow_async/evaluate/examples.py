@@ -52,6 +52,7 @@ class Conditions:
 
     Attributes:
         slots: How many examples may be in flight.
+        case: What the evaluation is called among others, for the log; empty for one on its own.
         finished: The outcomes of an earlier, interrupted evaluation, by place in the devset.
         note: Called with the outcome of each example that ends.
         note_late: Called when the thread that an example has left behind ends: with the outcome as it is then, and with
@@ -64,6 +65,7 @@ class Conditions:
     note: Callable[[Outcome], None] = lambda _: None
     note_late: Callable[[Outcome, Outcome], None] = lambda _, __: None
     crew: Any = None
+    case: str = ""
 
 
 class Examples:
@@ -181,12 +183,13 @@ class Examples:
 
     def _note_error(self, item: Any, error: Exception) -> None:
         self._errors += 1
+        case = f"{self._conditions.case}: " if self._conditions.case else ""
         if self._rules.provide_traceback:
             trace = getattr(error, "traceback", None) or "".join(traceback.format_exception(error))
-            dspy_evaluate.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}\n{trace}")
+            dspy_evaluate.PARALLELIZER_LOGGER.error(f"{case}Error for {text_of(item)}: {text_of(error)}\n{trace}")
         else:
             hint = "Set `provide_traceback=True` for traceback."
-            dspy_evaluate.PARALLELIZER_LOGGER.error(f"Error for {text_of(item)}: {text_of(error)}. {hint}")
+            dspy_evaluate.PARALLELIZER_LOGGER.error(f"{case}Error for {text_of(item)}: {text_of(error)}. {hint}")
         if self._has_too_many_errors():
             self._group.cancel_scope.cancel()
 

@@ -53,6 +53,13 @@ def text_of_lm(lm: Any, program: Any) -> str:
     return f"{', '.join(names)}-{digest([_lm(each) for each in [lm, *own]])}"
 
 
+def arguments_of_lm(lm: Any) -> dict[str, str]:
+    """Return a digest of each argument of an LM, by name; of a secret one nothing that differs."""
+    kwargs = getattr(lm, "kwargs", None)
+    masked = _masked(kwargs if isinstance(kwargs, Mapping) else {})
+    return {key: digest(value)[:8] for key, value in masked.items()} if isinstance(masked, dict) else {}
+
+
 def text_of_adapter(adapter: Any) -> str:
     """Describe an adapter's class and how it was made."""
     if adapter is None:

@@ -7,6 +7,7 @@ one board, and each evaluation a line on it.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,14 @@ from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.printable import counted, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 PLAIN_SECONDS = 10.0  # between two lines in a log
 _TOTAL = "total"
+_NARROW = 100  # columns
+_MAX_NAME = 24  # columns of a name in a narrow terminal
+_MAX_ERROR = 160  # characters
 
 
 class Line:
@@ -41,6 +46,8 @@ class Line:
         """Count one more example that has ended."""
         self.done += 1
         self.errors += outcome.has_failed
+        if outcome.has_failed and self.errors == 1:
+            self.board.say(f"{self.name}: the first error: {_shortened(outcome.error)}")
         self._sum += self._failure_score if outcome.has_failed else number_of(outcome.score) or 0.0
         self.board.changed(self)
 
@@ -96,10 +103,18 @@ class Board:
                     self._ticker = _Ticker(self._tick)
             self._lines[line] = None
             if self._live is not None:
-                if self._total is None and len(self._lines) + len(self._ended) > 1:
-                    self._total = self._live.add_task(_TOTAL, total=0, score="", errors="")
                 self._lines[line] = self._live.add_task(line.name, total=line.size, score="", errors="")
+                if len(self._lines) + len(self._ended) > 1:
+                    if self._total is not None:
+                        self._live.remove_task(self._total)  # it stands last
+                    self._total = self._live.add_task(_TOTAL, total=0, score="", errors="")
                 self._update(line)
+
+    @guarded
+    def say(self, text: str) -> None:
+        """Write a line of its own, above what is shown."""
+        console = _console() if self._live is None else self._live.console
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     @guarded
     def changed(self, line: Line) -> None:
@@ -158,9 +173,7 @@ class Board:
         return sum(x.done for x in lines), sum(x.size for x in lines), sum(x.errors for x in lines)
 
     def _print(self, lines: list[Line]) -> None:
-        from rich import get_console
-
-        console = get_console()
+        console = _console()
         for line in lines:
             seconds = time.monotonic() - line.begun
             parts = (f"{line.done}/{line.size}", f"score {line.score}", line.error_text, f"{seconds:.0f} s")
@@ -203,6 +216,23 @@ class _NoBoard(Board):
     def end(self, line: Line) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
+
+def _shortened(error: str | None) -> str:
+    said = " ".join((error or "").split())
+    return said if len(said) <= _MAX_ERROR else f"{said[: _MAX_ERROR - 1]}…"
+
+
+def _console() -> Console:
+    """Return rich's console, on standard error where it would write to standard output, which is the program's."""
+    from rich import get_console
+    from rich.console import Console
+
+    console = get_console()
+    return console if console.is_jupyter or console.file is not sys.stdout else Console(stderr=True)
+
 
 def _live() -> Progress | None:
     """Return rich's display, or None where lines now and then do better: in a log, or while the user has a display."""
@@ -216,18 +246,23 @@ def _live() -> Progress | None:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
-    console = get_console()
+    if any(getattr(get_console(), name, None) for name in ("_live", "_live_stack")):  # a display of the user's
+        return None
+    console = _console()
     if not (console.is_terminal or console.is_jupyter) or console.is_dumb_terminal:
         return None
+    is_narrow = console.width < _NARROW
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=_MAX_NAME if is_narrow else None)
     live = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[score]}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=10 if is_narrow else 40),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[score]}", markup=False, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[errors]}", style="red", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         console=console,
     )
     try:

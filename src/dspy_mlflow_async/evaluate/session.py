@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import dspy
+import mlflow
 
 from dspy_mlflow_async import hooks
 from dspy_mlflow_async.callback import TracingCallback
@@ -29,6 +30,8 @@ from dspy_mlflow_async.evaluate.progress import BOARD, Line
 from dspy_mlflow_async.evaluate.results import NothingRun
 from dspy_mlflow_async.evaluate.stored_runs import Plan, StoredCase
 from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.reachability import look
+from dspy_mlflow_async.runs.artifacts import look_for_fonts
 from dspy_mlflow_async.runs.datasets import EVALUATION, is_at_hand
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED
 from dspy_mlflow_async.runs.handle import FAILED as RUN_FAILED
@@ -39,6 +42,10 @@ from dspy_mlflow_async.seams.installed import needs_whole
 from dspy_mlflow_async.workers import call_or_discard, run_uninterrupted
 
 logger = logging.getLogger("dspy_mlflow_async")
+
+
+class StoreMissingError(ConnectionError):
+    """Error of an ``evaluate_all`` that was told to spend nothing without a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ class Options:
     run_name: str = "evaluate_all"
     seed: int = 0
     display_progress: bool = True
+    require_store: bool = False
 
 
 class _CaseEvaluate(AsyncEvaluate):
@@ -106,9 +114,14 @@ class Session:
             resume: The parent run of an earlier process, or None.
         """
         self._plan = await anyio.to_thread.run_sync(Plan.of, self._cases)
-        self._parent = await _opened(functools.partial(self._open_parent, self._plan, resume))
+        problem = await anyio.to_thread.run_sync(self._why_no_store)
+        if problem is not None and (resume is not None or self._options.require_store):
+            raise ConnectionError(problem)
+        self._parent = await _opened(functools.partial(self._open_parent, self._plan, resume, problem))
         status = RUN_FAILED
         try:
+            self._announce(problem)
+            await anyio.to_thread.run_sync(look_for_fonts)
             with stored_runs.entered(self._parent), _traced():
                 await self._evaluate()
             comparison = await anyio.to_thread.run_sync(self._compare)
@@ -116,15 +129,41 @@ class Session:
                 status = RUN_FINISHED
         except BaseException as error:
             status = run_status(error)
+            if self._parent is not None and not isinstance(error, StoreMissingError):
+                self._say(f'Stopped. Go on with evaluate_all(..., resume="{self._parent.run_id}").')
             raise
         else:
             return comparison
         finally:
             await _end(self._parent, status)
 
-    def _open_parent(self, plan: Plan, resume: str | None) -> RunHandle | None:
+    def _why_no_store(self) -> str | None:
+        """Say why the store's server takes nothing now, at once, in place of the silence of MLflow's retries."""
+        problem = look(mlflow.get_tracking_uri()).problem
+        if problem is not None and not self._options.require_store:
+            logger.warning("%s. The evaluations go on; what they find waits on this machine until then.", problem)
+        return problem
+
+    def _announce(self, problem: str | None) -> None:
+        """Name the run, so that whatever happens it can be looked at, or resumed."""
+        parent = self._parent
+        if self._options.require_store and (parent is None or parent.is_pending):
+            raise StoreMissingError(
+                "the store has not created the run of evaluate_all, and require_store=True wants it"
+            )
+        if parent is not None:
+            where = "" if problem or parent.is_pending else stored_runs.page_of(parent)
+            self._say(f"{self._options.run_name}: run {parent.run_id}{where and f' ({where})'}")
+
+    def _say(self, text: str) -> None:
+        if self._options.display_progress:
+            BOARD.say(text)
+        else:
+            logger.info("%s", text)
+
+    def _open_parent(self, plan: Plan, resume: str | None, problem: str | None) -> RunHandle | None:
         if resume is None:
-            parent = stored_runs.open_parent(self._options.run_name, plan)
+            parent = stored_runs.open_parent(self._options.run_name, plan, may_wait=problem is None)
             if parent is not None:
                 self._note_devsets(parent)
             return parent
@@ -206,8 +245,8 @@ class Session:
         with line_of as line, case.context():
             for outcome in outcomes.values():
                 line.advance(outcome)
-            noting = self._noting(outcomes, line, journal), self._noting_late(outcomes, journal)
-            conditions = Conditions(self._slots, dict(outcomes), *noting, self._crew)
+            notes = self._noting(outcomes, line, journal), self._noting_late(outcomes, journal)
+            conditions = Conditions(self._slots, dict(outcomes), *notes, self._crew, case.name)
             evaluator = _CaseEvaluate(case, self._options, conditions)
             async with _kept_by(journal):
                 metadata = {"metric_key": case.name, ALWAYS_LOGGED: True}

@@ -18,7 +18,7 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.evaluate import fingerprint, journal
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.journal import Stored
-from dspy_mlflow_async.printable import mask_uris
+from dspy_mlflow_async.printable import mask_uris, split_credentials
 from dspy_mlflow_async.runs import active_runs, selection
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
 from dspy_mlflow_async.seams.mlflow_runs import MLFLOW_PARENT_RUN_ID, ActiveRun, PendingRun
@@ -31,7 +31,9 @@ CASE_TAG = "dspy_mlflow_async.case"
 STOPPED_TAG = "dspy_mlflow_async.stopped_by"  # which budget ended it, in words; empty for none
 NOT_RUN_TAG = "dspy_mlflow_async.not_run"  # how many examples that left out
 PLAN_TAG = "dspy_mlflow_async.plan."  # and a number: a tag per case, there as soon as the run is
+LM_ARGUMENTS = "lm arguments"  # a digest of each, so that the one that differs can be named
 RUNNING = "RUNNING"
+NO_SECONDS = 0.001  # where the store is known to be away
 CREATION_SECONDS = 30.0  # longer than what a tracer may wait: without its run, a case cannot be resumed
 
 
@@ -69,6 +71,7 @@ class Plan:
                 "metric": fingerprint.text_of_function(case.metric),
                 "program": fingerprint.text_of_program(case.program),
                 "lm": fingerprint.text_of_lm(_in_force(case, "lm"), case.program),
+                LM_ARGUMENTS: json.dumps(fingerprint.arguments_of_lm(_in_force(case, "lm")), sort_keys=True),
                 "adapter": fingerprint.text_of_adapter(_in_force(case, "adapter")),
                 "settings": fingerprint.text_of_settings(case.settings),
             }
@@ -96,12 +99,34 @@ class Plan:
             )
         for name, texts in stored.items():
             changed = [
-                f"{what} ({before} then, {text} now)"
+                _difference(what, before, text)
                 for what, text in texts.items()
-                if (before := earlier[name].get(what)) != text
+                if (before := earlier[name].get(what)) != text and what != LM_ARGUMENTS
             ]
+            if (arguments := _changed_arguments(earlier[name], texts)) and not any("lm" in each for each in changed):
+                changed.append("lm")  # the names are alike
             if changed:
-                raise ValueError(f"run {run_id} cannot be resumed: case {name!r} has another {', '.join(changed)}")
+                named = f"; of the LM's arguments, {arguments} differ" if arguments else ""
+                raise ValueError(
+                    f"run {run_id} cannot be resumed: case {name!r} has another {', '.join(changed)}{named}. Give what "
+                    "was given then, or begin a new evaluation without resume=."
+                )
+
+
+def _difference(what: str, before: str | None, now: str) -> str:
+    return f"{what} ({before} then, {now} now)"
+
+
+def _changed_arguments(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Name the arguments of the LM that differ; empty where none does, or they were not noted."""
+    texts = before.get(LM_ARGUMENTS), now.get(LM_ARGUMENTS)
+    if None in texts:
+        return ""
+    try:
+        then, here = (json.loads(text or "{}") for text in texts)
+    except ValueError:  # cut
+        return ""
+    return ", ".join(sorted(key for key in then.keys() | here.keys() if then.get(key) != here.get(key)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +142,22 @@ class StoredCase:
     journal: Stored
 
 
-def open_parent(name: str, plan: Plan) -> RunHandle | None:
+def page_of(handle: RunHandle) -> str:
+    """Return the address of a run's page, where the store is a server."""
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    address, _ = split_credentials(uri)
+    return f"{address.rstrip('/')}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+
+
+def open_parent(name: str, plan: Plan, *, may_wait: bool = True) -> RunHandle | None:
     """Create the parent run, under the one that is active here, and note the plan in it.
+
+    Args:
+        name: Its name.
+        plan: What is evaluated.
+        may_wait: Whether the store is there, as far as is known.
 
     Returns:
         Its handle, or None where the store does not create it within a bound: the evaluations go on without.
@@ -126,7 +165,8 @@ def open_parent(name: str, plan: Plan) -> RunHandle | None:
     door = Door.here()
     texts = [json.dumps({"case": case, **text}) for case, text in plan.stored(door).items()]
     tags = {f"{PLAN_TAG}{number}": text for number, text in enumerate(texts)}
-    return _created(shown_name(name, door), active_runs.innermost(), {KIND_TAG: KIND, **tags})
+    seconds = CREATION_SECONDS if may_wait else NO_SECONDS
+    return _created(shown_name(name, door), active_runs.innermost(), {KIND_TAG: KIND, **tags}, seconds)
 
 
 def reopen_parent(run_id: str, plan: Plan) -> tuple[RunHandle, dict[str, StoredCase]]:
@@ -225,10 +265,12 @@ def entered(handle: RunHandle | None) -> Iterator[None]:
         block.leave()
 
 
-def _created(name: str, parent: Any | None, tags: Mapping[str, str]) -> RunHandle | None:
+def _created(
+    name: str, parent: Any | None, tags: Mapping[str, str], seconds: float = CREATION_SECONDS
+) -> RunHandle | None:
     door = Door.here()
     try:
-        handle = selection.create_or_queue(name, parent=parent, tags=tags, timeout=CREATION_SECONDS)
+        handle = selection.create_or_queue(name, parent=parent, tags=tags, timeout=seconds)
         handle.door = door
     except Exception as error:  # noqa: BLE001 - the store may fail in any way; the evaluation goes on
         logger.warning("Could not create the run %r (%s); what it would hold is not logged.", name, error)

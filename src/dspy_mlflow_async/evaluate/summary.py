@@ -135,7 +135,7 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
         }
     )
     try:
-        parent.picture(PLOT, plot_of_cases(comparison.cases, comparison.baseline))
+        parent.plot(PLOT, lambda: plot_of_cases(comparison.cases, comparison.baseline))
     except ImportError:
         logger.warning("The scores are not plotted: matplotlib is not installed.")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import dspy
 
+from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.seams import mlflow_runs
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
 from dspy_mlflow_async.spans.safe_inspection import contain
@@ -104,6 +108,29 @@ def table_json(columns: Mapping[str, list[Any]], door: Door, earlier: Mapping[st
     content = {"columns": names, "data": rows}
     # pandas writes what is not a finite number as null, and reads nothing else.
     return dump(with_floats_replaced(content, lambda _: None) if plain.has_unusual_floats else content).encode()
+
+
+def fonts_are_known() -> bool:
+    """Return whether Matplotlib can draw at once: the first time on a machine it looks for fonts for some 20 s.
+
+    Raises:
+        ImportError: Where it is not installed.
+    """
+    import matplotlib as mpl
+
+    return any(Path(mpl.get_cachedir()).glob("fontlist-*.json"))
+
+
+def look_for_fonts() -> None:
+    """Let Matplotlib look for fonts now, in a thread of its own, if it has to."""
+    with contextlib.suppress(ImportError):
+        if not fonts_are_known():
+            in_background(lambda: importlib.import_module("matplotlib.font_manager"))
+
+
+def in_background(draw: Callable[[], Any]) -> None:
+    """Draw in a thread that nobody waits for."""
+    threading.Thread(target=guarded(draw), name="dspy-mlflow-async-fonts", daemon=True).start()
 
 
 def plot_of_series(series: Mapping[str, Iterable[tuple[int, float]]]) -> bytes:

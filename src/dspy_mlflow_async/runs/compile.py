@@ -84,6 +84,7 @@ class Compile:
         for name, dataset in self._datasets(is_read_before=False):
             self.run.dataset(name, _USES[name], dataset)
         self._show_in_ui(self.run)
+        artifacts.look_for_fonts()
 
     def leave(self) -> None:
         """Make the run inactive here: what was active before is so again."""
@@ -198,7 +199,7 @@ class Compile:
 
     def _log_plot(self, run: RunHandle) -> None:
         if self._series:
-            run.picture("scores.png", artifacts.plot_of_series(self._series))
+            run.plot("scores.png", lambda: artifacts.plot_of_series(self._series))
 
     def _summary(self, program: Any) -> dict[str, Any]:
         """Name the optimizer, the best scores, and the demos that it has made."""

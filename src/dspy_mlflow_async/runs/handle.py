@@ -9,13 +9,13 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.runs.artifacts import table_json
+from dspy_mlflow_async.runs.artifacts import fonts_are_known, in_background, table_json
 from dspy_mlflow_async.runs.datasets import dataset_input
 from dspy_mlflow_async.seams.mlflow_runs import (
     MLFLOW_LOGGED_ARTIFACTS,
@@ -166,6 +166,17 @@ class RunHandle:
     def picture(self, path: str, content: bytes) -> None:
         """Store ``content``, which shows nothing that has not passed the door, as the artifact ``path``."""
         self._writer.artifact(self.key, path, content)
+
+    def plot(self, path: str, draw: Callable[[], bytes]) -> None:
+        """Store a picture that is drawn now or, where Matplotlib has to look for fonts first, while nobody waits.
+
+        Raises:
+            ImportError: Where Matplotlib is not installed.
+        """
+        if fonts_are_known():
+            self.picture(path, draw())
+        else:
+            in_background(lambda: self.picture(path, draw()))
 
     def table(self, path: str, columns: Mapping[str, list[Any]]) -> None:
         """Store a table as ``mlflow.log_table`` does, below the rows that the run held before."""

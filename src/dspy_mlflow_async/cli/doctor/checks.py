@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import sqlite3
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -16,12 +13,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
-from dspy_mlflow_async.printable import counted, split_credentials
+from dspy_mlflow_async.printable import counted, mask_uris
+from dspy_mlflow_async.reachability import look
 from dspy_mlflow_async.workers import call_with_timeout
 
 _SECONDS = 5.0
 _SQL = ("sqlite", "postgresql", "mysql", "mssql")
-_UNAUTHORIZED = (401, 403)
 
 
 def versions() -> Iterator[Finding]:
@@ -288,44 +285,12 @@ def _will_be_made(uri: str, parent: Path) -> Finding:
 
 
 def _server(uri: str) -> Finding:
-    try:
-        with urllib.request.urlopen(_version_request(uri), timeout=_SECONDS) as response:  # noqa: S310 - http(s)
-            said = response.read(100).decode("utf-8", "replace").strip()
-    except urllib.error.HTTPError as error:
-        if error.code in _UNAUTHORIZED:
-            return Finding(
-                Level.PROBLEM,
-                "store",
-                f"{uri} answers, but refuses us (HTTP {error.code}): "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
-            )
-        return Finding(Level.PROBLEM, "store", f"{uri} answers HTTP {error.code} to /version: is it an MLflow server?")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return Finding(
-            Level.PROBLEM,
-            "store",
-            f"{uri} cannot be reached ({reason}): start it with `mlflow server`, or correct MLFLOW_TRACKING_URI. "
-            "Traces wait on disk until then.",
-        )
-    return Finding(Level.OK, "store", f"{uri} answers, MLflow {said}")
-
-
-def _version_request(uri: str) -> urllib.request.Request:
-    """Make the request for a server's version, as who MLflow would be there: by the URI, else by the environment."""
-    address, credentials = split_credentials(uri)
-    request = urllib.request.Request(f"{address.rstrip('/')}/version")  # noqa: S310 - http(s)
-    user, password = credentials or (os.environ.get("MLFLOW_TRACKING_USERNAME"), _from_environment("PASSWORD"))
-    if user:
-        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        request.add_header("Authorization", f"Basic {basic}")
-    elif token := _from_environment("TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
-    return request
-
-
-def _from_environment(what: str) -> str:
-    return os.environ.get(f"MLFLOW_TRACKING_{what}", "")
+    found = look(uri, _SECONDS)
+    if found.problem is not None:
+        waits = " Traces wait on disk until then." if "cannot be reached" in found.problem else ""
+        end = "" if found.problem.endswith("?") else "."
+        return Finding(Level.PROBLEM, "store", f"{found.problem}{end}{waits}")
+    return Finding(Level.OK, "store", f"{mask_uris(uri)} answers, MLflow {found.version}")
 
 
 def _other(uri: str) -> Finding:
