@@ -1,5 +1,8 @@
 """The command ``report``, on runs of real evaluations in a sqlite store."""
 
+import csv
+import io
+import json
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -16,6 +19,7 @@ from dspy_mlflow_async.cli import app
 from dspy_mlflow_async.cli.report.scores import number_of
 from dspy_mlflow_async.cli.report.text import spark_line
 from echo import Chain
+from mlflow_server import free_port
 
 
 def examples(size=6):
@@ -71,8 +75,71 @@ async def test_run_tree(comparison, report):
     assert ["half", "evaluation", "FINISHED", "50.0"] == rows["half"][:4]
     assert ["  good", "  half"] == sorted(line[:6] for line in lines[-3:-1])
     assert "half: One example failed: ValueError: <no> & nothing" == lines[-1]
-    assert "6" == rows["good"][5]
-    assert ["6", "1"] == rows["half"][5:7]
+    assert ["±", "0.0"] == rows["good"][4:6]
+    assert "6" == rows["good"][7]
+    assert "-50.0" == rows["half"][6]
+    assert ["6", "1"] == rows["half"][10:12]
+
+
+async def test_the_newest_is_reported_and_listed(comparison, report):
+    """Without an id the newest evaluation is meant; ``--list`` names them, ``--last`` takes several."""
+    dspy_mlflow_async.flush()
+
+    assert report() == report(comparison.run_id) == report("--last", "1")
+    assert comparison.run_id in report("--list")
+    assert comparison["good"].run_id not in report("--list")
+
+
+async def test_a_report_for_programs(comparison, report):
+    """JSON and CSV have a record for each run, cases in the order given, numbers as numbers."""
+    dspy_mlflow_async.flush()
+    records = json.loads(report("--json"))
+    rows = list(csv.DictReader(io.StringIO(report("--csv"))))
+
+    assert ["evaluate_all", "good", "half"] == [record["name"] for record in records] == [row["name"] for row in rows]
+    assert [None, 100.0, 50.0] == [record["score"] for record in records]
+    assert (-50.0, 6, 1) == tuple(records[2][key] for key in ("difference", "examples", "errors"))
+
+
+async def test_a_comparison_shows_the_answers(comparison, report):
+    """What each program answered stands below its score."""
+    text = report("--compare", comparison.run_id)
+
+    assert "answer=@e-3" in text
+    assert "answer=?" in text
+
+
+async def test_a_killed_evaluation_is_reported_as_far_as_it_came(stored, report):
+    """How many examples were done, and their score, tokens and errors, though it has no result table."""
+
+    class Stops(Half):
+        async def aforward(self, question):
+            if question == "@e-3":
+                raise KeyboardInterrupt
+            return await super().aforward(question)
+
+    with mlflow.start_run(experiment_id=stored.experiment_id), pytest.raises(KeyboardInterrupt):
+        await aevaluate_all(
+            {"half": Stops()}, devset=examples(), metric=is_right, display_progress=False, max_concurrency=1
+        )
+    dspy_mlflow_async.flush()
+    (record,) = [each for each in json.loads(report("--json")) if each["kind"] == "evaluation"]
+
+    assert "3 of 6 done" in report()
+    assert (3, "KILLED", 1) == (record["examples"], record["status"], record["errors"])
+    assert pytest.approx(200 / 3) == record["score"]
+    assert 0 < record["tokens"]
+
+
+def test_a_server_that_is_down_is_said_at_once(report, monkeypatch):
+    """Not after MLflow's retries, and not as a run that is not there."""
+    before = mlflow.get_tracking_uri()
+    try:
+        output = report("x", "--tracking-uri", f"http://127.0.0.1:{free_port()}", code=2)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+    assert "nothing listens there (connection refused)" in output
 
 
 async def test_compare(comparison, report):

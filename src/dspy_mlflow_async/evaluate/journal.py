@@ -175,6 +175,18 @@ def errors(run: Any) -> list[str]:
     return [error for _, error in sorted(found.items()) if error is not None]
 
 
+def finished(run: Any) -> list[Outcome]:
+    """Return what a run tells of the examples that have ended, in devset order, whatever its devset."""
+    found: dict[int, Outcome] = {}
+    for line in [*_stored_lines(run)[0], *local_records.read(run.info.run_id)]:
+        try:
+            outcome, _ = outcome_of(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            continue
+        found[outcome.index] = outcome
+    return [found[place] for place in sorted(found)]
+
+
 def _stored_lines(run: Any) -> tuple[list[str], int]:
     """Return the records in a run's artifacts, and the number of the first part that is not written."""
     lines: list[str] = []

@@ -21,7 +21,7 @@ from dspy_mlflow_async.evaluate.journal import Stored
 from dspy_mlflow_async.printable import mask_uris, split_credentials
 from dspy_mlflow_async.runs import active_runs, selection
 from dspy_mlflow_async.runs.handle import MAX_TAG_LENGTH, RunHandle
-from dspy_mlflow_async.seams.mlflow_runs import MLFLOW_PARENT_RUN_ID, ActiveRun, PendingRun
+from dspy_mlflow_async.seams.mlflow_runs import MLFLOW_AUTOLOGGING, MLFLOW_PARENT_RUN_ID, ActiveRun, PendingRun
 from dspy_mlflow_async.spans.door import Door
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -144,11 +144,16 @@ class StoredCase:
 
 def page_of(handle: RunHandle) -> str:
     """Return the address of a run's page, where the store is a server."""
+    return page_of_run(handle.run)
+
+
+def page_of_run(run: Any) -> str:
+    """Return the same of a run of MLflow's."""
     uri = mlflow.get_tracking_uri()
     if not uri.startswith(("http://", "https://")):
         return ""
     address, _ = split_credentials(uri)
-    return f"{address.rstrip('/')}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+    return f"{address.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def open_parent(name: str, plan: Plan, *, may_wait: bool = True) -> RunHandle | None:
@@ -212,6 +217,52 @@ def find_run(run_id: Any) -> Any:
         return MlflowClient().get_run(export.real_id(run_id))
     except (MlflowException, LookupError) as error:
         raise ValueError(mask_uris(f"there is no run {run_id!r} in {mlflow.get_tracking_uri()}: {error}")) from error
+
+
+def case_order(run: Any) -> list[str]:
+    """Return the names of an ``evaluate_all``'s cases as they are stored, in the order in which they were given."""
+    plans = sorted(
+        (int(key.removeprefix(PLAN_TAG)), text)
+        for key, text in run.data.tags.items()
+        if key.startswith(PLAN_TAG) and key.removeprefix(PLAN_TAG).isdigit()
+    )
+    names = []
+    for _, text in plans:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            names.append(str(json.loads(text)["case"]))
+    return names
+
+
+def newest(count: int) -> list[Any]:
+    """Return the newest runs of evaluations and compiles that are below no other of them, the newest first.
+
+    Args:
+        count: How many, at most.
+    """
+    client, found = MlflowClient(), list[Any]()
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    token = None
+    while len(found) < count and experiments:
+        page = client.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)
+        found += [run for run in page if _is_ours(run) and not _is_below_ours(client, run)]
+        token = page.token
+        if not token:
+            break
+    return found[:count]
+
+
+def _is_ours(run: Any) -> bool:
+    return bool({KIND_TAG, "dspy.optimizer", "dspy.metric", MLFLOW_AUTOLOGGING} & run.data.tags.keys())
+
+
+def _is_below_ours(client: MlflowClient, run: Any) -> bool:
+    parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+    if CASE_TAG in run.data.tags or parent is None:
+        return CASE_TAG in run.data.tags
+    try:
+        return _is_ours(client.get_run(parent))
+    except MlflowException:  # deleted
+        return False
 
 
 def children(run: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from dspy_mlflow_async.cli.report.comparing import Changes
 from dspy_mlflow_async.cli.report.reading import COMPILE, EVALUATION, Node
 from dspy_mlflow_async.cli.report.text import failures_of, run_cells, score_text, shortened, summary_of
+from dspy_mlflow_async.evaluate import stored_runs
 from dspy_mlflow_async.evaluate.statistics import standard_error
 
 _Z = 1.96  # standard errors on each side of a 95% interval
@@ -24,7 +25,7 @@ td:first-child { white-space: pre-wrap; }
 .FINISHED { color: #177a2b; } .FAILED { color: #b3261e; } .KILLED { color: #a06a00; }
 img { max-width: 100%; }
 """
-_NUMBERS = {"score", "traces", "errors", "tokens", "cost $", "seconds"}
+_NUMBERS = {"score", "difference", "traces", "errors", "tokens", "cost $", "seconds"}
 
 
 def page(nodes: Sequence[Node], changes: Changes | None) -> str:
@@ -44,18 +45,28 @@ def page(nodes: Sequence[Node], changes: Changes | None) -> str:
 
 
 def _runs(node: Node) -> str:
+    nodes = [each for _, each in node.walk()]
     rows = [run_cells(each, depth) for depth, each in node.walk()]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     lines = []
-    for row in rows:
+    for each, row in zip(nodes, rows, strict=True):
         cells = [
             f'<td class="{"number" if name in _NUMBERS else escape(row[name]) if name == "status" else ""}">'
-            f"{escape(row[name])}</td>"
+            f"{_linked(each, name, row[name])}</td>"
             for name in columns
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _linked(node: Node, column: str, text: str) -> str:
+    """Return a cell, with a link to MLflow's page of the run, or of its traces, where the store is a server."""
+    page_ = stored_runs.page_of_run(node.run)
+    if not page_ or not text or column not in {"run", "traces"}:
+        return escape(text)
+    address = page_ if column == "run" else f"{page_}/traces"
+    return f'<a href="{escape(address, quote=True)}">{escape(text)}</a>'
 
 
 def _changes(changes: Changes) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow import MlflowClient
@@ -12,6 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from dspy_mlflow_async.cli.report.scores import number_of
 from dspy_mlflow_async.evaluate import journal, stored_runs
+from dspy_mlflow_async.evaluate.statistics import standard_error
+from dspy_mlflow_async.runs.usage import cost_of
 from dspy_mlflow_async.seams import mlflow_artifact_reads
 from dspy_mlflow_async.spans.door import MAX_DOCUMENT_BYTES, Door
 from dspy_mlflow_async.spans.secret_texts import mask
@@ -48,6 +51,11 @@ class Node:
         score: In percent, or None.
         failures: What examples of an evaluation have raised, in devset order.
         series: What its spark line shows: a compile's scores by step, an evaluation's in devset order, the children's.
+        done: How many examples of an evaluation that was not finished have ended; None for any other.
+        unfinished_tokens: What those have used.
+        unfinished_cost: The same in US dollars, where the prices are known.
+        standard_error: Of the score, in percentage points.
+        difference: From the baseline of its ``evaluate_all``, with its interval.
     """
 
     run: Any
@@ -57,6 +65,11 @@ class Node:
     score: float | None = None
     series: tuple[float, ...] = ()
     failures: tuple[str, ...] = ()
+    done: int | None = None
+    unfinished_tokens: int | None = None
+    unfinished_cost: float | None = None
+    standard_error: float | None = None
+    difference: tuple[float, float | None, float | None] | None = None
 
     @property
     def name(self) -> str:
@@ -87,13 +100,22 @@ class Node:
         """Number of tokens, as counted by the evaluation or the compile, else by its traces."""
         data = self.run.data
         counted = [data.metrics[key] for key in ("input_tokens", "output_tokens") if key in data.metrics]
-        return int(sum(counted)) if counted else self.traces.tokens
+        if counted:
+            return int(sum(counted))
+        return self.traces.tokens if self.unfinished_tokens is None else self.unfinished_tokens
 
     @property
     def cost(self) -> float | None:
         """Cost in US dollars, or None where it is not known."""
         value = self.run.data.metrics.get("cost_usd")
-        return None if value is None else float(value)
+        return self.unfinished_cost if value is None else float(value)
+
+    @property
+    def progress(self) -> str:
+        """How far an evaluation that was not finished has come, as ``7 of 30 done``; empty for any other."""
+        if self.done is None:
+            return ""
+        return f"{self.done} of {self.run.data.tags.get('dspy.devset_size', '?')} done"
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
         """Yield this node and all below it, each with its depth, parents first."""
@@ -108,7 +130,7 @@ def read(run_id: str) -> Node:
     Raises:
         ValueError: Where there is no such run.
     """
-    return _node(stored_runs.find_run(run_id))
+    return node_of(stored_runs.find_run(run_id))
 
 
 def result_table(run: Any) -> list[dict[str, Any]]:
@@ -121,12 +143,64 @@ def result_table(run: Any) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], plain(row), strict=True)) for row in table["data"]]
 
 
-def _node(run: Any) -> Node:
-    children = tuple(_node(child) for child in stored_runs.children(run))
+def node_of(run: Any) -> Node:
+    """Read a run of MLflow's and all below it."""
+    children = [node_of(child) for child in stored_runs.children(run)]
     kind = _kind(run)
+    if kind == EVALUATE_ALL:
+        children = _in_order(run, children)
     rows = result_table(run) if kind == EVALUATION else []
-    series = _series(run, kind, children, rows)
-    return Node(run, kind, children, _traces(run), _score(run, kind), tuple(series), tuple(_failures(run, kind, rows)))
+    failures = tuple(_failures(run, kind, rows))
+    series = tuple(_series(run, kind, tuple(children), rows))
+    node = Node(run, kind, tuple(children), _traces(run), _score(run, kind), series, failures)
+    if kind == EVALUATION:
+        error = standard_error([*series]) if series else None
+        node = replace(node, standard_error=error) if rows else _unfinished(node)
+    return node
+
+
+def _unfinished(node: Node) -> Node:
+    """Complete the node of an evaluation without results by what its journal tells."""
+    outcomes = journal.finished(node.run)
+    if not outcomes and node.run.info.status == "FINISHED":
+        return node
+    scores = [0.0 if outcome.has_failed else number_of(_score_in(outcome.score)) or 0.0 for outcome in outcomes]
+    tokens: dict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in outcomes:
+        for by_model in (outcome.program_tokens, outcome.metric_tokens):
+            for model, counted in by_model.items():
+                tokens[model].update(counted)
+    total = sum(counted.get("total_tokens", 0) for counted in tokens.values()) if tokens else None
+    return replace(
+        node,
+        done=len(outcomes),
+        score=100 * sum(scores) / len(scores) if node.score is None and scores else node.score,
+        series=tuple(scores),
+        standard_error=standard_error(scores) if scores else None,
+        unfinished_tokens=total,
+        unfinished_cost=cost_of(tokens) if tokens else None,
+    )
+
+
+def _score_in(score: Any) -> Any:
+    return score.get("score") if hasattr(score, "get") else score
+
+
+def _in_order(run: Any, children: list[Node]) -> list[Node]:
+    """Order the cases as they were given, each with its difference from the baseline."""
+    order = {name: place for place, name in enumerate(stored_runs.case_order(run))}
+    table = mlflow_artifact_reads.read(run, "comparison.json")
+    rows: dict[str, dict[str, Any]] = {}
+    if table is not None:
+        content = json.loads(table)
+        named = (dict(zip(content["columns"], row, strict=True)) for row in content["data"])
+        rows = {str(row["run_id"]): row for row in named if row.get("run_id")}
+    found = []
+    for child in children:
+        row = rows.get(child.run.info.run_id, {})
+        mean, low, high = (number_of(row.get(key)) for key in ("difference", "difference_low", "difference_high"))
+        found.append(child if mean is None else replace(child, difference=(mean, low, high)))
+    return sorted(found, key=lambda child: order.get(child.run.data.tags.get(stored_runs.CASE_TAG, ""), len(order)))
 
 
 def _kind(run: Any) -> str:

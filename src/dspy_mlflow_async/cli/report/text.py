@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters
 _STYLES = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 MAX_TEXT = 60  # characters of an example
+_MAX_ANSWER = 40  # of what a program answered, or of what it raised
 
 
 def spark_line(values: Sequence[float], width: int = _SPARKS) -> str:
@@ -41,7 +43,9 @@ def run_cells(node: Node, depth: int) -> dict[str, str]:
         "run": f"{'  ' * depth}{node.name}",
         "kind": node.kind,
         "status": str(node.run.info.status),
-        "score": "" if node.score is None else f"{node.score:.1f}",
+        "score": _score_cell(node),
+        "difference": _difference_cell(node),
+        "progress": node.progress,
         "scores": spark_line(node.series),
         "stopped": node.stopped,
         "traces": str(node.traces.count or ""),
@@ -52,13 +56,61 @@ def run_cells(node: Node, depth: int) -> dict[str, str]:
     }
 
 
+def _score_cell(node: Node) -> str:
+    if node.score is None:
+        return ""
+    return f"{node.score:.1f}" if node.standard_error is None else f"{node.score:.1f} ± {node.standard_error:.1f}"
+
+
+def _difference_cell(node: Node) -> str:
+    if node.difference is None:
+        return ""
+    mean, low, high = node.difference
+    return f"{mean:+.1f}" if low is None or high is None else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def run_record(node: Node, depth: int = 0) -> dict[str, Any]:
+    """Return a run for a program to read: numbers as numbers, None for what is not known."""
+    mean, low, high = node.difference or (None, None, None)
+    return {
+        "run_id": node.run.info.run_id,
+        "name": node.name,
+        "depth": depth,
+        "kind": node.kind,
+        "status": str(node.run.info.status),
+        "score": node.score,
+        "standard_error": node.standard_error,
+        "difference": mean,
+        "difference_low": low,
+        "difference_high": high,
+        "examples": node.done if node.done is not None else node.run.data.metrics.get("examples"),
+        "errors": node.errors,
+        "traces": node.traces.count,
+        "tokens": node.tokens,
+        "cost_usd": node.cost,
+        "seconds": node.seconds,
+    }
+
+
+def list_table(runs: Sequence[Any]) -> Table:
+    """Return a table of runs that a report can be made of, by MLflow's entities."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("run", "name", "status", "begun"):
+        table.add_column(name, no_wrap=name != "name")
+    for run in runs:
+        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
+        status = Text(str(run.info.status), style=_STYLES.get(str(run.info.status), ""))
+        table.add_row(Text(run.info.run_id), Text(str(run.info.run_name or "")), status, Text(begun))
+    return table
+
+
 def run_table(node: Node) -> Table:
     """Return a table of a run and the runs below it, a line each."""
     rows = [run_cells(each, depth) for depth, each in node.walk()]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in columns:
-        is_number = name in {"score", "traces", "errors", "tokens", "cost $", "seconds"}
+        is_number = name in {"score", "difference", "traces", "errors", "tokens", "cost $", "seconds"}
         table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "run")
     for row in rows:
         table.add_row(
@@ -84,11 +136,17 @@ def changes_table(changes: Changes, limit: int) -> Table:
         score = "" if node.score is None else f" {node.score:.1f}"
         table.add_column(Text(f"{node.name}{score}"), justify="right")
     for row in changed[:limit]:
-        cells = [score_text(score, error) for score, error in zip(row.scores, row.errors, strict=True)]
+        said = zip(row.scores, row.errors, row.predictions, strict=True)
+        cells = [_cell(score, error, prediction) for score, error, prediction in said]
         table.add_row(Text(shortened(row.example)), *map(Text, cells))
     if len(changed) > limit:
         table.caption = f"… and {len(changed) - limit} more; see --limit"
     return table
+
+
+def _cell(score: float | None, error: str | None, prediction: Mapping[str, Any]) -> str:
+    answer = " ".join((error or shortened(prediction, _MAX_ANSWER)).split())[:_MAX_ANSWER]
+    return f"{score_text(score, error)}\n{answer}" if answer else score_text(score, error)
 
 
 def summary_of(changes: Changes) -> str:
