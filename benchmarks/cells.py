@@ -107,7 +107,7 @@ def full() -> list[Cell]:
         Cell("tasks", "1000", "tasks", 1000),
         *_rates("rate", (FLOOR, OURS, PROCESS, MLFLOW, OPENINFERENCE)),
         *_rates("server", (FLOOR, OURS, PROCESS, MLFLOW, OTLP), store="server"),
-        Cell("calls", "10000", "series", 8, calls=10_000, seconds=120, contestants=(*_PEERS, PROCESS)),
+        Cell("calls", "10000", "series", 8, calls=10_000, seconds=120, contestants=(*_BASE, PROCESS)),
         Cell("calls", "20000", "series", 8, calls=20_000, seconds=240, contestants=(FLOOR, OURS), timeout=1200),
         Cell(
             "calls",
