@@ -221,11 +221,11 @@ def quick() -> list[Cell]:
     """
     small = [
         Cell("threads", "pool-1", calls=30, contestants=_ALL),
-        Cell("threads", "pool-8", workers=8, calls=40, contestants=(OFF, FLOOR, OURS, MLFLOW)),
+        Cell("threads", "pool-8", workers=8, calls=40, contestants=(OURS, MLFLOW)),
         Cell("threads", "pool-64", workers=64, calls=128, contestants=(OURS,)),
         Cell("threads", "parallel-8", "parallel", 8, calls=40, contestants=(OURS,)),
         Cell("threads", "evaluate-8", "evaluate", 8, calls=40, contestants=(OURS,)),
-        Cell("tasks", "100", "tasks", 100, calls=100, contestants=(FLOOR, OURS)),
+        Cell("tasks", "100", "tasks", 100, calls=100, contestants=(OURS,)),
         Cell("tasks", "1000", "tasks", 1000, calls=1000, contestants=(OURS,)),
         Cell("payload", "32KiB", payload=32 * KIB, calls=10, contestants=(OURS,)),
         Cell("payload", "1MiB", payload=MIB, calls=4, contestants=(OURS,)),
@@ -233,8 +233,8 @@ def quick() -> list[Cell]:
         Cell("spans", "1001", width=250, calls=2, contestants=(OURS,)),
         Cell("latency", "20ms-pool-8", workers=8, calls=40, latency_ms=20, contestants=(OURS,)),
         Cell("latency", "200ms-tasks-64", "tasks", 64, calls=64, latency_ms=200, contestants=(OURS,)),
-        Cell("calls", "500", "series", 8, calls=500, contestants=(FLOOR, OURS)),
-        Cell("calls", "2000-sink", "series", 8, calls=2000, store="sink", contestants=(OURS,)),
+        Cell("calls", "500", "series", 8, calls=500, contestants=(OURS,)),
+        Cell("calls", "500-sink", "series", 8, calls=500, store="sink", contestants=(OURS,)),
         Cell("waiting", "200", workers=8, calls=200, store="held", contestants=(FLOOR, OURS)),
         Cell(
             "server", "pool-8", workers=8, calls=40, store="server", contestants=(OURS, DURABLE, PROCESS, MLFLOW, OTLP)
