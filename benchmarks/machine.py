@@ -27,6 +27,8 @@ _PACKAGES = (
     "litellm",
     "pydantic",
 )
+_BUSY_LOAD = 0.3  # for each core, of the minute before the run: somebody else was at work
+_BUSY_STEAL = 0.02
 _ROOT = Path(__file__).parent.parent
 
 
@@ -60,6 +62,11 @@ def in_words(machine: dict[str, Any]) -> str:
         f"openinference-instrumentation-dspy {versions.get('openinference-instrumentation-dspy')}, "
         f"commit {(machine['commit'] or 'unknown')[:12]}{' with changes' if machine['is_modified'] else ''}"
     )
+
+
+def is_busy(said: dict[str, Any]) -> bool:
+    """Return whether a machine had something else to do, or gave its time to others, by what a run says of it."""
+    return bool(said["load_before"] > _BUSY_LOAD * (said["cores"] or 1) or said["steal"] > _BUSY_STEAL)
 
 
 def _cpu_model() -> str:

@@ -15,8 +15,6 @@ _VALID = (
     "Share of the background's CPU that fell into the window in which calls were made. Where it is less than half, the "
     "figure is invalid, and a lower bound (≥) of what a program pays that goes on."
 )
-_BUSY_LOAD = 0.3  # of the minute before the run: somebody else was at work
-_BUSY_STEAL = 0.02
 
 
 def write(results: Results, folder: Path) -> None:
@@ -39,7 +37,7 @@ def as_markdown(results: Results, drawn: dict[str, str] | None = None) -> str:
         f"{said['load_before']}, stolen by the hypervisor {said['steal']:.1%}. `{data['command']}`"
     )
     parts = ["# What tracing costs", source, _HOW]
-    if said["load_before"] > _BUSY_LOAD * (said["cores"] or 1) or said["steal"] > _BUSY_STEAL:
+    if machine.is_busy(said):
         parts.append("**This machine was busy with something else: read no time here, and ratios with care.**")
     parts += [f"Without {results.titles[each]}: {reason}." for each, reason in results.unavailable.items()]
     problems = results.problems()

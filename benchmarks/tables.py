@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+from benchmarks import machine
 from benchmarks.contestants import CONTESTANTS, FLOOR, MLFLOW, OFF, OPENINFERENCE, OURS, PATCHED
 from benchmarks.results import (
     CellResult,
@@ -50,14 +52,15 @@ def in_short(results: Results) -> str:
     """The one table: what a call of 4 spans costs its caller, and until it is stored, and what is lost."""
     cells = [results.cell(each) for each in ("threads/pool-1", "threads/pool-8", "rate/50-a-second", "waiting/1000")]
     one, eight, paced, held = cells
+    is_busy = machine.is_busy(results.data["machine"])
     rows = [
         [
             results.titles[each],
-            above_floor(one, each, "wall_us"),
-            above_floor(eight, each, "wall_us"),
+            NONE if is_busy else above_floor(one, each, "wall_us"),
+            NONE if is_busy else above_floor(eight, each, "wall_us"),
             above_floor(one, each, "caller_cpu_us"),
             _median(one.spread(each, cpu_per_stored_trace) if one else None),
-            _median(paced.spread(each, lambda sample: (sample["latency_p99_us"] or 0) / 1000) if paced else None),
+            _median(paced.spread(each, _p99_ms) if paced and not is_busy else None),
             _median(held.above_floor(each, waiting_per_thousand) if held and each != FLOOR else None),
             _if_stores(results, each, lost(eight, each) if eight else NONE),
         ]
@@ -75,6 +78,10 @@ def in_short(results: Results) -> str:
         "lost",
     ]
     return table(head, rows) if rows else NOT_MEASURED
+
+
+def _p99_ms(sample: dict[str, Any]) -> float:
+    return float(sample["latency_p99_us"] or 0) / 1000
 
 
 def _median(value: Spread | None) -> str:
@@ -189,11 +196,12 @@ def _above(cell: CellResult, contestant: str, value: str, base: str) -> Spread |
 
 def rates(results: Results) -> str:
     """Latency of calls that come at a fixed rate, and what they use."""
+    is_busy = machine.is_busy(results.data["machine"])
     rows = [
         [
             f"{cell.id}, {results.titles[each]}",
-            spread(cell.spread(each, lambda sample: (sample["latency_p50_us"] or 0) / 1000)),
-            spread(cell.spread(each, lambda sample: (sample["latency_p99_us"] or 0) / 1000)),
+            NONE if is_busy else spread(cell.spread(each, lambda sample: (sample["latency_p50_us"] or 0) / 1000)),
+            NONE if is_busy else spread(cell.spread(each, _p99_ms)),
             spread(cell.spread(each, "caller_cpu_us")),
             spread(cell.spread(each, cpu_of_the_rest)),
             spread(cell.spread(each, "cpu_children_us")),

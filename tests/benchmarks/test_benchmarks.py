@@ -295,12 +295,26 @@ def test_last_thousand_over_first_counts_since_the_writer_began():
     assert results.last_over_first(2)({"marks": []}) is None
 
 
+def test_a_busy_machine_tells_no_times(stored):
+    """Neither in the short table nor beside what is wanted; CPU is used up on any machine."""
+    stored["cells"][0]["parameters"]["is_timed"] = False
+    short = tables.in_short(results.Results(stored))
+    stored["machine"].update(load_before=0.1, steal=0.0)
+    quiet = tables.in_short(results.Results(stored))
+
+    row, quiet_row = ((text.split("| ours |")[1].split("\n")[0]).split("|") for text in (short, quiet))
+    assert row[0].strip() == "-" != quiet_row[0].strip()
+    assert row[2] == quiet_row[2] != " - "
+    assert "the same ÷ MLflow | ≤ 0.06 | not told" not in wanted.as_table(results.Results(stored))
+
+
 def test_wanted_is_reached_only_where_all_cells_are_within_and_known(stored):
     """The worst cell counts; what was not measured is not reached."""
     text = wanted.as_table(results.Results(stored))
 
     assert "| lost | 0 | 0.00 | all | yes |" in text
     assert "until stored ÷ window, 10,000 calls | ≤ 1.10 | not measured | - | - |" in text
+    assert "| the same ÷ MLflow | ≤ 0.06 | not told: the machine was busy | - | - |" in text
     sample_of(stored, "threads/pool-1", "ours").update(whole=29)
     assert "| lost | 0 | 1.00 | all | no |" in wanted.as_table(results.Results(stored))
     for sample in stored["cells"][0]["samples"]:
