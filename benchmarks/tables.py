@@ -62,7 +62,7 @@ def in_short(results: Results) -> str:
             _median(one.spread(each, cpu_per_stored_trace) if one else None),
             _median(paced.spread(each, _p99_ms) if paced and not is_busy else None),
             _median(held.above_floor(each, waiting_per_thousand) if held and each != FLOOR else None),
-            _if_stores(results, each, lost(eight, each) if eight else NONE),
+            _if_stores(results, each, lost(saturated, each) if (saturated := eight or one) else NONE),
         ]
         for each in results.sorted(each for cell in cells if cell for each in cell.contestants)
         if each not in {OFF, PATCHED}
