@@ -167,13 +167,13 @@ def test_a_selection_without_a_difference_is_a_success(tmp_path):
 
 
 def test_tests_that_never_pass_compare_nothing(tmp_path):
-    """Where all fail without us, that nothing differs says nothing."""
+    """Where all fail without us, that nothing differs says nothing; why they do is said."""
     checkout(tmp_path)
 
     done = compare(tmp_path, "-k", "fails_both_ways")
 
     assert done.returncode == 2
-    assert "do not fit what is installed" in done.stderr
+    assert "do not fit what is installed (RuntimeError: no callback is there)" in done.stderr
 
 
 def test_a_folder_without_checkouts_is_said(tmp_path):
