@@ -11,7 +11,7 @@ from small import examples
 from dspy_mlflow_async import AsyncEvaluate, Case, aevaluate_all, evaluate_all
 from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 from dspy_mlflow_async.evaluate import summary
-from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
+from dspy_mlflow_async.evaluate.comparison import CaseResult, CaseUsage, Comparison, ExampleCounts, Latency
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.plot import plot_of_cases
 from dspy_mlflow_async.evaluate.statistics import Difference
@@ -24,12 +24,9 @@ COMPARISON = Comparison(
             run_id="1a",
             score=72.5,
             standard_error=3.2,
-            examples=200,
-            latency_p50=0.612,
-            latency_p95=1.02,
-            input_tokens=40_000,
-            output_tokens=1_200,
-            cost_usd=0.0103,
+            counts=ExampleCounts(200),
+            latency=Latency(0.612, 1.02),
+            usage=CaseUsage(40_000, 1_200, 0.0103),
         ),
         CaseResult(
             "<b>reasoned",
@@ -37,18 +34,12 @@ COMPARISON = Comparison(
             run_id="2b",
             score=81.0,
             standard_error=2.8,
-            examples=198,
-            errors=3,
-            first_error="ValueError: no",
-            not_run=(7, 9),
-            latency_p50=1.43,
-            latency_p95=2.8,
-            input_tokens=90_000,
-            output_tokens=8_750,
-            cost_usd=0.000391,
+            counts=ExampleCounts(198, 3, "ValueError: no", (7, 9)),
+            latency=Latency(1.43, 2.8),
+            usage=CaseUsage(90_000, 8_750, 0.000391),
             difference=Difference(8.5, 2.5, 14.5, 198),
         ),
-        CaseResult("broken", "failed", error=RuntimeError("boom"), examples=2, errors=2, first_error="OSError: gone"),
+        CaseResult("broken", "failed", error=RuntimeError("boom"), counts=ExampleCounts(2, 2, "OSError: gone")),
     ),
     baseline="direct",
     run_id="0c",

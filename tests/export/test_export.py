@@ -174,7 +174,7 @@ def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
     next(cycle.generator)
     assembler = sqlite.pipeline.assembler
     entry = assembler._by_trace_id[root.trace_id]
-    with assembler._lock, entry.lock, sqlite.queue.pending._lock:
+    with assembler._lock, entry.children.lock, sqlite.queue.pending._lock:
         del cycle
         gc.collect()
     assert child.end_time_ns

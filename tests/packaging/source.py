@@ -83,6 +83,30 @@ def imported_modules(path, name):
     return found
 
 
+def attributes_of_instances(node):
+    """The attributes that a class gives its instances: fields, slots, and whatever is assigned to on ``self``."""
+    fields = {
+        each.target.id
+        for each in node.body
+        if isinstance(each, ast.AnnAssign)
+        and isinstance(each.target, ast.Name)
+        and "ClassVar" not in ast.unparse(each.annotation)
+    }
+    slots = {
+        text.value
+        for each in node.body
+        if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "__slots__"
+        for text in ast.walk(each.value)
+        if isinstance(text, ast.Constant)
+    }
+    assigned = {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and ast.unparse(each.value) == "self"
+    }
+    return fields | slots | assigned
+
+
 def touched_names(path):
     """The names of DSPy and MLflow that a file touches and that no documentation of theirs has: ``module:name``."""
     tree = parse(path)

@@ -46,6 +46,7 @@ FOR_ALL = {"guard", "printable", "reachability", "seams", "settings", "workers"}
 # What stands between the tracer and those who use it.
 FOR_USERS = {"__init__", "health", "async_programs", "propagation", "testing"}
 MAX_LINES = 500  # rooms, not splinters: a file holds one whole idea
+MAX_ATTRIBUTES = 12  # more of them are an idea that has no name yet
 MODULES = source.modules()
 
 
@@ -209,6 +210,21 @@ def test_source_distribution_has_every_folder():
 
     assert {name for name in folders if not name.startswith(".")} <= {*included}
     assert {"CHANGELOG.md", "CONTRIBUTING.md", "run.py", "tox.ini"} <= {*included}
+
+
+def test_classes_stay_small():
+    """No class keeps more than a dozen attributes."""
+    counts = {
+        f"{name}.{node.name}": len(source.attributes_of_instances(node))
+        for name, path in MODULES.items()
+        for node in ast.walk(source.parse(path))
+        if isinstance(node, ast.ClassDef)
+    }
+
+    assert 5 < counts["dspy_mlflow_async.export.counters.ExportStats"]  # fields are seen,
+    assert 5 < counts["dspy_mlflow_async.export.assemble.open_trace.OpenTrace"]  # slots,
+    assert 5 < counts["dspy_mlflow_async.export.queue.store_queue.StoreQueue"]  # and what `__init__` assigns
+    assert {} == {name: count for name, count in counts.items() if count > MAX_ATTRIBUTES}
 
 
 def test_modules_say_what_they_are_for():

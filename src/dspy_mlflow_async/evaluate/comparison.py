@@ -30,6 +30,51 @@ _LEAST_WANTED = ("p95 s", "examples", "tokens", "p50 s", "cost $", "not run")
 
 
 @dataclass(frozen=True, slots=True)
+class ExampleCounts:
+    """Examples of a case, counted.
+
+    Attributes:
+        examples: How many were run, failed ones included.
+        errors: How many failed.
+        first_error: What the first of these in the devset raised, as text, or None.
+        not_run: The places in the devset of those that a budget left out.
+    """
+
+    examples: int = 0
+    errors: int = 0
+    first_error: str | None = None
+    not_run: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Durations of a case's predictions, in seconds, or None.
+
+    Attributes:
+        p50: Their median.
+        p95: Their 95th percentile.
+    """
+
+    p50: float | None = None
+    p95: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CaseUsage:
+    """Tokens and cost of a case, of program and metric together.
+
+    Attributes:
+        input_tokens: None where no provider reported any.
+        output_tokens: The same.
+        cost_usd: In US dollars, or None where a price is not known.
+    """
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CaseResult:
     """Result of one case.
 
@@ -41,17 +86,11 @@ class CaseResult:
         run_id: MLflow's id of its run, or None where the store did not create one.
         score: In percent, or None.
         standard_error: Of the score, in percentage points, or None.
-        examples: How many were run, failed ones included.
-        errors: How many failed.
-        first_error: What the first of these in the devset raised, as text, or None.
-        not_run: The places in the devset of those that a budget left out.
-        latency_p50: Median duration of a prediction, in seconds, or None.
-        latency_p95: The 95th percentile of it.
-        input_tokens: Of program and metric together, or None where no provider reported any.
-        output_tokens: The same.
-        cost_usd: In US dollars, or None where a price is not known.
         scores: The scores as numbers, not in percent, by place in the devset.
         difference: From the baseline; None for the baseline itself, and where devset or metric differ.
+        counts: How many examples were run, failed and were left out.
+        latency: How long predictions took.
+        usage: What they used.
     """
 
     name: str
@@ -61,17 +100,56 @@ class CaseResult:
     run_id: str | None = None
     score: float | None = None
     standard_error: float | None = None
-    examples: int = 0
-    errors: int = 0
-    first_error: str | None = None
-    not_run: tuple[int, ...] = ()
-    latency_p50: float | None = None
-    latency_p95: float | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cost_usd: float | None = None
     scores: Mapping[int, float] = field(default_factory=dict, repr=False)
     difference: Difference | None = None
+    counts: ExampleCounts = ExampleCounts()
+    latency: Latency = Latency()
+    usage: CaseUsage = CaseUsage()
+
+    @property
+    def examples(self) -> int:
+        """How many examples were run, failed ones included."""
+        return self.counts.examples
+
+    @property
+    def errors(self) -> int:
+        """How many failed."""
+        return self.counts.errors
+
+    @property
+    def first_error(self) -> str | None:
+        """Error that the first of these in the devset raised, as text, or None."""
+        return self.counts.first_error
+
+    @property
+    def not_run(self) -> tuple[int, ...]:
+        """Places in the devset of those that a budget left out."""
+        return self.counts.not_run
+
+    @property
+    def latency_p50(self) -> float | None:
+        """Median duration of a prediction, in seconds, or None."""
+        return self.latency.p50
+
+    @property
+    def latency_p95(self) -> float | None:
+        """95th percentile of it."""
+        return self.latency.p95
+
+    @property
+    def input_tokens(self) -> int | None:
+        """Tokens of program and metric together, or None where no provider reported any."""
+        return self.usage.input_tokens
+
+    @property
+    def output_tokens(self) -> int | None:
+        """The same of what the LMs have returned."""
+        return self.usage.output_tokens
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Cost in US dollars, or None where a price is not known."""
+        return self.usage.cost_usd
 
     def row(self) -> dict[str, Any]:
         """Return its row of the comparison, by column."""

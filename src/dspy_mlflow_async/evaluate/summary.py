@@ -12,7 +12,7 @@ from typing import Any
 
 from dspy_mlflow_async.evaluate import statistics, stored_runs
 from dspy_mlflow_async.evaluate.case import Case
-from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
+from dspy_mlflow_async.evaluate.comparison import CaseResult, CaseUsage, Comparison, ExampleCounts, Latency
 from dspy_mlflow_async.evaluate.example_result import Outcome, number_of
 from dspy_mlflow_async.evaluate.plot import plot_of_cases
 from dspy_mlflow_async.runs.artifacts import columns_of
@@ -63,16 +63,19 @@ def case_result(
         run_id=run_id,
         score=score,
         standard_error=None if score is None else statistics.standard_error(scores),
-        examples=len(outcomes),
-        errors=sum(outcome.has_failed for outcome in outcomes.values()),
-        first_error=next((outcomes[place].error for place in sorted(outcomes) if outcomes[place].has_failed), None),
-        not_run=tuple(place for place in range(len(case.devset or ())) if place not in outcomes),
-        latency_p50=quantile(durations, 0.5),
-        latency_p95=quantile(durations, 0.95),
-        input_tokens=_sum(tokens, TokenUsageKey.INPUT_TOKENS),
-        output_tokens=_sum(tokens, TokenUsageKey.OUTPUT_TOKENS),
-        cost_usd=cost_of(tokens) if tokens else None,
         scores=scores_of(outcomes, failure_score),
+        counts=ExampleCounts(
+            len(outcomes),
+            sum(outcome.has_failed for outcome in outcomes.values()),
+            next((outcomes[place].error for place in sorted(outcomes) if outcomes[place].has_failed), None),
+            tuple(place for place in range(len(case.devset or ())) if place not in outcomes),
+        ),
+        latency=Latency(quantile(durations, 0.5), quantile(durations, 0.95)),
+        usage=CaseUsage(
+            _sum(tokens, TokenUsageKey.INPUT_TOKENS),
+            _sum(tokens, TokenUsageKey.OUTPUT_TOKENS),
+            cost_of(tokens) if tokens else None,
+        ),
     )
 
 

@@ -36,10 +36,73 @@ _USES = {"trainset": TRAINING, "valset": VALIDATION}
 _ROLES_BY_ATTRIBUTE = {"prompt_model": PROPOSAL, "reflection_lm": REFLECTION}
 
 
+class ScoreSeries:
+    """Scores of the evaluations in a compile, by metric key and step. ``lock`` guards the counting of steps.
+
+    Attributes:
+        points: By key, each step with its score, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._next_step: dict[str, int] = defaultdict(int)
+
+    def next_step(self, key: str) -> int:
+        """Return the step of the evaluation that begins: 0, 1, 2… for each key."""
+        with self._lock:
+            step = self._next_step[key]
+            self._next_step[key] += 1
+            return step
+
+    def add(self, key: str, step: int, score: float) -> None:
+        """Note the score of an evaluation."""
+        with self._lock:
+            self.points[key].append((step, score))
+
+    def best(self) -> dict[str, tuple[int, float]]:
+        """Return step and score of the best evaluation of each series, the first of equals."""
+        return {key: max(points, key=lambda point: (point[1], -point[0])) for key, points in self.points.items()}
+
+
+class CallsByRole:
+    """LM calls of a compile, by the role in which its optimizer makes them."""
+
+    def __init__(self, optimizer: Any, inputs: dict[str, Any]) -> None:
+        self._optimizer = optimizer
+        # MIPROv2 proposes with the LM that runs the program where it is given no other: then nobody can tell.
+        self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
+        self._judges = _judges(optimizer, inputs)
+        self._ledgers = {role: Ledger() for role in (TASK, METRIC, PROPOSAL, REFLECTION)}
+
+    def ledger(self, lm: Any, *, in_example: bool, is_judging: bool) -> Ledger:
+        """Return the ledger of an LM call that begins now; the arguments are those of ``Compile.ledger``."""
+        if is_judging:
+            return self._ledgers[METRIC]
+        if not in_example and lm is not self._task_lm:
+            # Some optimizers call their metric themselves, where nothing but its LM tells that it is at work.
+            if any(lm is judge for judge in self._judges):
+                return self._ledgers[METRIC]
+            for attribute, role in _ROLES_BY_ATTRIBUTE.items():
+                if getattr(self._optimizer, attribute, None) is lm:
+                    return self._ledgers[role]
+        return self._ledgers[TASK]
+
+    def metrics(self) -> dict[str, float | None]:
+        """Count LM calls, tokens and cost, in all and by role."""
+        ledgers = {role: [ledger] for role, ledger in self._ledgers.items() if ledger.calls}
+        metrics: dict[str, float | None] = {}
+        for end, some in [("", list(self._ledgers.values())), *((f"/{role}", one) for role, one in ledgers.items())]:
+            usage = add_up(some)
+            metrics |= {f"{name}{end}": value for name, value in (usage._asdict()).items() if name != "calls"}
+            metrics[f"lm_calls{end}"] = usage.calls
+        return metrics
+
+
 class Compile:
     """One outermost call of an optimizer's ``compile``, from its start to its end: its run, counters and series.
 
-    Evaluations inside it may run at once, in threads of its own or of the user's: ``lock`` guards the counters.
+    Evaluations inside it may run at once, in threads of its own or of the user's.
 
     Args:
         optimizer: The ``dspy.teleprompt.Teleprompter``.
@@ -54,15 +117,10 @@ class Compile:
         self._inputs = inputs
         self._block: active_runs.Block | None = None
         self._is_shown = False
-        # MIPROv2 proposes with the LM that runs the program where it is given no other: then nobody can tell.
-        self._task_lm = getattr(optimizer, "task_model", None) or dspy.settings.lm
-        self._judges = _judges(optimizer, inputs)
-        self._lock = threading.Lock()
         self._arguments: dict[str, Any] = {}
         self._instructions: dict[str, str] = {}
-        self._next_step: dict[str, int] = defaultdict(int)
-        self._series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        self._ledgers = {role: Ledger() for role in (TASK, METRIC, PROPOSAL, REFLECTION)}
+        self._scores = ScoreSeries()
+        self._lm_calls = CallsByRole(optimizer, inputs)
 
     @guarded
     def open(self) -> None:
@@ -93,15 +151,11 @@ class Compile:
 
     def begin_evaluation(self, key: str) -> tuple[RunHandle | None, int]:
         """Return the run to put an evaluation under, and its step: 0, 1, 2… for each key."""
-        with self._lock:
-            step = self._next_step[key]
-            self._next_step[key] += 1
-        return self.run, step
+        return self.run, self._scores.next_step(key)
 
     def end_evaluation(self, parent: RunHandle | None, key: str, step: int, score: float) -> None:
         """Log the score of an evaluation as a metric of the run, at its step."""
-        with self._lock:
-            self._series[key].append((step, score))
+        self._scores.add(key, step, score)
         if parent is not None:
             parent.metrics({key: score}, step)  # `close` waits for it
             return
@@ -137,16 +191,7 @@ class Compile:
             in_example: Whether an evaluation works on an example here.
             is_judging: Whether its metric is at work.
         """
-        if is_judging:
-            return self._ledgers[METRIC]
-        if not in_example and lm is not self._task_lm:
-            # Some optimizers call their metric themselves, where nothing but its LM tells that it is at work.
-            if any(lm is judge for judge in self._judges):
-                return self._ledgers[METRIC]
-            for attribute, role in _ROLES_BY_ATTRIBUTE.items():
-                if getattr(self._optimizer, attribute, None) is lm:
-                    return self._ledgers[role]
-        return self._ledgers[TASK]
+        return self._lm_calls.ledger(lm, in_example=in_example, is_judging=is_judging)
 
     @guarded
     def close(self, program: Any, status: str) -> None:
@@ -160,7 +205,7 @@ class Compile:
                 self._log(lambda: self._log_program(run, program))
             self._log(lambda: run.params(artifacts.lm_params(self._door)))
             self._log(lambda: run.tags(self._summary(program)))
-            self._log(lambda: run.metrics(self._usage()))
+            self._log(lambda: run.metrics(self._lm_calls.metrics()))
             self._log(lambda: run.describe(self._described(program)))
             for name, dataset in self._datasets(is_read_before=True):
                 self._log(functools.partial(run.dataset, name, _USES[name], dataset))
@@ -175,7 +220,7 @@ class Compile:
                     "The run of the compile of %s could not be logged in full now; its scores: %s. What is in the "
                     "spool is sent later, or by `dspy-mlflow-async replay`.",
                     type(self._optimizer).__name__,
-                    {key: [score for _, score in sorted(points)] for key, points in self._series.items()},
+                    {key: [score for _, score in sorted(points)] for key, points in self._scores.points.items()},
                 )
 
     @guarded
@@ -198,36 +243,22 @@ class Compile:
             run.table(f"{name}.json", artifacts.dataset_columns(dataset))
 
     def _log_plot(self, run: RunHandle) -> None:
-        if self._series:
-            run.plot("scores.png", lambda: artifacts.plot_of_series(self._series))
+        if self._scores.points:
+            run.plot("scores.png", lambda: artifacts.plot_of_series(self._scores.points))
 
     def _summary(self, program: Any) -> dict[str, Any]:
         """Name the optimizer, the best scores, and the demos that it has made."""
         summary: dict[str, Any] = {"dspy.optimizer": type(self._optimizer).__name__}
-        for key, (step, score) in self._best().items():
+        for key, (step, score) in self._scores.best().items():
             summary |= {f"dspy.best_score.{key}": score, f"dspy.best_step.{key}": step}
         if augmented := self._augmented_demos(program):
             summary["dspy.augmented_demos"] = augmented
         return summary
 
-    def _best(self) -> dict[str, tuple[int, float]]:
-        """Return step and score of the best evaluation of each series, the first of equals."""
-        return {key: max(points, key=lambda point: (point[1], -point[0])) for key, points in self._series.items()}
-
     def _described(self, program: Any) -> str:
         after = description.instructions_of(program)
         name = type(self._optimizer).__name__
-        return description.describe_compile(name, self._arguments, self._best(), self._instructions, after)
-
-    def _usage(self) -> dict[str, float | None]:
-        """Count LM calls, tokens and cost, in all and by role."""
-        ledgers = {role: [ledger] for role, ledger in self._ledgers.items() if ledger.calls}
-        metrics: dict[str, float | None] = {}
-        for end, some in [("", list(self._ledgers.values())), *((f"/{role}", one) for role, one in ledgers.items())]:
-            usage = add_up(some)
-            metrics |= {f"{name}{end}": value for name, value in (usage._asdict()).items() if name != "calls"}
-            metrics[f"lm_calls{end}"] = usage.calls
-        return metrics
+        return description.describe_compile(name, self._arguments, self._scores.best(), self._instructions, after)
 
     @staticmethod
     def _augmented_demos(program: Any) -> int:

@@ -57,6 +57,39 @@ class Postponed:
 POSTPONED: ContextVar[Postponed | None] = ContextVar("dspy_mlflow_async_postponed", default=None)
 
 
+class Candidate:
+    """One of the evaluations in a compile, by its step, which is counted when this is made.
+
+    Args:
+        compile: The compile.
+        key: The metric key of the evaluation.
+    """
+
+    def __init__(self, compile: Compile, key: str) -> None:  # noqa: A002 - DSPy's word
+        self._compile = compile
+        self._key = key
+        self._handle, self._step = compile.begin_evaluation(key)
+        self._parent = self._handle.run if self._handle is not None else active_runs.innermost()
+
+    def open_run(self) -> RunHandle:
+        """Create its run, below that of the compile."""
+        return selection.create(f"{self._key}_{self._step}", parent=self._parent)
+
+    def end(self, score: float) -> None:
+        """Tell the compile its score."""
+        self._compile.end_evaluation(self._handle, self._key, self._step, score)
+
+
+class NotedExamples:
+    """Examples of an evaluation, in the order in which they have begun, and in that in which they have ended."""
+
+    __slots__ = ("begun", "ended")
+
+    def __init__(self) -> None:
+        self.begun: list[Example] = []
+        self.ended: list[Example] = []
+
+
 class Evaluation:
     """One call of ``dspy.Evaluate``, from its start to its end: its run, its examples and its score.
 
@@ -74,17 +107,14 @@ class Evaluation:
         self.devset_size = len(devset)
         self._devset = devset if is_at_hand(devset) else None
         self.run: RunHandle | None = None
-        self.examples: list[Example] = []
-        self._parent: RunHandle | None = None
-        self._compile: Compile | None = None
-        self._step = 0
+        self._examples = NotedExamples()
+        self._candidate: Candidate | None = None
         self._postponed = POSTPONED.get()
         if self._postponed is not None:
             self._postponed.evaluation = self
         self._is_logged = False
         self._failure: Exception | None = None
         self._block: active_runs.Block | None = None
-        self._ended: list[Example] = []
 
     @classmethod
     def of_call(cls, instance: Any, inputs: dict[str, Any], settings: Settings | None = None) -> Evaluation:
@@ -107,8 +137,8 @@ class Evaluation:
         The choice of the run, and its step, is made here and now, whenever the store is asked.
         """
         self._is_logged = True
-        self._compile = compile
-        found = self._find_run()
+        self._candidate = None if compile is None else Candidate(compile, self.key)
+        found = selection.find_run(self.key) if self._candidate is None else self._candidate.open_run
         if isinstance(found, RunHandle):
             self.run = found
         threads = inputs.get("num_threads") or instance.num_threads or dspy.settings.num_threads
@@ -141,13 +171,6 @@ class Evaluation:
             }
         )
 
-    def _find_run(self) -> RunHandle | Callable[[], RunHandle]:
-        if self._compile is None:
-            return selection.find_run(self.key)
-        self._parent, self._step = self._compile.begin_evaluation(self.key)
-        parent = self._parent.run if self._parent is not None else active_runs.innermost()
-        return functools.partial(selection.create, f"{self.key}_{self._step}", parent=parent)
-
     @guarded
     def enter(self) -> None:
         """Make the run active here, if there is one."""
@@ -175,14 +198,14 @@ class Evaluation:
         finally:
             if self.run is not None:
                 selection.close(self.run, status)
-            if self._is_logged and self._compile is not None and score is not None:
-                self._compile.end_evaluation(self._parent, self.key, self._step, score)
+            if self._candidate is not None and score is not None:
+                self._candidate.end(score)
             self._report_gaps(score)
 
     def _log_results(self, run: RunHandle, outputs: Any, score: float | None) -> None:
         run.metrics({"eval": score})  # first: whatever the user's values do to the rest, the score is there
-        results = Results(outputs, self._ended)
-        run.metrics({"examples": self.devset_size} | results.statistics() | usage_of(self.examples))
+        results = Results(outputs, self._examples.ended)
+        run.metrics({"examples": self.devset_size} | results.statistics() | usage_of(self._examples.begun))
         if self._devset is None:  # read by whoever evaluated it
             run.dataset("devset", EVALUATION, [row[0] for row in getattr(outputs, "results", None) or ()])
         run.table("result_table.json", results.table())
@@ -228,7 +251,7 @@ class Evaluation:
             What notes its prediction, its score and its end.
         """
         example = Example(index, item, self._door)
-        self.examples.append(example)
+        self._examples.begun.append(example)
         frames.enter(f"example-{id(example)}", example=example)
         error: BaseException | None = None
         try:
@@ -239,14 +262,14 @@ class Evaluation:
         finally:
             frames.leave(f"example-{id(example)}")
             example.close(error)
-            self._ended.append(example)
+            self._examples.ended.append(example)
 
     def recall(self, index: int | None, trace_id: str | None, error: str | None, duration: float | None) -> Example:
         """Note an example that an earlier, interrupted evaluation has finished; the arguments are ``Example``'s."""
         example = Example(index)
         example.trace_id, example.error, example.duration = trace_id, error, duration
-        self.examples.append(example)
-        self._ended.append(example)
+        self._examples.begun.append(example)
+        self._examples.ended.append(example)
         return example
 
 

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.entities import Metric, Param, RunTag
 
@@ -54,20 +54,22 @@ def storable_key(key: str) -> str:
 
 
 class _Keys:
-    """The keys under which a run holds one kind of thing. Threads share it: single operations on a dict are atomic."""
+    """The keys under which a run holds things, by kind. Threads share it: single operations on a dict are atomic."""
 
     def __init__(self) -> None:
-        self._owners: dict[str, str] = {}
+        self._owners: dict[tuple[str, str], str] = {}
 
-    def of(self, keys: Iterable[str]) -> dict[str, str]:
-        """Map each key to one that MLflow takes: always the same one, and no two the same."""
+    def of(self, kind: Literal["metric", "param", "tag"], keys: Iterable[str]) -> dict[str, str]:
+        """Map each key to one that MLflow takes: always the same one, and no two of a kind the same."""
         ordered = sorted(keys, key=lambda key: storable_key(key) != key)  # what needs no other keeps its own
-        return {key: self._one(key) for key in ordered}
+        return {key: self._one(kind, key) for key in ordered}
 
-    def _one(self, key: str) -> str:
+    def _one(self, kind: str, key: str) -> str:
         wanted = storable_key(key)
         numbered = (f"{wanted[: MAX_KEY_LENGTH - 6]}_{number}" for number in itertools.count(2))
-        return next(each for each in itertools.chain([wanted], numbered) if self._owners.setdefault(each, key) == key)
+        return next(
+            each for each in itertools.chain([wanted], numbered) if self._owners.setdefault((kind, each), key) == key
+        )
 
 
 def run_status(exception: BaseException | None) -> str:
@@ -96,7 +98,7 @@ class RunHandle:
         self._process_id = os.getpid()
         self._monitor: Any = None
         self._tables: list[dict[str, str]] = []
-        self._metric_keys, self._param_keys, self._tag_keys = _Keys(), _Keys(), _Keys()
+        self._keys = _Keys()
         self._writer = export.run_writer(None)
         # What is logged keeps its order under the id that the run has now, should that be a stand-in.
         self.key = self.run_id
@@ -118,14 +120,14 @@ class RunHandle:
 
     def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Log metrics at ``step``; those that are None are left out."""
-        now, keys = int(time.time() * 1000), self._metric_keys.of(values)
+        now, keys = int(time.time() * 1000), self._keys.of("metric", values)
         metrics = [Metric(keys[key], float(value), now, step) for key, value in values.items() if value is not None]
         self._writer.log(self.key, metrics=metrics)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log params. Those that the run held before keep their value: MLflow refuses a second."""
         known = {} if self._is_new or self.is_pending else self._stored_params()
-        keys = self._param_keys.of(values)
+        keys = self._keys.of("param", values)
         fresh = [
             Param(keys[key], self.door.text(value, MAX_PARAM_LENGTH, name=key))
             for key, value in values.items()
@@ -135,7 +137,7 @@ class RunHandle:
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; those that are None are left out."""
-        keys = self._tag_keys.of(values)
+        keys = self._keys.of("tag", values)
         tags = [RunTag(keys[key], self._tag(key, value)) for key, value in values.items() if value is not None]
         self._writer.log(self.key, tags=tags)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dspy_mlflow_async.export.assemble.open_trace import Annotations, OpenTrace
+from dspy_mlflow_async.export.assemble.open_trace import Annotations, OpenTrace, TraceIdentity
 from dspy_mlflow_async.export.assemble.open_trace import named as name_it
 from dspy_mlflow_async.export.assemble.sampling import is_kept
 from dspy_mlflow_async.export.counters import Counted
@@ -71,9 +71,8 @@ class TraceAssembler:
 
     def trace_started(self, otel_id: int, trace: Any, uri: str) -> OpenTrace:
         """Note that a root span began."""
-        entry = OpenTrace(otel_id, trace, uri, mlflow_traces.workspace_of(trace))
-        self.entries[otel_id] = entry
-        self._by_trace_id[entry.trace_id] = entry
+        identity = TraceIdentity(otel_id, trace.info.trace_id, uri, mlflow_traces.workspace_of(trace))
+        entry = self.entries[otel_id] = self._by_trace_id[identity.trace_id] = OpenTrace(identity, trace)
         self._counters.start()
         return entry
 
@@ -92,32 +91,29 @@ class TraceAssembler:
                 remote_traces.known_again(otel_id)
                 return
             entry = self._reopen(old)
-        elif mlflow_traces.peek_trace(entry.trace_id) is not None:
+        elif mlflow_traces.peek_trace(entry.identity.trace_id) is not None:
             return
-        mlflow_traces.adopt_trace(otel_id, entry.trace_id, entry.trace)
+        mlflow_traces.adopt_trace(otel_id, entry.identity.trace_id, entry.trace)
 
     def _reopen(self, old: OpenTrace) -> OpenTrace:
         with self._lock:
-            if known := self.entries.get(old.otel_id):
+            if known := self.entries.get(old.identity.otel_id):
                 return known
-            entry = OpenTrace(
-                old.otel_id, mlflow_traces.InMemoryTrace(copy.copy(old.trace.info)), old.uri, old.workspace
-            )
+            entry = OpenTrace(old.identity, mlflow_traces.InMemoryTrace(copy.copy(old.trace.info)))
             entry.is_late = True
             entry.is_sync = old.is_sync
             entry.inherited = old.inherited
             entry.ended_at = entry.began
-            entry.keeps, entry.is_discarded = None, old.is_discarded
-            self.entries[old.otel_id] = entry
-            self._by_trace_id[entry.trace_id] = entry
+            entry.sampling.keeps, entry.sampling.is_discarded = None, old.sampling.is_discarded
+            self.entries[old.identity.otel_id] = entry
+            self._by_trace_id[entry.identity.trace_id] = entry
             return entry
 
     def child_started(self, otel_id: int, span_id: int) -> None:
         """Note that a child began; of interest only once its root has ended."""
         entry = self.entries.get(otel_id)
         if entry is not None and entry.ended_at is not None:
-            with entry.lock:
-                entry.open_ids.add(mlflow_traces.encode_span_id(span_id))
+            entry.children.started(mlflow_traces.encode_span_id(span_id))
 
     def child_ended(self, span: ReadableSpan, uri: str) -> None:
         """Note that a child ended. Before its root has ended there is nothing to do."""
@@ -126,47 +122,45 @@ class TraceAssembler:
             self._stray_ended(span, uri)
         elif entry.inherited is not None:
             if mlflow_traces.encode_span_id(span.context.span_id) not in entry.inherited:
-                self._emit_span(span, entry.trace, entry.uri, entry.workspace)
+                self._emit_span(span, entry.trace, entry.identity.uri, entry.identity.workspace)
         elif entry.ended_at is not None:
             span_id = mlflow_traces.encode_span_id(span.context.span_id)
             if entry.is_late and span_id not in entry.trace.span_dict:  # it began before the trace was handed on
                 self._stray_ended(span, uri)
-            with entry.lock:
-                entry.open_ids.discard(span_id)
-                is_complete = not entry.open_ids
-            if is_complete:
+            if entry.children.ended(span_id):
                 self.complete(entry)
 
     def root_ended(self, entry: OpenTrace, *, is_sync: bool) -> None:
         """Hand on the trace whose root ended, or wait for the children that are still open."""
         self._counters.end()
         entry.is_sync = is_sync
-        with entry.showing, entry.lock:
-            # From here on a child that ends looks at `open_ids`; one that ended before is seen as ended below.
+        children = entry.children
+        with entry.partial.lock, children.lock:
+            # From here on a child that ends looks at the open ones; one that ended before is seen as ended below.
             entry.ended_at = time.monotonic()
-            entry.open_ids = {span.span_id for span in list(entry.trace.span_dict.values()) if span.end_time_ns is None}
-            is_complete = not entry.open_ids
+            children.ids = {span.span_id for span in list(entry.trace.span_dict.values()) if span.end_time_ns is None}
+            is_complete = not children.ids
         if is_complete:
             self.complete(entry)
-        if not entry.is_handed_on and self._outlet.writes_ahead(entry.uri):
+        if not entry.is_handed_on and self._outlet.writes_ahead(entry.identity.uri):
             self._make_safe_copy(entry)
 
     def _make_safe_copy(self, entry: OpenTrace) -> None:
         """Keep a copy of what has ended: it must survive while it waits for its children or its feedback."""
-        reference = self._outlet.write_ahead(entry.uri, self._operation(entry, entry.trace))
+        reference = self._outlet.write_ahead(entry.identity.uri, self._operation(entry, entry.trace))
         with self._lock:
             is_needless = entry.is_handed_on
             entry.safe_copy = reference
         if is_needless and reference is not None:  # handed on meanwhile
-            self._outlet.discard_copy(entry.uri, reference)
+            self._outlet.discard_copy(entry.identity.uri, reference)
 
     def _operation(self, entry: OpenTrace, trace: Any) -> TraceOperation:
         for index, assessment in enumerate(trace.info.assessments):
             if assessment.assessment_id is None:  # MLflow's own, said while the trace was open
-                trace.info.assessments[index] = name_it(assessment, entry.trace_id)
+                trace.info.assessments[index] = name_it(assessment, entry.identity.trace_id)
         spans = [span for span in list(trace.span_dict.values()) if span.end_time_ns is not None]
         return TraceOperation(
-            key=entry.trace_id,
+            key=entry.identity.trace_id,
             size=2000 + mlflow_traces.weigh(spans),
             counted=Counted.NOTHING if entry.is_late else Counted.TRACE,
             supersedes=entry.safe_copy,
@@ -175,7 +169,7 @@ class TraceAssembler:
             experiment_id=mlflow_traces.experiment_of(trace),
             stage="late" if entry.is_late else "whole",
             prompts=trace.prompts,
-            workspace=entry.workspace,
+            workspace=entry.identity.workspace,
         )
 
     def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
@@ -185,9 +179,8 @@ class TraceAssembler:
         trace_id = mlflow_traces.trace_id_of(otel_id)
         trace = mlflow_traces.peek_trace(trace_id) if trace_id else remote_traces.known_again(otel_id)
         if old is not None:
-            with old.lock:
-                old.open_ids.discard(mlflow_traces.encode_span_id(span.context.span_id))
-            if not old.is_discarded:
+            old.children.ended(mlflow_traces.encode_span_id(span.context.span_id))
+            if not old.sampling.is_discarded:
                 self._emit_late(old, span)
         elif trace is not None:
             self._emit_span(span, trace, uri, mlflow_traces.workspace_of(trace))
@@ -195,15 +188,15 @@ class TraceAssembler:
     def _emit_late(self, entry: OpenTrace, span: ReadableSpan) -> None:
         spans = [mlflow_traces.finished_span(span)]
         self._emit(
-            entry.uri,
+            entry.identity.uri,
             TraceOperation(
-                key=entry.trace_id,
+                key=entry.identity.trace_id,
                 size=mlflow_traces.weigh(spans),
                 info=copy.copy(entry.trace.info),
                 spans=spans,
                 experiment_id=mlflow_traces.experiment_of(entry.trace),
                 stage="late",
-                workspace=entry.workspace,
+                workspace=entry.identity.workspace,
             ),
             entry.is_sync,
         )
@@ -227,17 +220,17 @@ class TraceAssembler:
 
     def complete(self, entry: OpenTrace, *, force: bool = False) -> None:
         """Hand a trace on, unless somebody holds it. Doing so twice does nothing."""
-        with entry.showing:  # what is said about it from here on comes after it
+        with entry.partial.lock:  # what is said about it from here on comes after it
             self._complete(entry, force=force)
 
     def _complete(self, entry: OpenTrace, *, force: bool) -> None:
         with self._lock:
-            if entry.is_handed_on or (self._holds.get(entry.trace_id) and not force):
+            if entry.is_handed_on or (self._holds.get(entry.identity.trace_id) and not force):
                 return
             entry.is_handed_on = True
-            self.entries.pop(entry.otel_id, None)
-            self._by_trace_id.pop(entry.trace_id, None)
-            said = self._said.pop(entry.trace_id, None)
+            self.entries.pop(entry.identity.otel_id, None)
+            self._by_trace_id.pop(entry.identity.trace_id, None)
+            said = self._said.pop(entry.identity.trace_id, None)
             trace = entry.trace
             # The spans go with the operation; what stays behind must not keep them alive.
             entry.trace = mlflow_traces.InMemoryTrace(
@@ -246,12 +239,12 @@ class TraceAssembler:
                 )
             )
             self._remember(entry)
-        mlflow_traces.pop_trace(entry.otel_id, entry.trace_id)
+        mlflow_traces.pop_trace(entry.identity.otel_id, entry.identity.trace_id)
         if entry.inherited is not None:
             return
         if self._discards(entry, trace):
             if entry.safe_copy is not None:
-                self._outlet.discard_copy(entry.uri, entry.safe_copy)
+                self._outlet.discard_copy(entry.identity.uri, entry.safe_copy)
             return
         if said is not None:
             trace.info.assessments = [*trace.info.assessments, *said.assessments]
@@ -260,26 +253,26 @@ class TraceAssembler:
         operation = self._operation(entry, trace)
         if not entry.is_late and mlflow_traces.displays():
             mlflow_traces.display(trace.to_mlflow_trace())
-        self._emit(entry.uri, operation, entry.is_sync)
+        self._emit(entry.identity.uri, operation, entry.is_sync)
 
     def _discards(self, entry: OpenTrace, trace: Any) -> bool:
         """Decide on a whole trace, once; later spans of one that was discarded go the same way."""
-        if entry.is_late or entry.is_discarded or entry.keeps is None:
-            is_discarded = entry.is_discarded
+        sampling = entry.sampling
+        if entry.is_late or sampling.is_discarded or sampling.keeps is None:
+            is_discarded = sampling.is_discarded
         else:
-            is_discarded = not is_kept(entry.keeps, trace)
+            is_discarded = not is_kept(sampling.keeps, trace)
         if is_discarded and not entry.is_late:
             self._counters.move("waiting", "sampled_out")
-        entry.is_discarded = is_discarded
-        entry.keeps = None
+        sampling.is_discarded, sampling.keeps = is_discarded, None
         return is_discarded
 
     def _remember(self, entry: OpenTrace) -> None:
-        if (earlier := self._recent.get(entry.otel_id)) is not None:
-            entry.open_ids |= earlier.open_ids
-        self._recent[entry.otel_id] = entry
-        self._recent.move_to_end(entry.otel_id)
-        self._recent_by_trace_id[entry.trace_id] = entry
+        if (earlier := self._recent.get(entry.identity.otel_id)) is not None:
+            entry.children.ids |= earlier.children.ids
+        self._recent[entry.identity.otel_id] = entry
+        self._recent.move_to_end(entry.identity.otel_id)
+        self._recent_by_trace_id[entry.identity.trace_id] = entry
         while len(self._recent) > _RECENT:
             oldest_id = next(iter(self._recent))
             oldest = self._recent[oldest_id]
@@ -288,12 +281,12 @@ class TraceAssembler:
                 self._recent.move_to_end(oldest_id)
                 break
             del self._recent[oldest_id]
-            self._recent_by_trace_id.pop(oldest.trace_id, None)
+            self._recent_by_trace_id.pop(oldest.identity.trace_id, None)
 
     @staticmethod
     def _is_awaited(entry: OpenTrace) -> bool:
         """Return whether spans of a trace that was handed on are still open, and may yet end."""
-        return bool(entry.open_ids) and time.monotonic() - entry.began < _ABANDONED_AFTER
+        return bool(entry.children.ids) and time.monotonic() - entry.began < _ABANDONED_AFTER
 
     def tick(self) -> None:
         """Look after what is overdue; about once a second, in the background."""
@@ -302,7 +295,7 @@ class TraceAssembler:
             if entry.ended_at is not None:
                 if now - entry.ended_at >= self.options.children_timeout:
                     self.complete(entry, force=True)
-            elif entry.inherited is None and now - entry.shown_at >= self.options.visible_after:
+            elif entry.inherited is None and now - entry.partial.at >= self.options.visible_after:
                 self._show(entry, now)
 
     def show_open(self, *, is_end: bool = False) -> int:
@@ -322,26 +315,26 @@ class TraceAssembler:
 
     def count_shown(self) -> int:
         """Count the open traces that are shown with what has ended of them."""
-        return sum(entry.ended_at is None and bool(entry.shown) for entry in list(self.entries.values()))
+        return sum(entry.ended_at is None and bool(entry.partial.ids) for entry in list(self.entries.values()))
 
     def is_any_unshown(self) -> bool:
         """Return whether an open trace was to be shown, and the store did not take it."""
         return any(
-            entry.ended_at is None and entry.shown is not None and not entry.shown
+            entry.ended_at is None and entry.partial.ids is not None and not entry.partial.ids
             for entry in list(self.entries.values())
         )
 
     def _show(self, entry: OpenTrace, now: float, *, is_end: bool = False) -> bool:
         """Store what has ended of a trace that is still open; False where it is not shown."""
-        entry.shown_at = now
-        is_undecided = entry.keeps is not None and now - entry.began <= _ABANDONED_AFTER and not is_end
-        if is_undecided or entry.is_discarded:
+        entry.partial.at = now
+        is_undecided = entry.sampling.keeps is not None and now - entry.began <= _ABANDONED_AFTER and not is_end
+        if is_undecided or entry.sampling.is_discarded:
             return False  # it may yet be left out
-        if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.trace_id) is None:
+        if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.identity.trace_id) is None:
             self._counters.end()
             self.complete(entry, force=True)
             return False
-        with entry.showing:
+        with entry.partial.lock:
             if entry.ended_at is not None:  # all of it is on its way, and nothing may come behind that
                 return False
             self._emit_fresh(entry)
@@ -349,25 +342,25 @@ class TraceAssembler:
 
     def _emit_fresh(self, entry: OpenTrace) -> None:
         spans = [span for span in list(entry.trace.span_dict.values()) if span.end_time_ns is not None]
-        fresh = [span for span in spans if span.span_id not in (entry.shown or ())]
-        if entry.shown and not fresh:
+        fresh = [span for span in spans if span.span_id not in (entry.partial.ids or ())]
+        if entry.partial.ids and not fresh:
             return
-        if entry.shown is None:
-            entry.shown = set()
-        entry.shown.update([entry.trace_id, *(span.span_id for span in fresh)])
+        if entry.partial.ids is None:
+            entry.partial.ids = set()
+        entry.partial.ids.update([entry.identity.trace_id, *(span.span_id for span in fresh)])
         info = entry.trace.info
         info = replace(info, trace_metadata=dict(info.trace_metadata), tags=dict(info.tags), assessments=[])
         operation = TraceOperation(
-            key=entry.trace_id,
+            key=entry.identity.trace_id,
             size=2000 + mlflow_traces.weigh(fresh),
             info=info,
             spans=fresh,
             stage="partial",
             experiment_id=mlflow_traces.experiment_of(entry.trace),
-            workspace=entry.workspace,
-            shown=entry.shown,
+            workspace=entry.identity.workspace,
+            shown=entry.partial.ids,
         )
-        self._emit(entry.uri, operation, False)
+        self._emit(entry.identity.uri, operation, False)
 
     def hand_on_everything(self) -> None:
         """Hand on every trace whose root has ended, with or without its children, held or not."""
@@ -381,7 +374,7 @@ class TraceAssembler:
         """Store a trace that is open however it ends."""
         entry = self._by_trace_id.get(trace_id)
         if entry is not None:
-            entry.keeps = None
+            entry.sampling.keeps = None
 
     def hold(self, trace_id: str) -> None:
         """Keep this trace from being handed on before it is released as often as it is held."""
@@ -413,23 +406,23 @@ class TraceAssembler:
                 said.tags.update(tags)
             elif named or metadata or tags:
                 old = self._recent_by_trace_id.get(trace_id)
-                if old is not None and old.is_discarded:
+                if old is not None and old.sampling.is_discarded:
                     return
-                uri, is_sync = (old.uri, old.is_sync) if old else (None, False)
+                uri, is_sync = (old.identity.uri, old.is_sync) if old else (None, False)
                 follow_up = TraceUpdate(
                     key=trace_id,
                     size=500 * (1 + len(named)),
                     assessments=named,
                     metadata=dict(metadata),
                     tags=dict(tags),
-                    workspace=old.workspace if old else None,
+                    workspace=old.identity.workspace if old else None,
                 )
         if follow_up is not None:
-            with contextlib.nullcontext() if old is None else old.showing:  # it may be on its way this very moment
+            with contextlib.nullcontext() if old is None else old.partial.lock:  # it may be on its way this very moment
                 self._emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
         elif entry is not None and count <= 0:
-            with entry.lock:
-                is_complete = entry.ended_at is not None and not entry.open_ids
+            with entry.children.lock:
+                is_complete = entry.ended_at is not None and not entry.children.ids
             if is_complete:
                 self.complete(entry)
 
@@ -441,7 +434,7 @@ class TraceAssembler:
         """
         with self._lock:
             entry = self._by_trace_id.get(trace_id)
-            if entry is None or entry.is_late or entry.inherited is not None or entry.uri != uri:
+            if entry is None or entry.is_late or entry.inherited is not None or entry.identity.uri != uri:
                 return None
             named = name_it(assessment, trace_id)
             self._said.setdefault(trace_id, Annotations()).assessments.append(named)
@@ -458,7 +451,7 @@ class TraceAssembler:
         with self._lock:
             entry = self._by_trace_id.get(trace_id)
             if entry is not None and not entry.is_late:
-                entry.is_discarded = True
+                entry.sampling.is_discarded = True
 
     # --- the assembler as a whole ---
 
@@ -476,8 +469,8 @@ class TraceAssembler:
         """
         forgotten = [entry for entry in list(self.entries.values()) if entry.ended_at is None]
         for entry in forgotten:
-            self.entries.pop(entry.otel_id, None)
-            self._by_trace_id.pop(entry.trace_id, None)
+            self.entries.pop(entry.identity.otel_id, None)
+            self._by_trace_id.pop(entry.identity.trace_id, None)
         return len(forgotten)
 
     def after_fork(self) -> None:
@@ -488,5 +481,5 @@ class TraceAssembler:
         self._recent.clear()
         self._recent_by_trace_id.clear()
         for entry in list(self.entries.values()):
-            entry.lock, entry.showing = threading.Lock(), threading.Lock()
+            entry.children.lock, entry.partial.lock = threading.Lock(), threading.Lock()
             entry.inherited = frozenset(entry.trace.span_dict)

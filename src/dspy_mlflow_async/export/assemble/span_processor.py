@@ -146,7 +146,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         if entry is None:  # a trace that was begun before us, or in another process
             super().on_start(span, parent_context)
             return
-        register(span, entry.trace_id, entry.trace)
+        register(span, entry.identity.trace_id, entry.trace)
         if entry.ended_at is not None:
             assembler.child_started(otel_id, span.context.span_id)
 
