@@ -17,11 +17,12 @@ COMMANDS = {
     "audit": ("audit", "audit"),
     "demo": ("demo", "demo"),
     "doctor": ("doctor", "doctor"),
+    "harvest": ("harvest", "harvest"),
     "replay": ("replay", "replay"),
     "report": ("report", "report"),
 }
 
-NEED_RUNS = ("audit", "demo", "report")
+NEED_RUNS = ("audit", "demo", "harvest", "report")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,23 @@ from typing import Any
 
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from dspy_mlflow_async.seams.mlflow_store import tracing_client
+
 
 def names(run: Any, folder: str) -> list[str]:
     """Return the paths of the files in a folder of a run's artifacts, in order; empty where there is none."""
     listed = get_artifact_repository(run.info.artifact_uri).list_artifacts(folder)
     return sorted(file.path for file in listed if not file.is_dir)
+
+
+def read_attachment(tracking_uri: str, trace_id: str, attachment_id: str) -> bytes:
+    """Return the content of a trace's attachment.
+
+    Raises:
+        LookupError: Where the trace says no place for it.
+    """
+    location = tracing_client(tracking_uri).get_trace_info(trace_id).tags["mlflow.artifactLocation"]
+    return get_artifact_repository(location).download_trace_attachment(attachment_id)
 
 
 def read(run: Any, path: str) -> bytes | None:
