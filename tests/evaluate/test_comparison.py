@@ -55,9 +55,11 @@ broken           failed                                2        2
 Best: direct, 72.5.
 Differences are from direct, with 95% intervals.
 Stopped by max_tokens: 7 of 6 tokens are used; 2 examples were not run.
+<b>reasoned: 3 examples failed, the first with ValueError: no
 broken failed: RuntimeError: boom
-  2 examples failed, the first with OSError: gone
+broken: all 2 examples failed, the first with OSError: gone
 Run: 0c
+Go on with evaluate_all(..., resume="0c").
 """
 
 

@@ -39,7 +39,7 @@ _EXPERIMENT = "tells the experiment of a trace without opening the store in the 
 _PRICES = "prices a span without importing LiteLLM in the writer's thread"
 _ROWS = "writes complete traces to a SQL store as rows"
 _FORK = "keeps a forked process from inheriting held locks and open connections"
-_ROWS = "reads many traces from a SQL store at once"
+_ROWS_AND_AUDIT = "writes complete traces to a SQL store as rows, and lets the audit read many at once"
 
 SEAMS: tuple[Seam, ...] = (
     # DSPy
@@ -299,14 +299,14 @@ SEAMS: tuple[Seam, ...] = (
         is_optional=True,
     ),
     # MLflow, the tables of its SQL store
-    Seam(f"{_MODELS}:SqlTraceInfo", _ROWS, shape=".__table__", is_optional=True),
-    Seam(f"{_MODELS}:SqlTraceTag", _ROWS, shape=".__table__", is_optional=True),
-    Seam(f"{_MODELS}:SqlTraceMetadata", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlTraceInfo", _ROWS_AND_AUDIT, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlTraceTag", _ROWS_AND_AUDIT, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlTraceMetadata", _ROWS_AND_AUDIT, shape=".__table__", is_optional=True),
     Seam(f"{_MODELS}:SqlTraceMetrics", _ROWS, shape=".__table__", is_optional=True),
-    Seam(f"{_MODELS}:SqlSpan", _ROWS, shape=".__table__", is_optional=True),
+    Seam(f"{_MODELS}:SqlSpan", _ROWS_AND_AUDIT, shape=".__table__", is_optional=True),
     Seam(f"{_MODELS}:SqlSpanMetrics", _ROWS, shape=".__table__", is_optional=True),
     Seam(f"{_MODELS}:SqlExperiment", _ROWS, shape=".__table__", is_optional=True),
-    Seam(f"{_MODELS}:SqlAssessments", _ROWS, shape=".__table__ .from_mlflow_entity", is_optional=True),
+    Seam(f"{_MODELS}:SqlAssessments", _ROWS_AND_AUDIT, shape=".__table__ .from_mlflow_entity", is_optional=True),
     Seam(f"{_SQL_STORE}:SqlAlchemyStore", _ROWS, shape=".start_trace .log_spans", is_optional=True),
     Seam(
         f"{_SQL_STORE}:SqlAlchemyStore._get_trace_artifact_location_tag",
@@ -393,11 +393,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROVIDER}:_get_span_processors", _CAPTURE, shape="()", is_feature=True),
     Seam("opentelemetry.util._once:Once._done", _CAPTURE, shape=".__bool__", is_feature=True),
     Seam("opentelemetry.trace:_TRACER_PROVIDER", _CAPTURE, shape="?.get_tracer", is_feature=True),
-    # MLflow, its SQL tables
-    *(
-        Seam(f"mlflow.store.tracking.dbmodels.models:{name}", _ROWS, shape=".__table__", is_feature=True)
-        for name in ("SqlTraceInfo", "SqlSpan", "SqlTraceTag", "SqlTraceMetadata", "SqlAssessments")
-    ),
     # OpenTelemetry, under MLflow
     Seam(
         "opentelemetry.context:_SUPPRESS_INSTRUMENTATION_KEY",

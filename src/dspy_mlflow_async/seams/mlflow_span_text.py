@@ -15,6 +15,7 @@ from mlflow.entities import Span, Trace, TraceData
 from mlflow.tracing import constant
 from mlflow.tracing.constant import TraceMetadataKey
 from mlflow.tracing.utils import encode_span_id
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 
@@ -131,8 +132,16 @@ def _values(otel: Any, attributes: dict[str, Any]) -> tuple[str, ...]:
 
 @functools.cache
 def _template(kind: SpanKind, code: StatusCode, has_parent: bool, has_message: bool) -> _Template | None:
-    """Cut MLflow's own text of a sample; None where a second sample shows that it cannot be cut so."""
-    first, second = (_sample(number, kind, code, has_parent, has_message) for number in (1, 2))
+    """Return MLflow's own text of a sample, cut; None where it cannot be cut so."""
+    try:
+        return _cut(*(_sample(number, kind, code, has_parent, has_message) for number in (1, 2)))
+    except Exception:  # noqa: BLE001 - a sample that MLflow does not take as expected; its own function writes the text
+        return None
+
+
+def _cut(first: Span, second: Span) -> _Template | None:
+    """Cut the text of the first sample at its values; None where the second cannot be made from the pieces."""
+    has_parent, has_message = first._span.parent is not None, bool(first._span.status.description)
     text, values = _encode(first.to_dict()), _values(first._span, dict(first._span.attributes or {}))
     left_out = {_PARENT} - {_PARENT if has_parent else None} | {_MESSAGE} - {_MESSAGE if has_message else None}
     places = sorted((text.find(value), index) for index, value in enumerate(values) if index not in left_out)
@@ -163,6 +172,7 @@ def _sample(number: int, kind: SpanKind, code: StatusCode, has_parent: bool, has
         parent=context(0x777777) if has_parent else None,
         kind=kind,
         status=Status(code, f"sample message {number}" if has_message else None),
+        resource=Resource({}),  # without one OpenTelemetry asks threads for it, which the end of a process has no more
         start_time=1_700_000_000_000_000_000 + number,
         end_time=1_800_000_000_000_000_000 + number,
         **{"attributes": attributes, **more},
