@@ -135,7 +135,7 @@ def decode(data: bytes) -> Operation:
             metrics=[Metric(key, float(value), at, step) for key, value, at, step in record["metrics"]],
             params=[Param(key, value) for key, value in record["params"]],
             tags=[RunTag(key, value) for key, value in record["tags"]],
-            datasets=[_decode_dataset(dataset) for dataset in record.get("datasets", ())],
+            datasets=tuple(_decode_dataset(dataset) for dataset in record.get("datasets", ())),
             path=record["path"],
             content=base64.b64decode(record["content"]),
             status=record["status"],
