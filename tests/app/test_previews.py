@@ -272,7 +272,11 @@ def test_a_call_of_an_evaluation_is_not_the_requests(traces):
     [
         (lambda **o: request("answer", **o), TypeError, "inputs must be True, False or a function of what"),
         (lambda **o: wrap(Chain(), name="a", **o), TypeError, "inputs must be True, False or a function of what"),
-        (lambda **o: TracingMiddleware(lambda *_: None, **o), TypeError, "inputs must be True, False or a function of what"),
+        (
+            lambda **o: TracingMiddleware(lambda *_: None, **o),
+            TypeError,
+            "inputs must be True, False or a function of what",
+        ),
     ],
 )
 def test_what_is_neither_is_refused(make, error, sentence):

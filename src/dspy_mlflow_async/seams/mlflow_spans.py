@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from random import SystemRandom
 from typing import Any, NamedTuple
 
 import mlflow.tracing.provider as trace_provider
@@ -19,6 +20,7 @@ from mlflow.tracing.utils.processor import apply_span_processors
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import Span as OtelSpan
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_live import (
@@ -236,6 +238,21 @@ class Unsampled(NamedTuple):
     otel: Any
 
 
+class _SystemIds(IdGenerator):
+    """Ids from the system's random numbers, as OpenTelemetry's own are from those of ``random``.
+
+    A program that seeds those would draw others while it is traced, and overwrite its traces when it is run again.
+    """
+
+    _bits = SystemRandom().getrandbits
+
+    def generate_span_id(self) -> int:
+        return self._bits(64) or self.generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        return self._bits(128) or self.generate_trace_id()
+
+
 class _Tracer:
     """Tracer of MLflow's provider, fetched once per provider."""
 
@@ -250,6 +267,8 @@ class _Tracer:
             wrapper.once.do_once(trace_provider._initialize_tracer_provider)
             provider = wrapper.get()
             tracer = provider.get_tracer(__name__)
+            if type(getattr(tracer, "id_generator", None)) is RandomIdGenerator:
+                tracer.id_generator = _SystemIds()
             self._known = (provider, tracer)
         return tracer
 
