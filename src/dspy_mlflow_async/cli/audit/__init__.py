@@ -26,7 +26,7 @@ _UI = "http://127.0.0.1:5000"  # where `mlflow ui` is
 def audit(
     experiment: Annotated[
         Optional[list[str]],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Look at this experiment alone, by name or id; may be given several times."),
+        typer.Option(metavar="NAME", help="Look at this experiment alone, by name or id; may be given several times."),
     ] = None,
     since: Annotated[
         Optional[str],  # noqa: UP045
@@ -43,7 +43,7 @@ def audit(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="REGEX", help="What stands in the inputs of all spans of one call and of no other's."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="How many examples of each kind to show.")] = 5,
+    examples: Annotated[int, typer.Option(metavar="N", min=0, help="How many examples of each kind to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[
         Optional[Path],  # noqa: UP045
@@ -59,7 +59,7 @@ def audit(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     tracking_uri: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Read this store; by default the one that MLflow would take here."),
+        typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
     ] = None,
 ) -> None:
     """Say whether a store is right: whole traces, under their runs, with their feedback and tokens, without secrets.

@@ -28,7 +28,7 @@ def harvest(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the examples, a line of JSON each.")],
     experiment: Annotated[
         Optional[list[str]],  # noqa: UP045 - typer evaluates it
-        typer.Option(help="Only of this experiment, by name or id; may be given several times."),
+        typer.Option(metavar="NAME", help="Only of this experiment, by name or id; may be given several times."),
     ] = None,
     since: Annotated[
         Optional[str],  # noqa: UP045
@@ -56,18 +56,18 @@ def harvest(
     ] = None,
     min_weight: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Leave out what has a lower weight, or none."),
+        typer.Option(metavar="WEIGHT", help="Leave out what has a lower weight, or none."),
     ] = None,
     include_cut: Annotated[bool, typer.Option("--include-cut", help="Keep values that were cut.")] = False,
     include_masked: Annotated[bool, typer.Option("--include-masked", help="Keep values that were masked.")] = False,
     duplicates: Annotated[bool, typer.Option("--duplicates", help="Keep calls with equal inputs.")] = False,
     limit: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="How many at most."),
+        typer.Option(metavar="N", min=1, help="How many at most."),
     ] = None,
     tracking_uri: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Read this store; by default the one that MLflow would take here."),
+        typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
     ] = None,
 ) -> None:
     """Write what a program was asked and answered, as examples to evaluate or to compile with.

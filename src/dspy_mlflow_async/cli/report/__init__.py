@@ -31,7 +31,7 @@ def report(
     json_: Annotated[bool, typer.Option("--json", help="Print the runs as JSON, for a program.")] = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print the runs as CSV, for a spreadsheet.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Put evaluations side by side, by example.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="How many examples that differ to list.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many examples that differ to list.")] = 20,
     tracking_uri: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
