@@ -170,13 +170,13 @@ class Gate:
         self.reached, self.opened, self.passed = threading.Event(), threading.Event(), threading.Event()
         function = getattr(owner, name)
 
-        def waiting(*args):
+        def waiting(*args, **kwargs):
             if not only(*args):
-                return function(*args)
+                return function(*args, **kwargs)
             self.reached.set()
             assert self.opened.wait(30)
             try:
-                return function(*args)
+                return function(*args, **kwargs)
             finally:
                 self.passed.set()
 
