@@ -258,7 +258,8 @@ class Compile:
     def _described(self, program: Any) -> str:
         after = description.instructions_of(program)
         name = type(self._optimizer).__name__
-        return description.describe_compile(name, self._arguments, self._scores.best(), self._instructions, after)
+        shown = {key: self._door.text(value, description.MAX_VALUE, name=key) for key, value in self._arguments.items()}
+        return description.describe_compile(name, shown, self._scores.best(), self._instructions, after)
 
     @staticmethod
     def _augmented_demos(program: Any) -> int:

@@ -12,7 +12,7 @@ import dspy
 from dspy_mlflow_async.spans.safe_inspection import contain, text_of
 
 _MAX_ARGUMENTS = 40
-_MAX_VALUE = 100  # characters
+MAX_VALUE = 100  # characters
 _MAX_INSTRUCTIONS = 20_000  # characters of one predictor that are compared
 _MAX_LINES = 400
 
@@ -66,7 +66,7 @@ def describe_compile(
     parts = [" · ".join([f"**{optimizer}**", *scores])]
     for name, text in after.items():
         parts += [f"**Instructions of `{name}`**", _difference(before.get(name), text)]
-    shown = [(key, f"`{text_of(value)[:_MAX_VALUE]}`") for key, value in sorted(arguments.items())]
+    shown = [(key, f"`{text_of(value)[:MAX_VALUE]}`") for key, value in sorted(arguments.items())]
     if shown:
         parts += ["**Arguments**", table(("argument", "value"), shown[:_MAX_ARGUMENTS])]
     return "\n\n".join(parts)
