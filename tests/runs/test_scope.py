@@ -140,13 +140,13 @@ async def test_cancelled_twice_is_killed_all_the_same(runs, monkeypatch):
     inside = asyncio.Event()
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
-    end = run_block.run._end
+    end = run_block._end
 
-    def slow_end(self, status):
+    def slow_end(handle, status):
         loop.call_soon_threadsafe(ending.set)
-        end(self, status)
+        end(handle, status)
 
-    monkeypatch.setattr(run_block.run, "_end", slow_end)
+    monkeypatch.setattr(run_block, "_end", slow_end)
 
     async def task():
         async with dspy_mlflow_async.run("mine"):
