@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dspy_mlflow_async.cli.console import make_console
-from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
+from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison, ExampleCounts
 from dspy_mlflow_async.evaluate.progress import Board
 from dspy_mlflow_async.printable import mask_uris, printable, split_credentials
 
@@ -125,7 +125,7 @@ def test_console_keeps_its_own_colours():
 
 def test_comparison_prints_no_controls():
     """Names of cases and errors in a printed comparison are escaped, and no newline makes a row of its own."""
-    case = CaseResult(f"a\n{HOSTILE}", "failed", error=ValueError(HOSTILE), first_error=HOSTILE, errors=1)
+    case = CaseResult(f"a\n{HOSTILE}", "failed", error=ValueError(HOSTILE), counts=ExampleCounts(1, 1, HOSTILE))
     shown = str(Comparison((case,), case.name))
 
     assert not CONTROLS & set(shown)

@@ -18,7 +18,7 @@ import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all, evaluate_all, reachability
 from dspy_mlflow_async.evaluate import comparison as comparisons
 from dspy_mlflow_async.evaluate import summary
-from dspy_mlflow_async.evaluate.comparison import CaseResult, Comparison
+from dspy_mlflow_async.evaluate.comparison import CaseResult, CaseUsage, Comparison, ExampleCounts, Latency
 from dspy_mlflow_async.evaluate.statistics import Difference
 from echo import TIMEOUT, Chain, EchoLM
 from mlflow_server import free_port
@@ -86,8 +86,8 @@ def test_progress_is_on_standard_error(monkeypatch):
 RESULTS = Comparison(
     tuple(
         CaseResult(
-            f"a rather long name {number}", "finished", score=50.0, standard_error=3.2, examples=200, latency_p50=0.6,
-            latency_p95=1.0, input_tokens=41_000, output_tokens=200, cost_usd=0.0103,
+            f"a rather long name {number}", "finished", score=50.0, standard_error=3.2, counts=ExampleCounts(200),
+            latency=Latency(0.6, 1.0), usage=CaseUsage(41_000, 200, 0.0103),
             difference=Difference(8.5, 2.5, 14.5, 200) if number else None,
         )
         for number in range(2)
