@@ -136,7 +136,7 @@ def test_progress_shows_no_controls(capsys):
     """A line of progress names its evaluation without control characters."""
     with Board().line(f"a\n{HOSTILE}", 1, 0.0, is_shown=True):
         pass
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
 
     assert f"a\\n{SHOWN}: 0/1" in "".join(shown.splitlines())
     assert not CONTROLS & set(shown)
