@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -58,10 +59,12 @@ class _LazyGroup(typer.core.TyperGroup):
 
 
 def _checked(name: str, function: Callable[..., None]) -> Callable[..., None]:
-    """Let a command end with one sentence where the part of MLflow that is installed has not what it needs."""
+    """Keep a command off the net; where the MLflow that is installed lacks what it needs, end it with one sentence."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
+
         from dspy_mlflow_async.cli.console import complain
 
         said = _what_is_missing(name, kwargs) if name in NEED_RUNS else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +49,6 @@ def replay(
 
     May be interrupted and run again, also several at once: nothing is lost, and nothing is stored twice.
     """
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
     if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is not a folder.", param_hint="--folder")
 

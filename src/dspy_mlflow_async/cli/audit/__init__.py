@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import time
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from dspy_mlflow_async.cli.options import Experiments, ReadTrackingUri, Run, Since, seconds_of, since_ms
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,24 +17,13 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.cli.audit.findings import Audit
     from dspy_mlflow_async.cli.audit.store import Store
 
-_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _UI = "http://127.0.0.1:5000"  # where `mlflow ui` is
 
 
 def audit(
-    experiment: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer evaluates it
-        typer.Option(metavar="NAME", help="Look at this experiment alone, by name or id; may be given several times."),
-    ] = None,
-    since: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="TIME", help="Leave out what began before: 12h, 7d, or a date."),
-    ] = None,
-    run: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="RUN", help="Look at this run, the runs below it and their traces alone."),
-    ] = None,
+    experiment: Experiments = None,
+    since: Since = None,
+    run: Run = None,
     idle: Annotated[
         str, typer.Option(metavar="TIME", help="How long unfinished ones must have shown no sign of life.")
     ] = "1h",
@@ -57,17 +45,12 @@ def audit(
         bool, typer.Option("--fix", help="End the runs and traces that nobody works on, after asking; nothing else.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    tracking_uri: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
-    ] = None,
+    tracking_uri: ReadTrackingUri = None,
 ) -> None:
     """Say whether a store is right: whole traces, under their runs, with their feedback and tokens, without secrets.
 
     Reads whatever tracer wrote it. The exit code is 1 if there are faults, 2 if the store cannot be read.
     """
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
-
     from mlflow.exceptions import MlflowException
 
     from dspy_mlflow_async.cli.audit import show
@@ -75,7 +58,7 @@ def audit(
     from dspy_mlflow_async.cli.console import complain, make_console
     from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
 
-    idle_seconds, begin_ms = _seconds(idle, "--idle"), since_ms(since)
+    idle_seconds, begin_ms = seconds_of(idle, "--idle"), since_ms(since)
     pattern = _pattern(marker)
     console = make_console(sys.stderr if as_json else None)
     uri = resolve_tracking_uri(tracking_uri)
@@ -129,26 +112,6 @@ def _fix(console: Console, store: Store, result: Audit, *, yes: bool) -> None:
     for finding, reason in fix(store, result.left):
         said = "ended" if reason is None else f"left as it is: {reason}"
         console.print(f"  {finding.trace_id or finding.run_id}: {said}", markup=False, soft_wrap=True)
-
-
-def since_ms(text: str | None) -> int:
-    """Return what ``--since`` says, in milliseconds since the epoch; 0 for nothing."""
-    if text is None:
-        return 0
-    ago = _AGO.fullmatch(text.strip())
-    if ago is not None:
-        return int((time.time() - float(ago[1]) * _SECONDS[ago[2]]) * 1000)
-    try:
-        return int(datetime.fromisoformat(text).timestamp() * 1000)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither like 12h or 7d, nor a date.", param_hint="--since") from None
-
-
-def _seconds(text: str, option: str) -> float:
-    found = _AGO.fullmatch(text.strip())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is not like 30m, 12h or 7d.", param_hint=option)
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:

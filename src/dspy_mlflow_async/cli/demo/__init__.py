@@ -36,7 +36,6 @@ def demo(
     """Trace a DSPy program under concurrency, read the traces back from MLflow, and check every span."""
     if api_base is not None and model is None:
         raise typer.BadParameter("it needs --model too, such as --model openai/NAME.", param_hint="--api-base")
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
     os.environ.setdefault("DISABLE_AIOHTTP_TRANSPORT", "True")  # LiteLLM 1.108's complains when the process ends
 
     from dspy_mlflow_async.cli.console import make_console

@@ -5,7 +5,6 @@ In a program of your own, where the tracer is on, ask it there: ``print(diagnose
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -29,8 +28,6 @@ def doctor(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name each seam, with what it is for.")] = False,
 ) -> None:
     """Say whether the tracer can work here: versions, seams, store, spool, and a test of itself."""
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
-
     from dspy_mlflow_async.cli.console import make_console
 
     console = make_console()

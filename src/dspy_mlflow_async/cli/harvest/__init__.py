@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from dspy_mlflow_async.cli.options import Experiments, ReadTrackingUri, Run, Since, since_ms
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.cli.harvest.harvesting import aexamples_from_traces, examples_from_traces
@@ -26,18 +27,9 @@ def __getattr__(name: str) -> Any:
 
 def harvest(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the examples, a line of JSON each.")],
-    experiment: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer evaluates it
-        typer.Option(metavar="NAME", help="Only of this experiment, by name or id; may be given several times."),
-    ] = None,
-    since: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="TIME", help="Only what began since: 12h, 7d, or a date."),
-    ] = None,
-    run: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="RUN", help="Only the traces of this run and of those below it."),
-    ] = None,
+    experiment: Experiments = None,
+    since: Since = None,
+    run: Run = None,
     signature: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="'A -> B'", help="The calls of predictors with these fields, inner ones too."),
@@ -65,20 +57,14 @@ def harvest(
         Optional[int],  # noqa: UP045
         typer.Option(metavar="N", min=1, help="How many at most."),
     ] = None,
-    tracking_uri: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
-    ] = None,
+    tracking_uri: ReadTrackingUri = None,
 ) -> None:
     """Write what a program was asked and answered, as examples to evaluate or to compile with.
 
     Calls that failed, judges' calls, and values that were cut or masked are left out; of equal inputs one is kept.
     """
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
-
     from mlflow.exceptions import MlflowException
 
-    from dspy_mlflow_async.cli.audit import since_ms
     from dspy_mlflow_async.cli.console import complain, make_console
     from dspy_mlflow_async.cli.harvest import harvesting
 

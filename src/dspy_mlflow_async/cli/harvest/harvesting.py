@@ -79,7 +79,7 @@ def examples_from_traces(
         experiment: Name or id of one or several experiments; by default all.
         run: Only the traces of this run and those below it.
         since_ms: Only what began since then, in milliseconds since the epoch.
-        program_hash: Only calls of, or with, a predictor of this hash, see ``dspy-mlflow-async which``.
+        program_hash: Only calls of, or with, a predictor of this hash, as ``program_hash`` on its span.
         where: Says for each stored trace whether it counts, by its metadata, tags and assessments.
         weight_by: The name of a feedback: its value becomes the field ``weight`` of the example, truth as 1 and 0.
         min_weight: Leave out what has no such feedback, or a lower one.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from dspy_mlflow_async.cli.options import ReadTrackingUri
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,18 +33,13 @@ def report(
     csv_: Annotated[bool, typer.Option("--csv", help="Print the runs as CSV, for a spreadsheet.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Put evaluations side by side, by example.")] = False,
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many examples that differ to list.")] = 20,
-    tracking_uri: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="URI", help="Read this store; by default the one that MLflow would take here."),
-    ] = None,
+    tracking_uri: ReadTrackingUri = None,
 ) -> None:
     """Show a run and the runs below it, or what differs between evaluations.
 
     Evaluations, compiles and their children, with status, scores, traces, errors, tokens and cost. When evaluations
     are compared, a run of evaluate_all stands for all its cases.
     """
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download for prices nobody asks for
-
     import mlflow
 
     from dspy_mlflow_async.cli.console import complain, make_console
