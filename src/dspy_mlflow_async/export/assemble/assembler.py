@@ -221,12 +221,15 @@ class TraceAssembler:
     def complete(self, entry: OpenTrace, *, force: bool = False) -> None:
         """Hand a trace on, unless somebody holds it. Doing so twice does nothing."""
         with entry.partial.lock:  # what is said about it from here on comes after it
-            self._complete(entry, force=force)
+            displayed = self._complete(entry, force=force)
+        if displayed is not None:  # by the notebook, which may run anything
+            mlflow_traces.display(displayed)
 
-    def _complete(self, entry: OpenTrace, *, force: bool) -> None:
+    def _complete(self, entry: OpenTrace, *, force: bool) -> Any | None:
+        """Hand a trace on, and return it as MLflow displays it, if somebody looks."""
         with self._lock:
             if entry.is_handed_on or (self._holds.get(entry.identity.trace_id) and not force):
-                return
+                return None
             entry.is_handed_on = True
             self.entries.pop(entry.identity.otel_id, None)
             self._by_trace_id.pop(entry.identity.trace_id, None)
@@ -241,19 +244,20 @@ class TraceAssembler:
             self._remember(entry)
         mlflow_traces.pop_trace(entry.identity.otel_id, entry.identity.trace_id)
         if entry.inherited is not None:
-            return
+            return None
         if self._discards(entry, trace):
             if entry.safe_copy is not None:
                 self._outlet.discard_copy(entry.identity.uri, entry.safe_copy)
-            return
+            return None
         if said is not None:
             trace.info.assessments = [*trace.info.assessments, *said.assessments]
             trace.info.trace_metadata.update(said.metadata)
             trace.info.tags.update(said.tags)
         operation = self._operation(entry, trace)
-        if not entry.is_late and mlflow_traces.displays():
-            mlflow_traces.display(trace.to_mlflow_trace())
+        is_displayed = not entry.is_late and mlflow_traces.displays()
+        displayed = trace.to_mlflow_trace() if is_displayed else None  # before the writer completes it
         self._emit(entry.identity.uri, operation, entry.is_sync)
+        return displayed
 
     def _discards(self, entry: OpenTrace, trace: Any) -> bool:
         """Decide on a whole trace, once; later spans of one that was discarded go the same way."""
