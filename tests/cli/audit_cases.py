@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from runtools import Candidates, Program, devset, evaluate, in_threads
 
-from echo import TIMEOUT, Barrier, Chain, EchoLM
+from echo import TIMEOUT, Barrier, Chain, EchoLM, Switching
 
 
 class InParallel(dspy.Module):
@@ -45,18 +45,6 @@ class Desk(InParallel):
 
     def forward(self, questions):
         return self.last(facts=[each.answer for each in super().forward(questions)])
-
-
-class Switching(dspy.Module):
-    """Switches traces off in the middle of its call."""
-
-    def __init__(self, switch):
-        super().__init__()
-        self.switch = switch
-
-    def forward(self, question):
-        self.switch(log_traces=False)
-        return dspy.Prediction(answer=question)
 
 
 def theirs(**settings):

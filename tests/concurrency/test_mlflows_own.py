@@ -14,7 +14,7 @@ import pytest
 
 import dspy_mlflow_async
 from dspy_mlflow_async.testing import capture_traces, tree
-from echo import TIMEOUT, Barrier, Chain, EchoLM, chain_tree, marker, predict_tree
+from echo import TIMEOUT, Barrier, Chain, EchoLM, Switching, chain_tree, marker, predict_tree
 
 
 def theirs(**settings):
@@ -120,15 +120,6 @@ def test_evaluations_inside_a_user_span():
 
 def test_a_setting_switched_in_the_middle_of_a_call():
     """MLflow skips end handlers when traces are switched off: the span stays current, later calls hang under it."""
-
-    class Switching(dspy.Module):
-        def __init__(self, switch):
-            super().__init__()
-            self.switch = switch
-
-        def forward(self, question):
-            self.switch(log_traces=False)
-            return dspy.Prediction(answer=question)
 
     def program(turn_on):
         def switched_then_another():
