@@ -123,29 +123,37 @@ def test_what_took_seconds():
 LARGE = 50_000_000
 
 
+BOUND = 64 * 1024
+
+
 @pytest.mark.parametrize(
-    "value",
+    "make",
     [
-        b"x" * LARGE,
-        bytearray(LARGE),
-        "x" * LARGE,
-        "é" * LARGE,
-        "token=" * (LARGE // 6),
-        [1] * LARGE,
-        (b"x" * LARGE,) * 10,
-        {"a": ["x" * LARGE] * 10},
-        {"x" * LARGE: 1},
-        {b"x" * LARGE: 1},
+        lambda size: b"x" * size,
+        bytearray,
+        lambda size: "x" * size,
+        lambda size: "é" * size,
+        lambda size: "token=" * (size // 6),
+        lambda size: [1] * size,
+        lambda size: (b"x" * size,) * 10,
+        lambda size: {"a": ["x" * size] * 10},
+        lambda size: {"x" * size: 1},
+        lambda size: {b"x" * size: 1},
     ],
     ids=["bytes", "bytearray", "text", "no ascii", "names", "list", "tuple", "nested", "key", "key of bytes"],
 )  # fmt: skip
 @pytest.mark.parametrize("secrets", [True, False])
-def test_what_cannot_be_stored_is_not_looked_at(value, secrets):
-    """50 MB, of which 64 kB are stored: the time is that of the 64 kB."""
-    text = Plain(64 * 1024, secrets=secrets).dumps(value)
+def test_what_cannot_be_stored_is_not_looked_at(make, secrets):
+    """50 MB, of which 64 kB are stored: the time is that of the 64 kB, and of one search in memory."""
 
-    assert len(text) <= 64 * 1024 + 64
-    assert seconds(lambda each: Plain(64 * 1024, secrets=secrets).dumps(each), value) < 0.1
+    def dumps(value):
+        return Plain(BOUND, secrets=secrets).dumps(value)
+
+    small, large = make(BOUND), make(LARGE)
+
+    assert len(dumps(large)) <= BOUND + 64
+    bounded = min(seconds(dumps, small) for _ in range(3))
+    assert min(seconds(dumps, large) for _ in range(3)) < 2 * bounded + 0.1
 
 
 @pytest.mark.parametrize("kind", [set, frozenset, lambda items: dict.fromkeys(items).keys()])
@@ -238,8 +246,12 @@ SHORT = "sees short texts only: names of at most 64 characters, paths, or three 
 OWN = "reads what this package has written"
 LINEAR = {
     "asgi.middleware._TOKEN": ANCHORED,
+    "cli.audit.contents._CUT": "begins with words that its repetitions do not take",
+    "cli.audit.run_checks._STEP": ANCHORED,
+    "cli.audit.trace_checks._ID": PLAIN,
     "cli.demo.script._FIELD": OWN,
     "cli.demo.script._MARKER": OWN,
+    "cli.options._AGO": ANCHORED,
     "cli.report.scores._CALL": ANCHORED,
     "cli.report.scores._FIELD": "begins where an earlier one would have ended, so that each place is read once",
     "evaluate.summary._NO_METRIC_CHARACTER": PLAIN,
@@ -249,10 +261,14 @@ LINEAR = {
     "export.spool.format._TEXT": PLAIN,
     "export.write.errors._CANNOT_WRITE_NOW": PLAIN,
     "export.write.errors._HAS_NO_ANSWER": BOUNDED,
+    "export.write.errors._WAS_OVERTAKEN": PLAIN,
+    "export.write.rows._SIMPLE_KEY": BOUNDED,
+    "export.write.rows._TRACE_ID": PLAIN,
     "printable._CONTROLS": PLAIN,
     "printable._CONTROLS_AND_LINES": PLAIN,
     "printable._SECRET_PARAMETER": "is bounded up to the sign; then it takes what is masked",
     "printable._USER_INFO": "stops at the next slash, before which another one could not begin",
+    "runs.description._TICKS": SETS,
     "runs.handle._INDEX": BOUNDED,
     "runs.handle._ODD_CHARACTER": PLAIN,
     "spans.secret_assignments.PLACEHOLDER": ANCHORED,

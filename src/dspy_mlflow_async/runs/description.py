@@ -15,6 +15,7 @@ _MAX_ARGUMENTS = 40
 MAX_VALUE = 100  # characters
 _MAX_INSTRUCTIONS = 20_000  # characters of one predictor that are compared
 _MAX_LINES = 400
+_TICKS = re.compile("`+")
 
 
 def instructions_of(program: Any) -> dict[str, str]:
@@ -81,6 +82,6 @@ def _difference(before: str | None, after: str) -> str:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    longest = max(map(len, _TICKS.findall(text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
