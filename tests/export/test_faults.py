@@ -416,6 +416,7 @@ def test_one_bad_record_does_not_hold_up_the_others(sqlite, monkeypatch):
         log_spans(self, experiment_id, spans)
 
     monkeypatch.setattr(type(writer), "_log_spans", fail_for_bad)
+    monkeypatch.setattr(type(writer), "_write_rows", lambda self, items, texts: ([], list(items)))
     monkeypatch.setattr(type(writer), "_all_at_once", lambda self, items: False)
     call("bad")
     for _ in range(20):
@@ -661,6 +662,7 @@ def test_a_suspect_in_one_segment_holds_back_what_follows_in_the_next(make, monk
     installed.queue.save_everything()
     folder = installed.queue.spool.folder
     with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_write_rows", lambda self, items, texts: ([], list(items)))
         patch.setattr(Writer, "_all_at_once", lambda self, items: False)
         patch.setattr(Writer, "_log_spans", lambda *_: (_ for _ in ()).throw(ValueError("for no clear reason")))
         summary = export.replay(folder=folder)
@@ -914,6 +916,15 @@ def bad_request(text):
             Verdict.AWAY,
         ),
         (bad_request("(sqlite3.OperationalError) attempt to write a readonly database"), [], Verdict.AWAY),
+        (bad_request("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name"), [], Verdict.SUSPECT),
+        (
+            bad_request(
+                '(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint "datasets_pk"'
+            ),
+            [],
+            Verdict.SUSPECT,
+        ),
+        (bad_request("(sqlite3.IntegrityError) FOREIGN KEY constraint failed"), [], Verdict.REFUSED),
         (bad_request("(psycopg2.InterfaceError) connection already closed"), [], Verdict.AWAY),
         (
             bad_request("(psycopg2.DataError) no\n[SQL: INSERT]\n[parameters: ('in a read-only transaction')]"),

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import dspy
 import mlflow
 import pytest
+import sqlalchemy
+from mlflow import MlflowClient
 from mlflow.tracking import fluent
-from runtools import Candidates, Program, devset, evaluate, exact
+from runtools import TIMEOUT, Candidates, Program, devset, evaluate, exact
 
 import dspy_mlflow_async
 from dspy_mlflow_async.export import operations
@@ -121,6 +124,32 @@ def test_a_digest_is_the_same_in_every_process(runs):
     digests = {subprocess.check_output([sys.executable, "-c", DIGEST], text=True) for _ in range(2)}
 
     assert 1 == len(digests)
+
+
+def test_two_note_one_data_set_at_once(runs):
+    """MLflow looks whether a data set is there, then inserts it. Who comes second tries again, and is not refused."""
+    ours = devset("a", 1, 1)
+    others = MlflowClient().create_run(runs.experiment_id, run_name="other")
+    raced = []
+
+    def insert_before(connection, cursor, statement, parameters, context, executemany):
+        if statement.startswith("INSERT INTO datasets") and not raced:
+            raced.append(statement)
+            noted = dataset_input("devset", "eval", ours, others, Door())
+            thread = threading.Thread(target=MlflowClient().log_inputs, args=[others.info.run_id, [noted]])
+            thread.start()
+            thread.join(TIMEOUT)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", insert_before)
+    try:
+        evaluate("a", 1, 1)
+        first, second = runs.runs()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", insert_before)
+
+    assert raced
+    assert [("devset", "eval")] == [(name, use) for name, _, use, _ in inputs_of(first)]
+    assert inputs_of(first) == inputs_of(second)
 
 
 def test_a_data_set_survives_on_disk(runs):

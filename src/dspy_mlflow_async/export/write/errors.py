@@ -52,6 +52,8 @@ _TOO_MANY_CONNECTIONS = "QueuePool limit"
 _CANNOT_WRITE_NOW = re.compile(
     "readonly database|in a read-only transaction|--(?:super-)?read-only option|connection already closed"
 )
+# What SQLite, PostgreSQL and MySQL say where MLflow has looked for something, and somebody else has inserted it since.
+_WAS_OVERTAKEN = re.compile("UNIQUE constraint failed|duplicate key value violates unique constraint|Duplicate entry")
 _SUSPECT_STATUSES = frozenset({422})  # what MLflow's OTLP endpoint says for any failure, a busy database too
 
 
@@ -62,8 +64,17 @@ def is_away(status: int) -> bool:
 
 def cannot_write_now(error: BaseException) -> bool:
     """Return whether a database says that it may only be read, or that a connection to it is lost."""
+    return _CANNOT_WRITE_NOW.search(_said_by_database(error)) is not None
+
+
+def was_overtaken(error: BaseException) -> bool:
+    """Return whether somebody else has inserted the same since MLflow looked for it: another attempt finds it there."""
+    return _WAS_OVERTAKEN.search(_said_by_database(error)) is not None
+
+
+def _said_by_database(error: BaseException) -> str:
     said, _, _ = str(error).partition("[SQL:")  # behind that stands what was to be written
-    return _CANNOT_WRITE_NOW.search(said) is not None
+    return said
 
 
 def classify(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
@@ -86,6 +97,8 @@ def classify(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
         return Verdict.AWAY
     if cannot_write_now(error):
         return Verdict.AWAY
+    if was_overtaken(error):
+        return Verdict.SUSPECT
     if last is not None and not last.is_mlflows:
         return Verdict.AWAY if last in _NOT_ROUTED_STATUSES or last < 400 else Verdict.SUSPECT  # noqa: PLR2004 - HTTP
     is_refused = 400 <= status < 500 and status not in _SUSPECT_STATUSES  # noqa: PLR2004 - HTTP
