@@ -17,6 +17,7 @@ from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams.dspy import ParallelExecutor
 from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
 from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
+from dspy_mlflow_async.seams.mlflow_remote_traces import patch_headers
 from dspy_mlflow_async.seams.patching import Patches, Undo, patch, together
 
 
@@ -44,7 +45,12 @@ class _Hooks:
     def update(self) -> None:
         """Put in the patches that are needed now, and take out the others."""
         is_needed = self.is_on or any(tracer.is_on for tracer in self._tracers)
-        for name, put_in in (("workers", _patch_workers), ("handlers", patch_handlers), ("arguments", patch_arguments)):
+        for name, put_in in (
+            ("workers", _patch_workers),
+            ("handlers", patch_handlers),
+            ("arguments", patch_arguments),
+            ("headers", lambda: patch_headers(propagation.headers_sent)),
+        ):
             self._patches.set(name, put_in, is_needed=is_needed)
         self._patches.set(
             "threads",

@@ -1,9 +1,12 @@
 """A service in a process of its own and its callers: clients that leave, a caller that traces, a signal."""
 
 import asyncio
+import contextlib
+import json
 import threading
 from pathlib import Path
 
+import dspy
 import httpx
 import mlflow
 import pytest
@@ -118,6 +121,62 @@ async def test_a_caller_in_another_process(endpoint, store, tmp_path):
     assert ("caller", [("POST /ask/{topic}", [PREDICT])] * 2) == tree(trace)
     assert "OK" == trace.info.state.value
     assert "theirs" == root(trace).get_attribute("mlflow.trace.session")
+
+
+class Asks(dspy.Module):
+    """Asks an LM, and then a service, which asks its own."""
+
+    def __init__(self, post):
+        super().__init__()
+        self.post = post
+        self.answer = dspy.Predict("question -> answer")
+
+    async def aforward(self, question):
+        await self.answer.acall(question=question)
+        return await self.post(question, get_tracing_context_headers_for_http_request())
+
+
+def tokens(trace):
+    """The tokens of all LM calls of a trace, by its spans, and how many calls there are."""
+    calls = [span for span in trace.data.spans if span.span_type == "CHAT_MODEL"]
+    return sum(span.get_attribute("mlflow.chat.tokenUsage")["total_tokens"] for span in calls), len(calls)
+
+
+@pytest.mark.usefixtures("calling")
+@pytest.mark.parametrize("last", ["the caller", "the service"])
+@pytest.mark.parametrize("is_module", [True, False])
+async def test_the_totals_of_a_callers_trace_are_those_of_all_its_calls(
+    endpoint, waiting, store, tmp_path, last, is_module
+):
+    """Whoever writes last, caller or service: tokens of both count, below a module or below a span of the user's."""
+    lm = dspy.LM("openai/scripted", api_base=endpoint.api_base, api_key="none", cache=False)
+    with running(tmp_path, SERVICE, environment(tmp_path, endpoint, store)) as service:
+        async with httpx.AsyncClient(base_url=service.url, timeout=60) as http:
+            begun = []
+
+            async def post(question, headers):
+                path = "/ask/slow" if last == "the service" else f"/ask/{question[1:]}"
+                begun.append(asyncio.create_task(http.post(path, headers=headers)))
+                if last == "the service":
+                    assert await asyncio.to_thread(waiting.asked.wait, TIMEOUT)
+                else:
+                    assert 200 == (await begun[0]).status_code
+                    await stop(service)
+
+            program = Asks(post)
+            with dspy.context(lm=lm), contextlib.nullcontext() if is_module else mlflow.start_span("caller"):
+                await (program.acall if is_module else program.aforward)(question="@own")
+            assert dspy_mlflow_async.flush(TIMEOUT)
+            if last == "the service":
+                waiting.go.set()
+                assert 200 == (await begun[0]).status_code
+                await stop(service)
+
+    (trace,) = settled(store, tmp_path)
+    total, calls = tokens(trace)
+    assert 2 == calls
+    assert total == trace.info.token_usage["total_tokens"]
+    assert len(trace.data.spans) == json.loads(trace.info.trace_metadata["mlflow.trace.sizeStats"])["num_spans"]
 
 
 @pytest.mark.parametrize("mode", ["connection", "message"])

@@ -1,5 +1,7 @@
 """Work for other processes, in a module that they can import."""
 
+import concurrent.futures
+import multiprocessing.pool
 import os
 import threading
 from pathlib import Path
@@ -79,3 +81,29 @@ def run_with(settings, function):
 def predict_in_task(function, question):
     """A user's own task that calls a propagated function itself, and wants its result."""
     return function(question=question).answer
+
+
+def call_in_thread(function, question):
+    """A user's own pool over there: who asks it is in this process, and wants the result."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, multiprocessing.pool.ThreadPool(1) as other:
+        results = [
+            pool.submit(function, question=question).result(30),
+            other.apply(function, (), {"question": question}),
+        ]
+    return [type(each).__name__ for each in results], [each.answer for each in results]
+
+
+async def ask_async(question):
+    """A coroutine function, as Dask calls and awaits it."""
+    return (await dspy.Predict("question -> answer").acall(question=question)).answer
+
+
+def ask_and_fail(question):
+    """Uses tokens, and raises."""
+    dspy.Predict("question -> answer")(question=question)
+    raise ValueError("it was of no use")
+
+
+def kind_of(result):
+    """What another task gets of a result."""
+    return type(result).__name__

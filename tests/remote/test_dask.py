@@ -4,11 +4,12 @@ import os
 import sys
 
 import dspy
+import elsewhere
 import mlflow
 import pytest
 from elsewhere_examples import Where, is_right
 
-from dspy_mlflow_async import autolog, evaluate_all, flush
+from dspy_mlflow_async import autolog, evaluate_all, flush, propagate, request
 from dspy_mlflow_async.remote import Executor
 
 distributed = pytest.importorskip("distributed")
@@ -47,3 +48,28 @@ def test_dask_evaluates(experiment, client):
     assert all(any(a.name == "is_right" and a.value is True for a in each.info.assessments) for each in of_run)
     assert 12 == sum(report.examples for report in there.workers)
     assert str(os.getpid()) not in {report.process.rpartition(":")[2] for report in there.workers}
+
+
+def test_usage_comes_home_from_dasks_tasks(experiment, client):
+    """Functions and coroutine functions as tasks: results stay what they are over there, and their tokens come home."""
+    autolog(silent=True)
+    with request() as did, mlflow.start_span("outer"):
+        answered = client.submit(propagate(dspy.Predict("question -> answer")), question="@a-0", pure=False)
+        kind = client.submit(elsewhere.kind_of, answered)
+        asked = client.submit(propagate(elsewhere.ask_async), "@b-0", pure=False)
+        called = client.submit(elsewhere.predict_in_task, propagate(dspy.Predict("question -> answer")), "@c-0")
+        results = answered.result(120).answer, kind.result(120), asked.result(120), called.result(120)
+
+    assert ("@a-0", "Prediction", "@b-0", "@c-0") == results
+    assert (3, 3 * 14) == (len(did.lm_calls), did.usage["total_tokens"])
+
+
+def test_usage_of_a_task_that_fails_comes_home(experiment, client):
+    """A task that raises has used its tokens all the same."""
+    autolog(silent=True)
+    with request() as did, mlflow.start_span("outer"):
+        task = client.submit(propagate(elsewhere.ask_and_fail), "@a-0", pure=False)
+        with pytest.raises(ValueError, match="no use"):
+            task.result(120)
+
+    assert 14 == did.usage["total_tokens"]

@@ -13,7 +13,6 @@ import dspy
 import elsewhere
 import mlflow
 import pytest
-from packaging.version import Version
 
 import dspy_mlflow_async
 from dspy_mlflow_async import autolog, carry, flush, propagate, request, stats
@@ -47,8 +46,7 @@ def test_calls_in_processes_are_one_tree_with_one_total(experiment, pool):
 
     assert [f"@a-{n}" for n in range(4)] == answers
     assert ("Fan.forward", [predict_tree()] * 4) == tree(trace)
-    if Version(mlflow.__version__) >= Version("3.17"):  # an older store counts them twice
-        assert 4 * TOKENS_OF_ONE == trace.info.token_usage["total_tokens"]
+    assert 4 * TOKENS_OF_ONE == trace.info.token_usage["total_tokens"]
     assert 4 * TOKENS_OF_ONE == record.usage["total_tokens"]
     assert 4 == len(record.lm_calls)
     assert "s-1" == trace.info.trace_metadata["mlflow.trace.session"]
@@ -68,6 +66,17 @@ def test_the_result_is_the_functions_own_where_users_code_calls(experiment, pool
     assert ("outer", [predict_tree()]) == tree(trace)
 
 
+def test_a_pool_of_the_users_over_there_gets_results(experiment, pool):
+    """Thread pools in the other process call it for somebody there: what they get is the function's own result."""
+    autolog(silent=True)
+    kinds, answers = pool.submit(elsewhere.call_in_thread, propagate(dspy.Predict("question -> answer")), "@t").result(
+        60
+    )
+
+    assert ["Prediction"] * 2 == kinds
+    assert ["@t"] * 2 == answers
+
+
 def test_carried_run_session_and_silence_hold_over_there(experiment, pool):
     """`attached` puts run, tags, metadata and silence in force; spans of the carried trace are counted there."""
     autolog(silent=True)
@@ -83,6 +92,25 @@ def test_carried_run_session_and_silence_hold_over_there(experiment, pool):
     assert run.info.run_id == run_id == trace.info.trace_metadata["mlflow.sourceRun"]
     assert "blue" == trace.info.tags["team"]
     assert "v" == trace.info.trace_metadata["k"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_total_has_the_tokens_of_all_processes_whoever_stores_first(experiment, pool, is_first):
+    """A process of the root with LM calls of its own: what `carry` took elsewhere counts too, before it or after it."""
+    autolog(silent=True)
+    with mlflow.start_span("outer"):
+        dspy.Predict("question -> answer")(question="@own")
+        carried = carry()
+        if is_first:
+            pool.submit(elsewhere.call_attached, carried, "@far").result(60)
+    assert flush(30)
+    if not is_first:
+        pool.submit(elsewhere.call_attached, carried, "@far").result(60)
+    (trace,) = stored(experiment)
+
+    assert ("outer", [predict_tree()] * 2) == tree(trace)
+    assert 2 * TOKENS_OF_ONE == trace.info.token_usage["total_tokens"]
+    assert 9 == json.loads(trace.info.trace_metadata["mlflow.trace.sizeStats"])["num_spans"]
 
 
 def test_spans_of_other_processes_traces_are_counted(experiment, pool):

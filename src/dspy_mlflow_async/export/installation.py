@@ -256,9 +256,14 @@ def stats() -> ExportStats:
 
 
 @guarded
-def keep(trace_id: str) -> None:
-    """Store a trace however it ends, whatever ``sample`` says: another process adds spans of its own to it."""
-    pipeline().current().assembler.keep(trace_id)
+def share(trace_id: str, *, is_kept: bool) -> None:
+    """Note that another process adds spans of its own to a trace: its totals are those of what the store has of it.
+
+    Args:
+        trace_id: MLflow's id, ``tr-...``.
+        is_kept: Whether it is stored however it ends, whatever ``sample`` says.
+    """
+    pipeline().current().assembler.share(trace_id, is_kept=is_kept)
 
 
 @guarded

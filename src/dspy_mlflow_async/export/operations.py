@@ -65,6 +65,7 @@ class TraceOperation(Operation):
         experiment_id: Where the spans go.
         prepared: Whether spans are immutable and clean, and the metadata complete.
         shown: Of a partial operation, the ids of all that is shown so far; emptied where it is not written after all.
+        is_shared: Whether other processes add spans to the trace: its totals are then those of what the store has.
     """
 
     info: TraceInfo
@@ -75,6 +76,7 @@ class TraceOperation(Operation):
     workspace: str | None = None
     prepared: bool = False
     shown: set[str] | None = None
+    is_shared: bool = False
 
     @property
     def is_vital(self) -> bool:

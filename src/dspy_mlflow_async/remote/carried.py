@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import socket
 import threading
@@ -18,6 +20,7 @@ import dspy
 from dspy_mlflow_async import composition, export
 from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
+from dspy_mlflow_async.propagation import spans_go_elsewhere
 from dspy_mlflow_async.remote import pickling
 from dspy_mlflow_async.remote.pickling import Secrets
 from dspy_mlflow_async.runs import active_runs
@@ -30,6 +33,8 @@ from dspy_mlflow_async.seams.mlflow_trace_settings import DESTINATION, RATIO, de
 from dspy_mlflow_async.settings import OVERRIDE, Override, Settings
 from dspy_mlflow_async.spans import tracer
 from dspy_mlflow_async.spans.observer import LmCall, RequestObserver
+
+logger = logging.getLogger("dspy_mlflow_async")
 
 _ELSEWHERE = (0, None)  # the thread and task that have opened a run: none of this process
 
@@ -136,6 +141,8 @@ def carry(*, settings: bool = True, secrets: Secrets = "carried") -> Carried:
         ValueError: For another ``secrets``.
     """
     secrets = pickling.check_secrets(secrets)
+    uri = mlflow_store.absolute_uri(mlflow_store.resolve_tracking_uri())
+    _warn_of_file(uri.partition(":")[0])
     span = tracer.parent_here()
     is_silent = not tracer.is_recording() or bool(DISABLED.get())
     headers = {} if is_silent else headers_of(span)
@@ -145,7 +152,7 @@ def carry(*, settings: bool = True, secrets: Secrets = "carried") -> Carried:
     frame = frames.current()
     redact = None if frame is None or frame.request is None else frame.request.adapt(Settings()).redact
     return Carried(
-        tracking_uri=mlflow_store.absolute_uri(mlflow_store.resolve_tracking_uri()),
+        tracking_uri=uri,
         host=socket.gethostname(),
         traceparent=headers,
         experiment_id=_experiment_of(span) if headers else _experiment_here(),
@@ -160,10 +167,19 @@ def carry(*, settings: bool = True, secrets: Secrets = "carried") -> Carried:
     )
 
 
+@functools.cache  # once a process
+def _warn_of_file(scheme: str) -> None:
+    if scheme in {"sqlite", "file"}:
+        logger.warning(
+            "several processes write into one file, and wait for each other: what took 53 s on a server took 143 s on "
+            "a file. Start `mlflow server` and set it as the tracking URI where that matters"
+        )
+
+
 def _experiment_of(span: Any) -> str | None:
     """Return the experiment of the trace that a span is in, which is kept from now on: it has parts elsewhere."""
     trace_id = mlflow_trace_id(span.get_span_context().trace_id)
-    export.keep(trace_id)
+    spans_go_elsewhere(trace_id, is_kept=True)
     trace = mlflow_traces.peek_trace(trace_id)
     found = None if trace is None else mlflow_traces.experiment_of(trace)
     return found or _experiment_here()

@@ -6,11 +6,13 @@ import inspect
 import itertools
 import os
 import socket
+import threading
 import time
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.dummy import DummyProcess
 from typing import Any, TypeVar, cast
 
 from dspy_mlflow_async.callback import ledgers_of
@@ -18,12 +20,11 @@ from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.context.carrier import Carrier
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.propagation import capture
-from dspy_mlflow_async.remote import pickling
+from dspy_mlflow_async.remote import dask_events, pickling
 from dspy_mlflow_async.remote.carried import Carried, attached_as, carry
 from dspy_mlflow_async.runs.usage import restore
 from dspy_mlflow_async.seams.dspy import settings_here
 from dspy_mlflow_async.spans.observer import LmCall
-from dspy_mlflow_async.spans.tracer import enclosing_ledger
 
 _Result = TypeVar("_Result")
 _Origin = tuple[str, int, int]  # machine, process, number of the binding there
@@ -179,6 +180,7 @@ class _Binding:
         _homes[self._number] = self._home
         while len(_homes) > _MOST_HOMES:
             _homes.popitem(last=False)
+        dask_events.subscribe(_topic(origin), _came_by_event)
         return _arrive, (pickling.dumps("the context", carried), settings, function, self.names, self.is_async, origin)
 
 
@@ -193,7 +195,7 @@ class _Home:
         self._carrier = carrier
         self._homed: set[Any] = set()  # results that have come home: one may be delivered twice
 
-    def came_home(self, number: Any, calls: Iterable[tuple[Any, ...]]) -> None:
+    def came_home(self, number: Any, calls: Iterable[Sequence[Any]]) -> None:
         """Count LM calls that were made elsewhere, once, as if they had been made where the function was bound."""
         if number in self._homed:
             return
@@ -201,12 +203,28 @@ class _Home:
         self._carrier.run(_count, calls)
 
 
+def _came_home(origin: Sequence[Any], number: Any, calls: Iterable[Sequence[Any]]) -> None:
+    """Count LM calls where their function was bound, if that was in this process."""
+    host, pid, binding = origin
+    home = _homes.get(binding) if (host, pid) == (socket.gethostname(), os.getpid()) else None
+    if home is not None:
+        home.came_home(number, calls)
+
+
 @guarded
-def _count(calls: Iterable[tuple[Any, ...]]) -> None:
+def _came_by_event(message: Any) -> None:
+    origin, number, calls = message
+    _came_home(origin, tuple(number), calls)
+
+
+def _topic(origin: _Origin) -> str:
+    return f"dspy-mlflow-async-{origin[0]}-{origin[1]}"
+
+
+@guarded
+def _count(calls: Iterable[Sequence[Any]]) -> None:
     frame = frames.current()
     ledgers = ledgers_of(object())  # an LM that is nobody's here: the compile takes it for the program's
-    if (enclosing := enclosing_ledger()) is not None:
-        ledgers.append(enclosing)
     for fields in calls:
         call = LmCall(*fields)
         call = call._replace(began=call.began - time.time() + time.perf_counter())
@@ -265,30 +283,91 @@ class _Arrived:
         return self._unpickled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        sends_home = self._way_home(inspect.currentframe())
         if self.is_async:
-            return self._acall(*args, **kwargs)
-        is_delivered = _calls_for_another_process(inspect.currentframe())
+            return self._acall(sends_home, args, kwargs)
         carried, settings, function = self._unpack()
         with attached_as(carried, settings) as homework:
             bound = capture().bind(function)  # what it returns to be iterated over later runs here, too
-            result = bound(*args, **kwargs)
-        return _Delivery(result, homework.lm_calls, self._origin) if is_delivered else result
+            try:
+                result = bound(*args, **kwargs)
+            except BaseException:
+                sends_home(None, homework.lm_calls)
+                raise
+        return sends_home(result, homework.lm_calls)
 
-    async def _acall(self, *args: Any, **kwargs: Any) -> Any:
+    async def _acall(self, sends_home: _WayHome, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         carried, settings, function = self._unpack()
-        with attached_as(carried, settings):  # nobody can tell who awaits it: what it uses stays with its spans
-            return await function(*args, **kwargs)
+        with attached_as(carried, settings) as homework:
+            try:
+                result = await function(*args, **kwargs)
+            except BaseException:
+                sends_home(None, homework.lm_calls)
+                raise
+        return sends_home(result, homework.lm_calls)
+
+    def _way_home(self, frame: types.FrameType | None) -> _WayHome:
+        """Return what takes a result and the LM calls that it took, sends the calls home, and returns the result."""
+        origin = self._origin
+        if _calls_for_another_process(frame):
+            return lambda result, calls: _Delivery(result, calls, origin)
+        worker = dask_events.worker_here()
+        if worker is None:
+            return lambda result, _: result
+
+        def send(result: Any, calls: list[LmCall]) -> Any:
+            if calls:
+                message = [list(origin), list(_number_of(calls)), [list(each) for each in _by_wall_clock(calls)]]
+                dask_events.send_home(worker, _topic(origin), message)
+            return result
+
+        return send
 
 
-# Where these call a function, they pickle its result at once: nobody sees what it is wrapped in.
-_ENGINES = frozenset({"billiard", "concurrent", "joblib", "loky", "mpi4py", "multiprocess", "multiprocessing", "ray"})
+_WayHome = Callable[[Any, list[LmCall]], Any]
+
+# Where these modules call a function, they pickle its result at once for another process: nobody sees what it is
+# wrapped in. Their packages have others, which call it for somebody in this process.
+_FOR_ANOTHER_PROCESS = frozenset(
+    {
+        "billiard.pool",
+        "concurrent.futures.process",
+        "joblib.externals.loky.process_executor",
+        "loky.process_executor",
+        "multiprocess.pool",
+        "multiprocessing.pool",
+        "ray._private.worker",
+        "ray.util.multiprocessing.pool",
+    }
+)
+_BETWEEN = frozenset({"joblib", "mpi4py"})  # packages that call through several functions of theirs
 
 
 def _calls_for_another_process(frame: types.FrameType | None) -> bool:
     """Return whether an engine that sends results to another process has called, and not the user's code."""
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
-    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _ENGINES
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name in _FOR_ANOTHER_PROCESS:
+            # `multiprocessing.pool` has threads, too, which it takes for processes.
+            return not isinstance(threading.current_thread(), DummyProcess)
+        package = name.partition(".")[0]
+        if package == "mpi4py":
+            return True
+        if package not in _BETWEEN:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _by_wall_clock(calls: Iterable[LmCall]) -> list[tuple[Any, ...]]:
+    """Return calls with the time at which they began by the wall clock: other processes have another perf_counter."""
+    return [tuple(call._replace(began=call.began - time.perf_counter() + time.time())) for call in calls]
+
+
+def _number_of(owner: object) -> tuple[int, int, int]:
+    return os.getpid(), id(owner), time.time_ns()
 
 
 class _Delivery:
@@ -302,10 +381,9 @@ class _Delivery:
 
     def __init__(self, result: Any, calls: list[LmCall], origin: _Origin) -> None:
         self._result = result
-        # By the wall clock: the other process has another perf_counter.
-        self._calls = [tuple(c._replace(began=c.began - time.perf_counter() + time.time())) for c in calls]
+        self._calls = _by_wall_clock(calls)
         self._origin = origin
-        self._number = (os.getpid(), id(self), time.time_ns())
+        self._number = _number_of(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         result = pickling.dumps("the result", self._result)
@@ -313,7 +391,5 @@ class _Delivery:
 
 
 def _deliver(result: bytes, calls: list[tuple[Any, ...]], origin: _Origin, number: Any) -> Any:
-    home = _homes.get(origin[2]) if origin[:2] == (socket.gethostname(), os.getpid()) else None
-    if home is not None:
-        home.came_home(number, calls)
+    _came_home(origin, number, calls)
     return pickling.loads(result)

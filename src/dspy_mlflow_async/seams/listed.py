@@ -115,6 +115,12 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.entities.span:Span._original_name", _SPANS, shape=".encode", is_optional=True),
     Seam("mlflow.entities.span:Span._attachments", _WRITE, shape=".values"),
     Seam("mlflow.entities.span:Span._links", _WRITE, is_optional=True),
+    Seam(
+        "mlflow.tracing.distributed:TraceContextTextMapPropagator",
+        "adds up the tokens of a trace that goes on in other processes",
+        shape="() .inject",
+        is_feature=True,
+    ),
     Seam(f"{_UTILS}:encode_span_id", _SPANS, shape="(span_id)"),
     Seam(f"{_UTILS}:set_span_cost_attribute", _SPANS, shape="(span)", is_feature=True),
     Seam(f"{_UTILS}:should_compute_cost_client_side", _SPANS, shape="()", is_feature=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlflow.entities import TraceLocation
@@ -15,6 +15,9 @@ from mlflow.tracing.utils import generate_mlflow_trace_id_from_otel_trace_id
 from opentelemetry import trace as otel
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.patching import Undo, patch
 
 # Traces whose work here is over, and in which a call that was left behind may still begin or end spans.
 _REMEMBERED = 1_000
@@ -30,6 +33,27 @@ def headers_of(span: Any) -> dict[str, str]:
     headers: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(headers, otel.set_span_in_context(span, Context()))
     return headers
+
+
+def patch_headers(sent: Callable[[str], None]) -> Undo:
+    """Tell of each span that MLflow makes headers for another process of.
+
+    ``mlflow.tracing.get_tracing_context_headers_for_http_request`` finds its propagator in its module, each time.
+
+    Args:
+        sent: Called with MLflow's id of the span's trace.
+    """
+    if taken("mlflow.tracing.distributed:TraceContextTextMapPropagator") is None:
+        return lambda: None
+    from mlflow.tracing import distributed
+
+    class Propagator(TraceContextTextMapPropagator):
+        def inject(self, carrier: Any, *args: Any, **kwargs: Any) -> None:
+            super().inject(carrier, *args, **kwargs)
+            if header := carrier.get("traceparent"):
+                sent(f"tr-{header.split('-')[1]}")
+
+    return patch(distributed, TraceContextTextMapPropagator=Propagator)
 
 
 def remote_parent(headers: Sequence[tuple[str, str]]) -> Any | None:

@@ -117,6 +117,10 @@ class Ledger:
         """Count an LM call that has ended."""
         self._ended.append(None)
 
+    def leave_unsettled(self) -> None:
+        """Note that other processes make LM calls which are not counted here: no sum of these is that of all."""
+        self._begun.append(None)
+
     @property
     def calls(self) -> int:
         """Number of LM calls that have begun."""
@@ -256,7 +260,7 @@ class ModuleUsage:
         restore_overrides(self._before)
 
     def attributes(self, outputs: Any) -> dict[str, Any]:
-        """Return the sum, unless a call is still under way: then MLflow adds up the LM spans itself."""
+        """Return the sum, unless a call is still under way, or elsewhere: then MLflow adds up the LM spans itself."""
         others = self._count_others()
         if not self.ledger.is_settled:
             return {}

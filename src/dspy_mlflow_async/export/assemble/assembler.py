@@ -103,6 +103,7 @@ class TraceAssembler:
             entry.is_late = True
             entry.is_sync = old.is_sync
             entry.inherited = old.inherited
+            entry.children.are_elsewhere = old.children.are_elsewhere
             entry.ended_at = entry.began
             entry.sampling.keeps, entry.sampling.is_discarded = None, old.sampling.is_discarded
             self.entries[old.identity.otel_id] = entry
@@ -170,6 +171,7 @@ class TraceAssembler:
             stage="late" if entry.is_late else "whole",
             prompts=trace.prompts,
             workspace=entry.identity.workspace,
+            is_shared=entry.children.are_elsewhere,
         )
 
     def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
@@ -374,11 +376,13 @@ class TraceAssembler:
 
     # --- holds ---
 
-    def keep(self, trace_id: str) -> None:
-        """Store a trace that is open however it ends."""
+    def share(self, trace_id: str, *, is_kept: bool) -> None:
+        """Note that another process adds spans to a trace that is open, and store it however it ends if it is kept."""
         entry = self._by_trace_id.get(trace_id)
         if entry is not None:
-            entry.sampling.keeps = None
+            entry.children.are_elsewhere = True
+            if is_kept:
+                entry.sampling.keeps = None
 
     def hold(self, trace_id: str) -> None:
         """Keep this trace from being handed on before it is released as often as it is held."""

@@ -44,12 +44,18 @@ class TraceIdentity(NamedTuple):
 
 
 class OpenChildren:
-    """Children that are still open after the root's end. The lock is held for bookkeeping alone, never for work."""
+    """Children that are still open after the root's end. The lock is held for bookkeeping alone, never for work.
 
-    __slots__ = ("ids", "lock")
+    Attributes:
+        ids: Those of them that this process has.
+        are_elsewhere: Whether other processes add children of their own.
+    """
+
+    __slots__ = ("are_elsewhere", "ids", "lock")
 
     def __init__(self) -> None:
         self.ids: set[str] = set()
+        self.are_elsewhere = False
         self.lock = threading.Lock()
 
     def started(self, span_id: str) -> None:

@@ -50,6 +50,7 @@ def encode(operation: Operation) -> bytes:
         record |= _encode_spans(operation) | {
             "info": _encode_info(operation.info),
             "stage": operation.stage,
+            "is_shared": operation.is_shared,
             "prompts": [[prompt.name, prompt.version] for prompt in operation.prompts],
         }
     elif isinstance(operation, SpansOperation):
@@ -115,6 +116,7 @@ def decode(data: bytes) -> Operation:
             **_decode_spans(record),
             info=_decode_info(record["info"]),
             stage=record["stage"],
+            is_shared=record.get("is_shared", False),
             # MLflow makes them itself in this way, whatever the type checker thinks of the class
             prompts=[PromptVersion(name, int(version), template="") for name, version in record["prompts"]],
         )

@@ -13,6 +13,11 @@ def is_late(item: Any) -> bool:
     return isinstance(item, TraceOperation) and item.stage == "late"
 
 
+def is_shared(item: Any) -> bool:
+    """Return whether an operation holds spans of a trace to which several processes add theirs."""
+    return isinstance(item, SpansOperation) or (isinstance(item, TraceOperation) and item.is_shared)
+
+
 def grouped(items: Sequence[Operation]) -> Iterable[list[Operation]]:
     """Group operations in few groups of one sort each, which keep the order of what has the same key.
 

@@ -41,7 +41,8 @@ def _prepare_spans(item: TraceOperation | SpansOperation) -> list[str]:
         info = item.info
         _clean_info(info)
         if item.stage == "whole":
-            total(info, item.spans)
+            if not item.is_shared:  # the first total that a store holds counts, and these are not all spans
+                total(info, item.spans)
             if item.spans:
                 mlflow_traces.complete_metadata(Trace(info, TraceData(list(item.spans))), texts)
                 _clean_info(info)  # the previews are new

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from mlflow.entities import Trace, TraceData
-from mlflow.tracing.constant import TraceMetadataKey
+from mlflow.entities.trace_state import TraceState
+from mlflow.tracing.constant import TraceMetadataKey, TraceSizeStatsKey
 
-from dspy_mlflow_async.export.operations import Operation, RunOperation, TraceOperation, TraceUpdate
+from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
 from dspy_mlflow_async.export.write import fork_gate, late_runs, prepare
-from dspy_mlflow_async.export.write.batches import by_experiment, grouped, is_late
+from dspy_mlflow_async.export.write.batches import by_experiment, grouped, is_late, is_shared
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, blocked_by, cannot_write_now, classify, is_away
 from dspy_mlflow_async.export.write.row_writer import row_writer
 from dspy_mlflow_async.export.write.run_operations import write_runs
@@ -23,6 +25,14 @@ from dspy_mlflow_async.workers import map_concurrently
 _REQUEST_SECONDS = 30.0
 # Traces that are started at once on a server. MLflow's exporter makes all of its requests in ten threads.
 _LANES = 4
+# As often as another process may write the totals of a trace between our look at them and our write, in a row.
+_MOST_CORRECTIONS = 10
+_TOTALS = (
+    TraceMetadataKey.TOKEN_USAGE,
+    TraceMetadataKey.COST,
+    TraceMetadataKey.SIZE_STATS,
+    TraceMetadataKey.SIZE_BYTES,
+)
 _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, and does not like to get it twice
 
 
@@ -137,7 +147,9 @@ class Writer:
             return self._one_by_one(good, self._write_spans_first, statuses)
         if self._is_server or not self._takes_spans:
             return self._starts_then_spans(good, statuses)
-        outcomes, left = self._write_rows(good, texts)
+        shared = [item for item in good if is_shared(item)]
+        outcomes, left = self._write_rows([item for item in good if not is_shared(item)], texts)
+        outcomes += self._starts_then_spans(shared, statuses) if shared else ()
         if left and self._all_at_once(left):
             return [*outcomes, *(Outcome(item, Verdict.STORED) for item in left)]
         return [*outcomes, *(self._starts_then_spans(left, statuses) if left else ())]
@@ -267,15 +279,21 @@ class Writer:
                 for item, info in zip(items, infos, strict=True)
                 for outcome in self._log_group([item], [info], statuses)
             ]
-        return [self._completed(item, info, statuses) for item, info in zip(items, infos, strict=True)]
+        last = {item.key: index for index, item in enumerate(items)}  # where several have spans of one trace
+        return [
+            self._completed(item, info, statuses, is_last=last[item.key] == index)
+            for index, (item, info) in enumerate(zip(items, infos, strict=True))
+        ]
 
-    def _completed(self, item: Any, info: Any, statuses: list[mlflow_http.Status]) -> Outcome:
+    def _completed(self, item: Any, info: Any, statuses: list[mlflow_http.Status], *, is_last: bool) -> Outcome:
         statuses.clear()
         try:
             with mlflow_store.workspace_scope(item.workspace):
                 if is_late(item):
                     self._correct_totals(item)
-                elif isinstance(item, TraceOperation):
+                elif is_shared(item) and is_last:
+                    self._agree_on_totals(item)
+                if isinstance(item, TraceOperation) and not is_late(item):
                     if not self._takes_spans and item.stage == "whole":
                         if _ARTIFACT_LOCATION not in info.tags:  # started before the store said what it takes
                             info = self._stored_info(item.key)
@@ -295,6 +313,8 @@ class Writer:
             if not self._takes_spans and item.stage == "whole":
                 mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
             self._finish(item, info)
+        if is_shared(item):
+            self._agree_on_totals(item)
 
     def _start_with_all_assessments(self, info: Any) -> Any:
         """Start a trace that may be there already: MLflow 3.11 then fails unless it is given the stored assessments."""
@@ -348,6 +368,34 @@ class Writer:
         info.trace_metadata.update(item.info.trace_metadata)
         info.tags.update(item.info.tags)
         self._restart(info)
+
+    def _agree_on_totals(self, item: TraceOperation | SpansOperation) -> None:
+        """Give a trace of several processes the totals of all its spans that are stored.
+
+        Whoever adds spans to it comes here afterwards, and goes on until the totals are those of the spans: so the last
+        one to write them has seen all spans that were there, and who adds more will look again. While its root is open
+        nothing is to be done: the process that has it comes here when that has ended.
+        """
+        if isinstance(item, TraceOperation):
+            if item.stage != "whole":
+                return
+        elif not self._takes_spans:  # nor are they there
+            return
+        for _ in range(_MOST_CORRECTIONS):
+            stored = self._stored_info(item.key)
+            if stored.state is TraceState.IN_PROGRESS:
+                return
+            spans = self._stored_trace(item.key).data.spans if self._takes_spans else item.spans
+            info = copy.copy(stored)
+            info.trace_metadata = dict(stored.trace_metadata)
+            prepare.total(info, spans)
+            mlflow_traces.complete_metadata(Trace(info, TraceData(list(spans))))
+            if _totals(info) == _totals(stored):
+                return
+            # Nothing else is written: somebody may be saying something about the trace at this moment.
+            info.trace_metadata = {key: info.trace_metadata[key] for key in _TOTALS if key in info.trace_metadata}
+            info.tags = {}
+            self._restart(info)
 
     # --- what is said about a trace later, and runs ---
 
@@ -410,3 +458,9 @@ class Writer:
         if self._takes_batches:
             info.assessments = []  # kept by the store; older ones would drop what they are not given
         self.client.start_trace(info)
+
+
+def _totals(info: Any) -> list[Any]:
+    """Return the usage, the cost and the number of spans that a trace tells, whatever a store makes of their texts."""
+    usage, cost, sizes = (json.loads(info.trace_metadata.get(key) or "{}") for key in _TOTALS[:3])
+    return [usage, cost, sizes.get(TraceSizeStatsKey.NUM_SPANS)]
