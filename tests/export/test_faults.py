@@ -353,7 +353,7 @@ def test_a_lane_that_ends_without_a_word(make, server, monkeypatch):
     def note(items):
         outcomes = write(items)
         for outcome in outcomes:
-            verdicts.setdefault(outcome.item.key, outcome.verdict)
+            verdicts.setdefault(outcome.operation.key, outcome.verdict)
         return outcomes
 
     monkeypatch.setattr(Writer, "_start", end_some)

@@ -125,7 +125,7 @@ def test_what_worked_is_not_written_again(client, run_id, sqlite, monkeypatch):
     with monkeypatch.context() as failing:
         failing.setattr(MlflowClient, "log_artifacts", away)
         outcomes = write_runs(sqlite.uri, items, [], lambda *_: None)
-    left = [outcome.item for outcome in outcomes if outcome.verdict is not Verdict.STORED]
+    left = [outcome.operation for outcome in outcomes if outcome.verdict is not Verdict.STORED]
     assert [Verdict.STORED] * 3 + [Verdict.AWAY] * 2 == [outcome.verdict for outcome in outcomes]
     assert "RUNNING" == client.get_run(run_id).info.status
 

@@ -112,10 +112,10 @@ def experiment_of(trace: _Trace) -> str | None:
         return None
 
 
-def move_to_experiment(item: Any, experiment_id: str) -> None:
+def move_to_experiment(operation: Any, experiment_id: str) -> None:
     """Give spans on their way, and the trace where it goes with them, their experiment."""
-    item.experiment_id = experiment_id
-    if (info := getattr(item, "info", None)) is not None:
+    operation.experiment_id = experiment_id
+    if (info := getattr(operation, "info", None)) is not None:
         info.trace_location = TraceLocation.from_experiment_id(experiment_id)
 
 

@@ -151,7 +151,7 @@ class StoreQueue:
             entries = {id(operation): entry for entry, operation in held}
             outcomes = self._writer.write([operation for _, operation in held]) if held else []
             for outcome in outcomes:
-                self.settle(entries[id(outcome.item)], outcome)
+                self.settle(entries[id(outcome.operation)], outcome)
         finally:
             self.pending.release(batch)
         if any(outcome.verdict is Verdict.AWAY for outcome in outcomes):
@@ -183,7 +183,7 @@ class StoreQueue:
 
     def settle(self, entry: Pending, outcome: Outcome) -> None:
         """Note what has become of an operation that was in hand; where the store is away, it goes on waiting."""
-        operation = outcome.item
+        operation = outcome.operation
         if outcome.verdict is Verdict.STORED:
             self.pending.note_success(entry)
             self.pending.finish(entry, "stored")
@@ -206,7 +206,7 @@ class StoreQueue:
         Returns:
             Whether it is a dead letter.
         """
-        operation = outcome.item
+        operation = outcome.operation
         if isinstance(operation, RunOperation) and operation.write_status is not None:
             operation.write_status.was_refused = True
         is_kept = self.overflow.disk.dead_letter(operation, f"{type(outcome.error).__name__}: {outcome.error}")

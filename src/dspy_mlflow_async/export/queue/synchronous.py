@@ -84,7 +84,7 @@ class SynchronousWriter:
             outcomes = self._writer.write([operation for _, operation in held])
             for outcome in outcomes:
                 if outcome.verdict in _SETTLED:
-                    entry = entries[id(outcome.item)]
+                    entry = entries[id(outcome.operation)]
                     queue.settle(entry, outcome)
                     left.remove(entry)
         finally:  # after an interrupt, too: the background takes up what is left

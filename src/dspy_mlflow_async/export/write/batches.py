@@ -8,17 +8,17 @@ from typing import Any
 from dspy_mlflow_async.export.operations import Operation, SpansOperation, TraceOperation
 
 
-def is_late(item: Any) -> bool:
+def is_late(operation: Any) -> bool:
     """Return whether an operation holds spans of a trace that was written before."""
-    return isinstance(item, TraceOperation) and item.stage == "late"
+    return isinstance(operation, TraceOperation) and operation.stage == "late"
 
 
-def is_shared(item: Any) -> bool:
+def is_shared(operation: Any) -> bool:
     """Return whether an operation holds spans of a trace to which several processes add theirs."""
-    return isinstance(item, SpansOperation) or (isinstance(item, TraceOperation) and item.is_shared)
+    return isinstance(operation, SpansOperation) or (isinstance(operation, TraceOperation) and operation.is_shared)
 
 
-def grouped(items: Sequence[Operation]) -> Iterable[list[Operation]]:
+def grouped(operations: Sequence[Operation]) -> Iterable[list[Operation]]:
     """Group operations in few groups of one sort each, which keep the order of what has the same key.
 
     A trace that comes again needs another group. Late ones are by themselves, since they cannot be written in one
@@ -27,28 +27,28 @@ def grouped(items: Sequence[Operation]) -> Iterable[list[Operation]]:
     """
     groups: list[tuple[str, list[Operation]]] = []
     last: dict[str, int] = {}  # by key: the group with its latest operation
-    for item in items:
-        is_trace = isinstance(item, TraceOperation)
+    for operation in operations:
+        is_trace = isinstance(operation, TraceOperation)
         sort = (
             "late"
-            if is_late(item)
+            if is_late(operation)
             else "trace"
-            if is_trace or isinstance(item, SpansOperation)
-            else type(item).__name__
+            if is_trace or isinstance(operation, SpansOperation)
+            else type(operation).__name__
         )
         # What is said of a trace twice in one request has no order.
-        first = last[item.key] + is_trace if item.key in last else 0
+        first = last[operation.key] + is_trace if operation.key in last else 0
         index = next((index for index in range(first, len(groups)) if groups[index][0] == sort), len(groups))
         if index == len(groups):
             groups.append((sort, []))
-        groups[index][1].append(item)
-        last[item.key] = index
+        groups[index][1].append(operation)
+        last[operation.key] = index
     return (group for _, group in groups)
 
 
-def by_experiment(items: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
+def by_experiment(operations: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
     """Return the spans of all operations, by the experiment that they go to."""
     groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(item.experiment_id or "0", []).extend(item.spans)
+    for operation in operations:
+        groups.setdefault(operation.experiment_id or "0", []).extend(operation.spans)
     return groups.items()

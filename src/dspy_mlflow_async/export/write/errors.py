@@ -32,7 +32,7 @@ class Verdict(enum.Enum):
 class Outcome:
     """Outcome of one operation: its verdict, and the error if there was one."""
 
-    item: Operation
+    operation: Operation
     verdict: Verdict
     error: Exception | None = None
 
@@ -105,15 +105,17 @@ def classify(error: BaseException, statuses: Sequence[Status] = ()) -> Verdict:
     return Verdict.REFUSED if is_refused else Verdict.SUSPECT
 
 
-def blocked_by(item: Operation, earlier: Iterable[Outcome]) -> Outcome | None:
+def blocked_by(operation: Operation, earlier: Iterable[Outcome]) -> Outcome | None:
     """Return the outcome of an operation that comes after others: None where it may be tried.
 
     Where the store is away nothing further is. What follows an operation on the same trace or run that must be tried
     again would be refused, or come too early.
     """
     for outcome in earlier:
-        if outcome.verdict is Verdict.AWAY or (outcome.verdict is Verdict.SUSPECT and outcome.item.key == item.key):
-            return Outcome(item, outcome.verdict, outcome.error)
+        if outcome.verdict is Verdict.AWAY or (
+            outcome.verdict is Verdict.SUSPECT and outcome.operation.key == operation.key
+        ):
+            return Outcome(operation, outcome.verdict, outcome.error)
     return None
 
 

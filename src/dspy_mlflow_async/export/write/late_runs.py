@@ -110,25 +110,25 @@ def name_run(client: MlflowClient, metadata: dict[str, str]) -> None:
         metadata[WAITING_TRACE] = stand_in
 
 
-def link_since(client: MlflowClient, item: TraceOperation, link: Callable[[str, str], None]) -> None:
+def link_since(client: MlflowClient, operation: TraceOperation, link: Callable[[str, str], None]) -> None:
     """Give a trace that has been stored without its run that run, where it has been created meanwhile.
 
     Its creator looks for such traces after the run is known, and this is asked after the trace is stored: one of the
     two finds the other.
     """
     try:
-        run_id = real_id(client, item.info.trace_metadata[WAITING_TRACE])
+        run_id = real_id(client, operation.info.trace_metadata[WAITING_TRACE])
     except RunNotThereError:
         return
-    link(item.key, run_id)
+    link(operation.key, run_id)
 
 
-def has_stand_in(item: Any) -> bool:
+def has_stand_in(operation: Any) -> bool:
     """Return whether the metadata of a trace names a run by a stand-in id."""
-    if isinstance(item, TraceOperation):
-        metadata = item.info.trace_metadata
+    if isinstance(operation, TraceOperation):
+        metadata = operation.info.trace_metadata
     else:
-        metadata = item.metadata if isinstance(item, TraceUpdate) else {}
+        metadata = operation.metadata if isinstance(operation, TraceUpdate) else {}
     return WAITING_TRACE in metadata or is_stand_in(metadata.get(TraceMetadataKey.SOURCE_RUN))
 
 

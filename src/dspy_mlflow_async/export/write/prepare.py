@@ -17,36 +17,36 @@ from dspy_mlflow_async.seams.mlflow_live import computes_cost
 from dspy_mlflow_async.seams.mlflow_span_text import text_of
 
 
-def prepare(item: Operation) -> list[str] | None:
+def prepare(operation: Operation) -> list[str] | None:
     """Complete an operation in place. Doing so twice does nothing.
 
     Returns:
         The JSON texts of the spans, see `mlflow_span_text.text_of`, where they were made on the way.
     """
-    if isinstance(item, TraceUpdate):
-        item.assessments = [_clean_assessment(assessment) for assessment in item.assessments]
-        item.metadata, item.tags = _clean_value(dict(item.metadata)), _clean_value(dict(item.tags))
-    elif isinstance(item, RunOperation):
-        item.params = [Param(clean(param.key), clean(param.value)) for param in item.params]
-        item.tags = [RunTag(clean(tag.key), clean(tag.value)) for tag in item.tags]
-    elif isinstance(item, (TraceOperation, SpansOperation)) and not item.prepared:
-        return _prepare_spans(item)
+    if isinstance(operation, TraceUpdate):
+        operation.assessments = [_clean_assessment(assessment) for assessment in operation.assessments]
+        operation.metadata, operation.tags = _clean_value(dict(operation.metadata)), _clean_value(dict(operation.tags))
+    elif isinstance(operation, RunOperation):
+        operation.params = [Param(clean(param.key), clean(param.value)) for param in operation.params]
+        operation.tags = [RunTag(clean(tag.key), clean(tag.value)) for tag in operation.tags]
+    elif isinstance(operation, (TraceOperation, SpansOperation)) and not operation.prepared:
+        return _prepare_spans(operation)
     return None
 
 
-def _prepare_spans(item: TraceOperation | SpansOperation) -> list[str]:
-    pairs = [_clean_span(span) for span in item.spans]
-    item.spans, texts = [span for span, _ in pairs], [text for _, text in pairs]
-    if isinstance(item, TraceOperation):
-        info = item.info
+def _prepare_spans(operation: TraceOperation | SpansOperation) -> list[str]:
+    pairs = [_clean_span(span) for span in operation.spans]
+    operation.spans, texts = [span for span, _ in pairs], [text for _, text in pairs]
+    if isinstance(operation, TraceOperation):
+        info = operation.info
         _clean_info(info)
-        if item.stage == "whole":
-            if not item.is_shared:  # the first total that a store holds counts, and these are not all spans
-                total(info, item.spans)
-            if item.spans:
-                mlflow_traces.complete_metadata(Trace(info, TraceData(list(item.spans))), texts)
+        if operation.stage == "whole":
+            if not operation.is_shared:  # the first total that a store holds counts, and these are not all spans
+                total(info, operation.spans)
+            if operation.spans:
+                mlflow_traces.complete_metadata(Trace(info, TraceData(list(operation.spans))), texts)
                 _clean_info(info)  # the previews are new
-    item.prepared = True
+    operation.prepared = True
     return texts
 
 

@@ -49,13 +49,13 @@ class RowWriter:
         self._failed = 0
 
     def write(
-        self, store: Any, items: Sequence[Any], texts: Mapping[int, list[str]], *, may_try: bool
+        self, store: Any, operations: Sequence[Any], texts: Mapping[int, list[str]], *, may_try: bool
     ) -> dict[int, str]:
         """Write those of the operations that are traces of kinds which are proved, and not there yet.
 
         Args:
             store: MLflow's store.
-            items: Operations on traces, prepared.
+            operations: Operations on traces, prepared.
             texts: Those of their spans, by the `id` of an operation, where they are there already.
             may_try: Whether trials may be made now, which take a moment.
 
@@ -68,7 +68,11 @@ class RowWriter:
         tables = self._known(store) if may_try else self._tables
         if tables is None or tables.keeps_more:
             return {}
-        made = [rows for item in items if (rows := self._rows(tables, item, texts.get(id(item)))) is not None]
+        made = [
+            rows
+            for operation in operations
+            if (rows := self._rows(tables, operation, texts.get(id(operation)))) is not None
+        ]
         if may_try:
             self._prove(tables, made)
         ready = [rows for rows in made if rows.kinds <= self.proved]
@@ -77,11 +81,11 @@ class RowWriter:
         with tables.session() as session:
             return _insert(tables, session, ready)
 
-    def try_out(self, store: Any, items: Sequence[TraceOperation]) -> None:
+    def try_out(self, store: Any, operations: Sequence[TraceOperation]) -> None:
         """Make the trials that these traces ask for, and write nothing."""
         tables = self._known(store)
         if tables is not None:
-            made = [rows for item in items if (rows := self._rows(tables, item, None)) is not None]
+            made = [rows for operation in operations if (rows := self._rows(tables, operation, None)) is not None]
             self._prove(tables, made)
 
     def _known(self, store: Any) -> TraceTables | None:
@@ -100,13 +104,13 @@ class RowWriter:
                 self._note_failure(error)
         return self._tables
 
-    def _rows(self, tables: TraceTables, item: Any, texts: list[str] | None) -> TraceRows | None:
+    def _rows(self, tables: TraceTables, operation: Any, texts: list[str] | None) -> TraceRows | None:
         from dspy_mlflow_async.export.write.rows import rows_of
 
-        if not isinstance(item, TraceOperation):
+        if not isinstance(operation, TraceOperation):
             return None
         try:
-            return rows_of(tables, item, texts)
+            return rows_of(tables, operation, texts)
         except Exception:  # noqa: BLE001 - what is odd in whatever way is for MLflow
             return None
 
@@ -117,7 +121,7 @@ class RowWriter:
             unknown = [rows for rows in made if not rows.kinds <= self.proved and not rows.kinds & self.refused.keys()]
             if not unknown:
                 return
-            first = min(unknown, key=lambda rows: (len(rows.kinds - self.proved), len(rows.item.spans)))
+            first = min(unknown, key=lambda rows: (len(rows.kinds - self.proved), len(rows.operation.spans)))
             alike = [rows for rows in unknown if rows.kinds <= self.proved | first.kinds]
             sample = [self._cut(tables, rows) for rows in alike[:_TRACES_PER_TRIAL]]
             if not self._try(tables, [rows for rows in sample if rows is not None], first.kinds - self.proved):
@@ -125,11 +129,11 @@ class RowWriter:
 
     def _cut(self, tables: TraceTables, rows: TraceRows) -> TraceRows | None:
         """Return a trace with no more spans than a trial may have."""
-        if len(rows.item.spans) <= _SPANS_PER_TRACE:
+        if len(rows.operation.spans) <= _SPANS_PER_TRACE:
             return rows
-        item = copy.copy(rows.item)
-        item.spans = list(item.spans)[:_SPANS_PER_TRACE]
-        return self._rows(tables, item, None)
+        operation = copy.copy(rows.operation)
+        operation.spans = list(operation.spans)[:_SPANS_PER_TRACE]
+        return self._rows(tables, operation, None)
 
     def _try(self, tables: TraceTables, sample: Sequence[TraceRows], kinds: Collection[str]) -> bool:
         """Make a trial, and return whether another is worth it now."""
@@ -188,28 +192,28 @@ def _operations(traces: Sequence[Any], experiment_id: str) -> list[TraceOperatio
     """Return operations that would write these traces into an experiment."""
     operations = []
     for trace in traces:
-        item = TraceOperation(
+        operation = TraceOperation(
             key=trace.info.trace_id, info=copy.copy(trace.info), spans=trace.data.spans, experiment_id=experiment_id
         )
-        item.info = _own_info(item)
-        mlflow_traces.move_to_experiment(item, experiment_id)
-        prepare.prepare(item)
-        operations.append(item)
+        operation.info = _own_info(operation)
+        mlflow_traces.move_to_experiment(operation, experiment_id)
+        prepare.prepare(operation)
+        operations.append(operation)
     return operations
 
 
 def _insert(tables: TraceTables, session: Any, made: Sequence[TraceRows]) -> dict[int, str]:
     """Insert the rows of traces that are new; returns where the artifacts of each go, by the `id` of its operation."""
-    one = made[0].item.key
-    locations = tables.artifact_locations(session, {rows.item.info.experiment_id for rows in made}, one)
-    present = tables.present(session, [rows.item.info.trace_id for rows in made])
+    one = made[0].operation.key
+    locations = tables.artifact_locations(session, {rows.operation.info.experiment_id for rows in made}, one)
+    present = tables.present(session, [rows.operation.info.trace_id for rows in made])
     stored: dict[int, str] = {}
     rows_by_table: dict[str, list[dict[str, Any]]] = {}
     for rows in made:
-        trace_id, location = rows.item.info.trace_id, locations.get(rows.item.info.experiment_id)
+        trace_id, location = rows.operation.info.trace_id, locations.get(rows.operation.info.experiment_id)
         if location is None or trace_id in present:
             continue
-        place = stored[id(rows.item)] = location.replace(one, trace_id)
+        place = stored[id(rows.operation)] = location.replace(one, trace_id)
         for name, some in rows.tables.items():
             rows_by_table.setdefault(name, []).extend(some)
         rows_by_table["tags"].append(tables.artifact_tag(trace_id, place))
@@ -219,9 +223,9 @@ def _insert(tables: TraceTables, session: Any, made: Sequence[TraceRows]) -> dic
 
 def _difference(tables: TraceTables, sample: Sequence[TraceRows]) -> str | None:
     """Write a sample both ways, undo both, and say where they differ; None where they do not. No value is told."""
-    items = [rows.item for rows in sample]
-    theirs = tables.trial_of_store([_own_info(item) for item in items], dict(by_experiment(items)))
-    ids = [item.info.trace_id for item in items]
+    operations = [rows.operation for rows in sample]
+    theirs = tables.trial_of_store([_own_info(operation) for operation in operations], dict(by_experiment(operations)))
+    ids = [operation.info.trace_id for operation in operations]
     try:
         mine = tables.trial(lambda session: _insert(tables, session, sample), ids)
     except Exception as error:
@@ -237,8 +241,8 @@ def _difference(tables: TraceTables, sample: Sequence[TraceRows]) -> str | None:
     return None
 
 
-def _own_info(item: TraceOperation) -> Any:
-    info = copy.copy(item.info)
+def _own_info(operation: TraceOperation) -> Any:
+    info = copy.copy(operation.info)
     info.trace_metadata, info.tags = dict(info.trace_metadata), dict(info.tags)
     info.assessments = list(map(copy.copy, info.assessments))
     return info

@@ -47,36 +47,36 @@ class TraceRows:
     """Rows of one trace, but for the tag that says where its artifacts go.
 
     Attributes:
-        item: The trace.
+        operation: The trace.
         kinds: What there is to it: which of the ways that MLflow has for traces were gone. A store's way must have been
             compared with MLflow's before it is used.
         tables: The rows, by `mlflow_trace_tables`' names of the tables.
     """
 
-    item: TraceOperation
+    operation: TraceOperation
     kinds: set[str] = field(default_factory=lambda: {"trace"})
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def rows_of(known: TraceTables, item: TraceOperation, texts: Sequence[str] | None = None) -> TraceRows:
+def rows_of(known: TraceTables, operation: TraceOperation, texts: Sequence[str] | None = None) -> TraceRows:
     """Return the rows of a trace that is not there yet.
 
     Args:
         known: The tables.
-        item: The trace, prepared.
+        operation: The trace, prepared.
         texts: Those of its spans, where they are there already.
 
     Raises:
         UnfitError: Where it is for MLflow to write.
     """
-    info = item.info
-    if item.stage != "whole" or item.workspace or info.state.value not in ("OK", "ERROR"):
+    info = operation.info
+    if operation.stage != "whole" or operation.workspace or info.state.value not in ("OK", "ERROR"):
         raise UnfitError("it is not complete")
-    if not _TRACE_ID.fullmatch(info.trace_id) or item.experiment_id != info.experiment_id:
+    if not _TRACE_ID.fullmatch(info.trace_id) or operation.experiment_id != info.experiment_id:
         raise UnfitError("its ids are odd")
-    rows = TraceRows(item)
-    texts = list(map(text_of, item.spans)) if texts is None else texts
-    spans = [_Span(span, text, rows.kinds) for span, text in zip(item.spans, texts, strict=True)]
+    rows = TraceRows(operation)
+    texts = list(map(text_of, operation.spans)) if texts is None else texts
+    spans = [_Span(span, text, rows.kinds) for span, text in zip(operation.spans, texts, strict=True)]
     roots = [span for span in spans if span.record.parent_id is None]
     if len(roots) != 1:
         raise UnfitError("it has not one root")

@@ -59,7 +59,7 @@ class Writer:
             self._client = mlflow_store.tracing_client(self.uri)  # creates the tables of a new SQL store
         return self._client
 
-    def write(self, items: Sequence[Operation]) -> list[Outcome]:
+    def write(self, operations: Sequence[Operation]) -> list[Outcome]:
         """Write operations in order.
 
         Once the store is found to be away nothing further is tried.
@@ -73,12 +73,12 @@ class Writer:
             mlflow_http.suppressed_instrumentation(),
             mlflow_http.limited_http(self._request_seconds) as statuses,
         ):
-            for group in grouped(items):
+            for group in grouped(operations):
                 if fork_gate.is_over.is_set():
-                    outcomes += [Outcome(item, Verdict.AWAY) for item in group]
+                    outcomes += [Outcome(operation, Verdict.AWAY) for operation in group]
                     continue
-                waiting = [blocked_by(item, outcomes) for item in group]
-                todo = [item for item, outcome in zip(group, waiting, strict=True) if outcome is None]
+                waiting = [blocked_by(operation, outcomes) for operation in group]
+                todo = [operation for operation, outcome in zip(group, waiting, strict=True) if outcome is None]
                 outcomes += [outcome for outcome in waiting if outcome is not None]
                 if todo:
                     outcomes += self._write_group(todo, statuses)
@@ -86,52 +86,54 @@ class Writer:
                 mlflow_store.renew_connections(self.uri)
         return outcomes
 
-    def _write_group(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
-        if isinstance(items[0], RunOperation):
-            return write_runs(self.uri, items, statuses, self._link)
-        if isinstance(items[0], TraceUpdate):
-            return self._one_by_one(items, self._write_follow_up, statuses)
-        return self._write_traces(items, statuses)
+    def _write_group(self, operations: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+        if isinstance(operations[0], RunOperation):
+            return write_runs(self.uri, operations, statuses, self._link)
+        if isinstance(operations[0], TraceUpdate):
+            return self._one_by_one(operations, self._write_follow_up, statuses)
+        return self._write_traces(operations, statuses)
 
     # --- traces ---
 
-    def _write_traces(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+    def _write_traces(self, operations: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         good: list[Any] = []
         bad: list[Outcome] = []
         texts: dict[int, list[str]] = {}  # of spans, by the `id` of an operation
-        for item in items:
+        for operation in operations:
             try:
-                if (made := prepare.prepare(item)) is not None:
-                    texts[id(item)] = made
+                if (made := prepare.prepare(operation)) is not None:
+                    texts[id(operation)] = made
             except Exception as error:  # noqa: BLE001 - one trace must not keep the others from the store
-                bad.append(Outcome(item, Verdict.SUSPECT, error))
+                bad.append(Outcome(operation, Verdict.SUSPECT, error))
                 continue
             try:
                 statuses.clear()
-                if mlflow_experiment.is_stand_in(item.experiment_id):
+                if mlflow_experiment.is_stand_in(operation.experiment_id):
                     client = mlflow_store.client_of(self.uri)
-                    with mlflow_store.workspace_scope(item.workspace):
-                        found = mlflow_experiment.real_experiment_id(client, item.experiment_id, item.workspace)
-                    mlflow_traces.move_to_experiment(item, found)
-                if late_runs.has_stand_in(item):
-                    late_runs.name_run(mlflow_store.client_of(self.uri), item.info.trace_metadata)
-                good.append(item)
+                    with mlflow_store.workspace_scope(operation.workspace):
+                        found = mlflow_experiment.real_experiment_id(
+                            client, operation.experiment_id, operation.workspace
+                        )
+                    mlflow_traces.move_to_experiment(operation, found)
+                if late_runs.has_stand_in(operation):
+                    late_runs.name_run(mlflow_store.client_of(self.uri), operation.info.trace_metadata)
+                good.append(operation)
             except Exception as error:  # noqa: BLE001 - the store decides what it raises; `classify` says what it means
-                bad.append(Outcome(item, classify(error, statuses), error))
+                bad.append(Outcome(operation, classify(error, statuses), error))
         if not good:
             return bad
         return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, texts, statuses)]
 
     def _linked(self, outcome: Outcome, statuses: list[mlflow_http.Status]) -> Outcome:
         """Return the outcome of a trace, with its run where that was created while it was stored."""
-        item: Any = outcome.item
-        if outcome.verdict is not Verdict.STORED or not late_runs.has_stand_in(item):
+        operation: Any = outcome.operation
+        if outcome.verdict is not Verdict.STORED or not late_runs.has_stand_in(operation):
             return outcome
         statuses.clear()
         try:
-            late_runs.link_since(mlflow_store.client_of(self.uri), item, self._link)
+            late_runs.link_since(mlflow_store.client_of(self.uri), operation, self._link)
         except Exception as error:  # noqa: BLE001 - judged
-            return Outcome(item, classify(error, statuses), error)
+            return Outcome(operation, classify(error, statuses), error)
         return outcome
 
     def _store_traces(
@@ -142,16 +144,16 @@ class Writer:
             if self._takes_batches is None:
                 self._takes_batches = self._ask_for_batches(statuses)
         except Exception as error:  # noqa: BLE001 - the store decides what it raises; `classify` says what it means
-            return [Outcome(item, classify(error, statuses), error) for item in good]
+            return [Outcome(operation, classify(error, statuses), error) for operation in good]
         if not self._takes_batches:
             return self._one_by_one(good, self._write_spans_first, statuses)
         if self._is_server or not self._takes_spans:
             return self._starts_then_spans(good, statuses)
-        shared = [item for item in good if is_shared(item)]
-        outcomes, left = self._write_rows([item for item in good if not is_shared(item)], texts)
+        shared = [operation for operation in good if is_shared(operation)]
+        outcomes, left = self._write_rows([operation for operation in good if not is_shared(operation)], texts)
         outcomes += self._starts_then_spans(shared, statuses) if shared else ()
         if left and self._all_at_once(left):
-            return [*outcomes, *(Outcome(item, Verdict.STORED) for item in left)]
+            return [*outcomes, *(Outcome(operation, Verdict.STORED) for operation in left)]
         return [*outcomes, *(self._starts_then_spans(left, statuses) if left else ())]
 
     def _ask_for_batches(self, statuses: Sequence[mlflow_http.Status]) -> bool:
@@ -166,7 +168,7 @@ class Writer:
             raise ConnectionError(f"the MLflow server at {host} does not tell its version")
         return bool(answer)
 
-    def _write_rows(self, items: Sequence[Any], texts: dict[int, list[str]]) -> tuple[list[Outcome], list[Any]]:
+    def _write_rows(self, operations: Sequence[Any], texts: dict[int, list[str]]) -> tuple[list[Outcome], list[Any]]:
         """Write complete new traces as rows.
 
         Returns:
@@ -174,60 +176,65 @@ class Writer:
         """
         if self._has_rows_refused:  # MLflow has its turn, in case that rows are to blame
             self._has_rows_refused = False
-            return [], list(items)
+            return [], list(operations)
         try:
             store = self.client.store
-            places = row_writer(self.uri).write(store, items, texts, may_try=self._may_try_rows)
+            places = row_writer(self.uri).write(store, operations, texts, may_try=self._may_try_rows)
         except Exception as error:  # noqa: BLE001 - what is wrong will show when written by MLflow
             if classify(error) is not Verdict.AWAY:
-                return [], list(items)
+                return [], list(operations)
             self._has_rows_refused = True
-            return [Outcome(item, Verdict.AWAY, error) for item in items], []
-        stored = [item for item in items if id(item) in places]
-        for item in stored:
-            info = copy.copy(item.info)
-            info.tags = {**info.tags, _ARTIFACT_LOCATION: places[id(item)]}
-            self._finish(item, info)
-        return [Outcome(item, Verdict.STORED) for item in stored], [item for item in items if id(item) not in places]
+            return [Outcome(operation, Verdict.AWAY, error) for operation in operations], []
+        stored = [operation for operation in operations if id(operation) in places]
+        for operation in stored:
+            info = copy.copy(operation.info)
+            info.tags = {**info.tags, _ARTIFACT_LOCATION: places[id(operation)]}
+            self._finish(operation, info)
+        left = [operation for operation in operations if id(operation) not in places]
+        return [Outcome(operation, Verdict.STORED) for operation in stored], left
 
-    def _all_at_once(self, items: Sequence[Any]) -> bool:
+    def _all_at_once(self, operations: Sequence[Any]) -> bool:
         """Write the whole batch in one SQL transaction.
 
         Returns:
             False where that is not possible, or did not work; then nothing is written.
         """
-        if any(item.workspace or is_late(item) for item in items):
+        if any(operation.workspace or is_late(operation) for operation in operations):
             return False
         returned = []
         try:
             with mlflow_store.one_transaction(self.client) as store:
                 if store is None:
                     return False
-                returned = [(item, store.start_trace(item.info)) for item in items if isinstance(item, TraceOperation)]
-                for experiment_id, spans in by_experiment(items):
+                returned = [
+                    (operation, store.start_trace(operation.info))
+                    for operation in operations
+                    if isinstance(operation, TraceOperation)
+                ]
+                for experiment_id, spans in by_experiment(operations):
                     store.log_spans(experiment_id, spans)
         except Exception:  # noqa: BLE001 - what is wrong will show when written one by one
             return False
-        for item, info in returned:
-            self._finish(item, info)
+        for operation, info in returned:
+            self._finish(operation, info)
         return True
 
-    def _starts_then_spans(self, items: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
-        outcomes, infos = self._start_all(items)
+    def _starts_then_spans(self, operations: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+        outcomes, infos = self._start_all(operations)
         groups: dict[tuple[str | None, str | None], list[int]] = {}
-        for index, item in enumerate(items):
+        for index, operation in enumerate(operations):
             if index not in outcomes:
-                groups.setdefault((item.experiment_id, item.workspace), []).append(index)
+                groups.setdefault((operation.experiment_id, operation.workspace), []).append(index)
         for indexes in groups.values():
             for index, outcome in zip(
                 indexes,
-                self._log_group([items[i] for i in indexes], [infos.get(i) for i in indexes], statuses),
+                self._log_group([operations[i] for i in indexes], [infos.get(i) for i in indexes], statuses),
                 strict=True,
             ):
                 outcomes[index] = outcome
-        return [outcomes[index] for index in range(len(items))]
+        return [outcomes[index] for index in range(len(operations))]
 
-    def _start_all(self, items: Sequence[Any]) -> tuple[dict[int, Outcome], dict[int, Any]]:
+    def _start_all(self, operations: Sequence[Any]) -> tuple[dict[int, Outcome], dict[int, Any]]:
         """Start the traces among these operations.
 
         Returns:
@@ -239,82 +246,90 @@ class Writer:
         def start(index: int) -> bool:
             if fork_gate.is_over.is_set():
                 return False
-            item = items[index]
+            operation = operations[index]
             with mlflow_http.limited_http(self._request_seconds) as statuses:
                 try:
-                    with mlflow_store.workspace_scope(item.workspace):
-                        infos[index] = self._start(item)
+                    with mlflow_store.workspace_scope(operation.workspace):
+                        infos[index] = self._start(operation)
                 except Exception as error:  # noqa: BLE001 - judged
-                    outcomes[index] = Outcome(item, classify(error, statuses), error)
+                    outcomes[index] = Outcome(operation, classify(error, statuses), error)
                     return outcomes[index].verdict is not Verdict.AWAY
             return True
 
-        begun = [i for i, item in enumerate(items) if isinstance(item, TraceOperation) and not is_late(item)]
+        begun = [
+            i
+            for i, operation in enumerate(operations)
+            if isinstance(operation, TraceOperation) and not is_late(operation)
+        ]
         map_concurrently(start, begun, self._lanes)
         away = next((outcome for outcome in outcomes.values() if outcome.verdict is Verdict.AWAY), None)
-        rest, error = (begun, None) if away is None else (range(len(items)), away.error)
+        rest, error = (begun, None) if away is None else (range(len(operations)), away.error)
         for index in rest:
             if index not in infos:  # nor an outcome, where something else than an error has ended a lane
-                outcomes.setdefault(index, Outcome(items[index], Verdict.AWAY, error))
+                outcomes.setdefault(index, Outcome(operations[index], Verdict.AWAY, error))
         return outcomes, infos
 
-    def _start(self, item: TraceOperation) -> Any:
+    def _start(self, operation: TraceOperation) -> Any:
         """Start a trace, and return it as it is stored, or as it was sent where nobody asks for more."""
-        has_files = not self._takes_spans or any(span._attachments for span in item.spans)
-        return mlflow_store.start_trace(self.client, item.info, reads_answer=has_files)
+        has_files = not self._takes_spans or any(span._attachments for span in operation.spans)
+        return mlflow_store.start_trace(self.client, operation.info, reads_answer=has_files)
 
     def _log_group(
-        self, items: Sequence[Any], infos: Sequence[Any], statuses: list[mlflow_http.Status]
+        self, operations: Sequence[Any], infos: Sequence[Any], statuses: list[mlflow_http.Status]
     ) -> list[Outcome]:
         statuses.clear()
         try:
-            with mlflow_store.workspace_scope(items[0].workspace):
-                self._log_spans(items[0].experiment_id, [span for item in items for span in item.spans])
+            with mlflow_store.workspace_scope(operations[0].workspace):
+                self._log_spans(
+                    operations[0].experiment_id, [span for operation in operations for span in operation.spans]
+                )
         except Exception as error:  # noqa: BLE001 - judged
             verdict = classify(error, statuses)
-            if len(items) == 1 or verdict is Verdict.AWAY:
-                return [Outcome(item, verdict, error) for item in items]
+            if len(operations) == 1 or verdict is Verdict.AWAY:
+                return [Outcome(operation, verdict, error) for operation in operations]
             return [  # one of them is to blame
                 outcome
-                for item, info in zip(items, infos, strict=True)
-                for outcome in self._log_group([item], [info], statuses)
+                for operation, info in zip(operations, infos, strict=True)
+                for outcome in self._log_group([operation], [info], statuses)
             ]
-        last = {item.key: index for index, item in enumerate(items)}  # where several have spans of one trace
+        last = {
+            operation.key: index for index, operation in enumerate(operations)
+        }  # where several have spans of one trace
         return [
-            self._completed(item, info, statuses, is_last=last[item.key] == index)
-            for index, (item, info) in enumerate(zip(items, infos, strict=True))
+            self._completed(operation, info, statuses, is_last=last[operation.key] == index)
+            for index, (operation, info) in enumerate(zip(operations, infos, strict=True))
         ]
 
-    def _completed(self, item: Any, info: Any, statuses: list[mlflow_http.Status], *, is_last: bool) -> Outcome:
+    def _completed(self, operation: Any, info: Any, statuses: list[mlflow_http.Status], *, is_last: bool) -> Outcome:
         statuses.clear()
         try:
-            with mlflow_store.workspace_scope(item.workspace):
-                if is_late(item):
-                    self._correct_totals(item)
-                elif is_shared(item) and is_last:
-                    self._agree_on_totals(item)
-                if isinstance(item, TraceOperation) and not is_late(item):
-                    if not self._takes_spans and item.stage == "whole":
+            with mlflow_store.workspace_scope(operation.workspace):
+                if is_late(operation):
+                    self._correct_totals(operation)
+                elif is_shared(operation) and is_last:
+                    self._agree_on_totals(operation)
+                if isinstance(operation, TraceOperation) and not is_late(operation):
+                    if not self._takes_spans and operation.stage == "whole":
                         if _ARTIFACT_LOCATION not in info.tags:  # started before the store said what it takes
-                            info = self._stored_info(item.key)
-                        mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
-                    self._finish(item, info)
+                            info = self._stored_info(operation.key)
+                        mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(operation.spans)))
+                    self._finish(operation, info)
         except Exception as error:  # noqa: BLE001 - judged
-            return Outcome(item, classify(error, statuses), error)
-        return Outcome(item, Verdict.STORED)
+            return Outcome(operation, classify(error, statuses), error)
+        return Outcome(operation, Verdict.STORED)
 
-    def _write_spans_first(self, item: Any) -> None:
+    def _write_spans_first(self, operation: Any) -> None:
         """Write spans before the trace, for stores that add the tokens of spans: the trace must have the last word."""
-        self._log_spans(item.experiment_id, item.spans)
-        if is_late(item):
-            self._correct_totals(item)
-        elif isinstance(item, TraceOperation):
-            info = self._start_with_all_assessments(item.info)
-            if not self._takes_spans and item.stage == "whole":
-                mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(item.spans)))
-            self._finish(item, info)
-        if is_shared(item):
-            self._agree_on_totals(item)
+        self._log_spans(operation.experiment_id, operation.spans)
+        if is_late(operation):
+            self._correct_totals(operation)
+        elif isinstance(operation, TraceOperation):
+            info = self._start_with_all_assessments(operation.info)
+            if not self._takes_spans and operation.stage == "whole":
+                mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(operation.spans)))
+            self._finish(operation, info)
+        if is_shared(operation):
+            self._agree_on_totals(operation)
 
     def _start_with_all_assessments(self, info: Any) -> Any:
         """Start a trace that may be there already: MLflow 3.11 then fails unless it is given the stored assessments."""
@@ -338,54 +353,54 @@ class Writer:
                 raise
             self._takes_spans = False
 
-    def _finish(self, item: TraceOperation, info: Any) -> None:
+    def _finish(self, operation: TraceOperation, info: Any) -> None:
         """Do what MLflow does after storing; failures here do not undo that, and MLflow logs them no differently."""
-        if item.stage != "whole":
+        if operation.stage != "whole":
             return
         attachments: dict[str, Any] = {}
-        for span in item.spans:
+        for span in operation.spans:
             attachments.update(span._attachments)
         with contextlib.suppress(Exception):
             if attachments:
                 mlflow_store.upload_attachments(self.client, info, attachments)
         with contextlib.suppress(Exception):
-            if item.prompts:
-                mlflow_store.link_prompts(self.client, item.key, item.prompts)
+            if operation.prompts:
+                mlflow_store.link_prompts(self.client, operation.key, operation.prompts)
 
-    def _correct_totals(self, item: TraceOperation) -> None:
+    def _correct_totals(self, operation: TraceOperation) -> None:
         """Correct the totals of a trace after late spans, from all of its spans."""
-        info = self._stored_info(item.key)
+        info = self._stored_info(operation.key)
         if self._takes_spans:
-            trace = self._stored_trace(item.key)
+            trace = self._stored_trace(operation.key)
         else:
-            trace = self.client.get_trace(item.key)
-            known = {span.span_id for span in item.spans}
+            trace = self.client.get_trace(operation.key)
+            known = {span.span_id for span in operation.spans}
             spans = [span for span in trace.data.spans if span.span_id not in known]
-            trace = Trace(info, TraceData([*spans, *item.spans]))
+            trace = Trace(info, TraceData([*spans, *operation.spans]))
             mlflow_store.upload_spans_as_artifact(self.client, info, trace.data)
         prepare.total(info, trace.data.spans)
         mlflow_traces.complete_metadata(Trace(info, trace.data))
-        info.trace_metadata.update(item.info.trace_metadata)
-        info.tags.update(item.info.tags)
+        info.trace_metadata.update(operation.info.trace_metadata)
+        info.tags.update(operation.info.tags)
         self._restart(info)
 
-    def _agree_on_totals(self, item: TraceOperation | SpansOperation) -> None:
+    def _agree_on_totals(self, operation: TraceOperation | SpansOperation) -> None:
         """Give a trace of several processes the totals of all its spans that are stored.
 
         Whoever adds spans to it comes here afterwards, and goes on until the totals are those of the spans: so the last
         one to write them has seen all spans that were there, and who adds more will look again. While its root is open
         nothing is to be done: the process that has it comes here when that has ended.
         """
-        if isinstance(item, TraceOperation):
-            if item.stage != "whole":
+        if isinstance(operation, TraceOperation):
+            if operation.stage != "whole":
                 return
         elif not self._takes_spans:  # nor are they there
             return
         for _ in range(_MOST_CORRECTIONS):
-            stored = self._stored_info(item.key)
+            stored = self._stored_info(operation.key)
             if stored.state is TraceState.IN_PROGRESS:
                 return
-            spans = self._stored_trace(item.key).data.spans if self._takes_spans else item.spans
+            spans = self._stored_trace(operation.key).data.spans if self._takes_spans else operation.spans
             info = copy.copy(stored)
             info.trace_metadata = dict(stored.trace_metadata)
             prepare.total(info, spans)
@@ -399,37 +414,37 @@ class Writer:
 
     # --- what is said about a trace later, and runs ---
 
-    def _one_by_one(self, items: Sequence[Any], write: Any, statuses: list[mlflow_http.Status]) -> list[Outcome]:
+    def _one_by_one(self, operations: Sequence[Any], write: Any, statuses: list[mlflow_http.Status]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for item in items:
-            if (waiting := blocked_by(item, outcomes)) is not None:
+        for operation in operations:
+            if (waiting := blocked_by(operation, outcomes)) is not None:
                 outcomes.append(waiting)
                 continue
             statuses.clear()
             try:
-                with mlflow_store.workspace_scope(item.workspace):
-                    write(item)
-                outcomes.append(Outcome(item, Verdict.STORED))
+                with mlflow_store.workspace_scope(operation.workspace):
+                    write(operation)
+                outcomes.append(Outcome(operation, Verdict.STORED))
             except Exception as error:  # noqa: BLE001 - judged
-                outcomes.append(Outcome(item, classify(error, statuses), error))
+                outcomes.append(Outcome(operation, classify(error, statuses), error))
         return outcomes
 
-    def _write_follow_up(self, item: TraceUpdate) -> None:
-        prepare.prepare(item)
-        if late_runs.has_stand_in(item):
-            late_runs.name_run(mlflow_store.client_of(self.uri), item.metadata)
-        if item.metadata:  # only `start_trace` can set it; it leaves alone what it is not given
-            info = self._stored_info(item.key)
-            info.trace_metadata.update(item.metadata)
+    def _write_follow_up(self, operation: TraceUpdate) -> None:
+        prepare.prepare(operation)
+        if late_runs.has_stand_in(operation):
+            late_runs.name_run(mlflow_store.client_of(self.uri), operation.metadata)
+        if operation.metadata:  # only `start_trace` can set it; it leaves alone what it is not given
+            info = self._stored_info(operation.key)
+            info.trace_metadata.update(operation.metadata)
             self._restart(info)
-        for assessment in item.assessments:
+        for assessment in operation.assessments:
             try:
                 self.client.store.create_assessment(assessment)
             except Exception:  # noqa: PERF203 - one that is there already does not matter
-                if not self._has_assessment(item.key, assessment.assessment_id):
+                if not self._has_assessment(operation.key, assessment.assessment_id):
                     raise
-        for key, value in item.tags.items():
-            self.client.store.set_trace_tag(item.key, key, value)
+        for key, value in operation.tags.items():
+            self.client.store.set_trace_tag(operation.key, key, value)
 
     def _link(self, trace_id: str, run_id: str) -> None:
         """Give a trace its run, which came after it."""
