@@ -8,7 +8,7 @@ import os
 
 import dspy
 
-from dspy_mlflow_async import autolog, flush, request, stats, wrap
+import dspy_mlflow_async as dma
 
 TICKETS = [
     {"customer": "ada", "text": "The pears arrived bruised."},
@@ -32,9 +32,9 @@ class Triage(dspy.Module):
 
 def main() -> None:
     """Sort all tickets."""
-    autolog()
+    dma.autolog()
     dspy.configure(lm=dspy.LM(os.environ.get("LM_MODEL", "openai/gpt-4o-mini"), api_base=os.environ.get("LM_API_BASE")))
-    triage = wrap(
+    triage = dma.wrap(
         Triage(),
         session_id=lambda customer, ticket: f"tickets-{customer}",
         user=lambda customer, ticket: customer,
@@ -44,15 +44,15 @@ def main() -> None:
         dspy.Example(customer=ticket["customer"], ticket=ticket["text"]).with_inputs("customer", "ticket")
         for ticket in TICKETS
     ]
-    with request(tags={"job": "triage"}) as did:
+    with dma.request(tags={"job": "triage"}) as did:
         results = triage.batch(examples, num_threads=8, return_failed_examples=True, disable_progress_bar=True)
     done = [result for result in results[0] if result is not None]
-    flush(timeout=30)
+    dma.flush(timeout=30)
     print(
         f"{len(done)} of {len(TICKETS)} tickets sorted, {len(did.lm_calls)} LM calls, "
         f"{did.usage.get('total_tokens', 0)} tokens, {did.cost or 0:.4f} USD"
     )
-    print(f"traces stored: {stats().stored}, sampled away: {stats().sampled_out}")
+    print(f"traces stored: {dma.stats().stored}, sampled away: {dma.stats().sampled_out}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from dspy_mlflow_async import autolog, request, wrap
+import dspy_mlflow_async as dma
 from dspy_mlflow_async.asgi import TracingMiddleware
 
-autolog()
+dma.autolog()
 dspy.configure(lm=dspy.LM(os.environ.get("LM_MODEL", "openai/gpt-4o-mini"), api_base=os.environ.get("LM_API_BASE")))
 
 PRICES = {"apple": 30, "pear": 45}
@@ -26,7 +26,7 @@ def price(item: str) -> int:
     return PRICES[item]  # an unknown item fails, and the agent is told
 
 
-answer = wrap(dspy.ChainOfThought("question -> answer"))
+answer = dma.wrap(dspy.ChainOfThought("question -> answer"))
 agent = dspy.ReAct("question -> answer", tools=[price], max_iters=3)
 
 app = FastAPI()
@@ -42,7 +42,7 @@ class Question(BaseModel):
 @app.post("/ask")
 async def ask(body: Question) -> dict[str, object]:
     """Answer, and say what it took."""
-    with request() as did:
+    with dma.request() as did:
         prediction = await answer.acall(question=body.question)
     return {"answer": prediction.answer, "tokens": did.usage.get("total_tokens", 0), "lm_calls": len(did.lm_calls)}
 

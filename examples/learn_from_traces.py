@@ -16,7 +16,7 @@ import dspy
 import mlflow
 from mlflow.entities import AssessmentSource
 
-import dspy_mlflow_async
+import dspy_mlflow_async as dma
 from dspy_mlflow_async.cli.harvest import examples_from_traces
 from dspy_mlflow_async.cli.llm_endpoint import LocalEndpoint
 
@@ -45,13 +45,13 @@ def same_team(example: dspy.Example, prediction: dspy.Prediction, trace: object 
 def main(tracking_uri: str | None = None) -> tuple[float, float]:
     """Serve, harvest, compile; return the score before and after."""
     mlflow.set_tracking_uri(tracking_uri)
-    dspy_mlflow_async.autolog(silent=True)
+    dma.autolog(silent=True)
     with LocalEndpoint(answer) as endpoint:
         lm = dspy.LM("openai/any", api_base=endpoint.api_base, api_key="none", cache=False)
         with dspy.context(lm=lm):
             for ticket in TICKETS[:6]:  # production
                 dspy.Predict("ticket -> team")(ticket=f"{ticket} (corrected)")
-            dspy_mlflow_async.flush()
+            dma.flush()
             for trace in mlflow.search_traces(return_type="list"):
                 mlflow.log_feedback(
                     trace_id=trace.info.trace_id, name="helpful", value=True, source=AssessmentSource("HUMAN", "desk")
@@ -69,7 +69,7 @@ def main(tracking_uri: str | None = None) -> tuple[float, float]:
             ]
             evaluate = dspy.Evaluate(devset=devset, metric=same_team, num_threads=2, display_progress=False)
             before, after = evaluate(program).score, evaluate(better).score
-    dspy_mlflow_async.autolog(disable=True)
+    dma.autolog(disable=True)
     return before, after
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import dspy
 
-import dspy_mlflow_async
-from dspy_mlflow_async import evaluate_all
+import dspy_mlflow_async as dma
 from dspy_mlflow_async.remote import Ray
 
 ANSWERS = {"capital of France?": "Paris", "capital of Japan?": "Tokyo", "capital of Peru?": "Lima"}
@@ -33,11 +32,11 @@ def main(lm: dspy.BaseLM, workers: Ray, **options: Any) -> Any:
         workers: The workers, such as ``Ray(4)``.
         **options: Further ones of ``evaluate_all``.
     """
-    dspy_mlflow_async.autolog()
+    dma.autolog()
     devset = [dspy.Example(question=q, answer=a).with_inputs("question") for q, a in ANSWERS.items()]
     programs = {"direct": dspy.Predict("question -> answer"), "reasoned": dspy.ChainOfThought("question -> answer")}
     with dspy.context(lm=lm), workers:
-        return evaluate_all(programs, devset=devset, metric=is_right, workers=workers, **options)
+        return dma.evaluate_all(programs, devset=devset, metric=is_right, workers=workers, **options)
 
 
 if __name__ == "__main__":

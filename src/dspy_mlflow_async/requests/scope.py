@@ -184,7 +184,7 @@ class request:  # noqa: N801 - used like a function
     Session, user, tags, metadata, destination and sampling hold for the traces that begin inside and for no other.
     After the block, and within, what was yielded tells what happened, without asking the store::
 
-        with request(session_id="s-17", user="ada") as r:
+        with dma.request(session_id="s-17", user="ada") as r:
             program(question="...")
 
         print(r.trace_id, r.usage, r.cost, r.lm_calls)

@@ -20,7 +20,7 @@ class run:  # noqa: N801 - used like a function
     Inside it, and in all tasks and DSPy worker threads that it starts, ``mlflow.active_run()`` is this run, and
     evaluations, compiles and traces belong to it. Tasks side by side do not see each other's::
 
-        async with run("nightly") as nightly:
+        async with dma.run("nightly") as nightly:
             await program.acall(question="...")
 
     Args:
