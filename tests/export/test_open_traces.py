@@ -162,7 +162,7 @@ def test_flush_shows_open_traces_and_their_end_completes_them(sqlite):
 
 
 def test_a_trace_that_may_be_left_out_is_not_shown(sqlite):
-    """Sampling by outcome decides at the end of a trace, before anything of it is seen; what is discarded stays so."""
+    """Sampling by outcome decides at the end of a trace, before anything of it is seen; late spans go the same way."""
     token = export.KEEPS.set(lambda _: False)
     try:
         with mlflow.start_span("root"), mlflow.start_span("child"):
@@ -172,11 +172,12 @@ def test_a_trace_that_may_be_left_out_is_not_shown(sqlite):
                 pass
             assert export.flush(60)
             assert 0 == export.stats().in_progress
+        with mlflow.start_span("left out") as root:
+            pass
+        mlflow.start_span_no_context("late", parent_span=root).end()
+        assert export.flush(60)
     finally:
         export.KEEPS.reset(token)
-    with mlflow.start_span("discarded") as root:
-        export.discard(root.trace_id)
-        assert export.flush(60)
 
     assert {} == sqlite.read()
 

@@ -174,6 +174,46 @@ def private_attributes(path):
     return {name for name in asked | passed | imported if _is_private(name)} - own
 
 
+def taken_private_names(path):
+    """The private names of other files of ours that a file imports, or asks of the modules and classes it imports."""
+    tree = parse(path)
+    imports = [
+        alias
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == PACKAGE
+        for alias in node.names
+    ]
+    ours = {alias.asname or alias.name for alias in imports}
+    asked = {f"{owner}.{name}" for owner, name in _attributes(tree) if owner in ours and _is_private(name)}
+    return asked | {alias.name for alias in imports if _is_private(alias.name)}
+
+
+@functools.cache
+def used_names():
+    """Every name that the package's source reads anywhere, also as a text that is one (`__getattr__`, `getattr`)."""
+    found = set()
+    for path in modules().values():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+                found.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                found.add(node.value)
+            elif isinstance(node, ast.alias) and node.asname:  # it goes on under another name
+                found.add(node.name)
+    return found
+
+
+def functions_and_classes(path):
+    """The names of all functions, methods and classes that a file defines, and of the constants of the module."""
+    tree = parse(path)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])  # of an assignment, with a type or without
+        yield from (each.id for target in targets if target for each in ast.walk(target) if isinstance(each, ast.Name))
+
+
 def private_modules(path):
     """The modules of others with a private part in their dotted name that a file imports."""
     modules_ = imported_modules(path, str(path))

@@ -47,6 +47,19 @@ FOR_ALL = {"guard", "printable", "reachability", "seams", "settings", "workers"}
 FOR_USERS = {"__init__", "health", "async_programs", "propagation", "testing"}
 MAX_LINES = 500  # rooms, not splinters: a file holds one whole idea
 MAX_ATTRIBUTES = 12  # more of them are an idea that has no name yet
+# Functions and constants that nothing in the source uses, and who does.
+CALLED_BY_OTHERS = {
+    "cli:list_commands": "click",
+    "evaluate.comparison:_repr_html_": "notebooks",
+    "evaluate.comparison:to_pandas": "users",
+    "evaluate.statistics:is_clear": "users, of the differences of a comparison",
+    "export.assemble.span_processor:activate": "MLflow, of its queue",
+    "export.assemble.span_processor:is_active": "MLflow, of its queue",
+    "requests.record:lm_calls_left_out": "users",
+    "seams.mlflow_processor:_should_enable_async_logging": "MLflow, of its exporter",
+    "spans.bounds:MARK_BYTES": "who measures what is stored: docstrings and tests speak of it",
+    "spans.secret_patterns:RULES": "the page on masking, which a test compares with it",
+}
 MODULES = source.modules()
 
 
@@ -157,6 +170,26 @@ def test_options_are_known_where_the_design_says(option, words):
     }
 
     assert named == found
+
+
+def test_private_names_stay_in_their_file():
+    """No file imports a name of ours that begins with an underscore, or reads one past the door of a module."""
+    taken = {name: source.taken_private_names(path) for name, path in MODULES.items()}
+
+    assert {} == {name: names for name, names in taken.items() if names}
+
+
+def test_nothing_is_left_without_a_caller():
+    """Each function, class and constant is used in the source, or it is one that others call."""
+    used = source.used_names()
+    idle = {
+        f"{name.removeprefix(f'{source.PACKAGE}.')}:{each}"
+        for name, path in MODULES.items()
+        for each in source.functions_and_classes(path)
+        if each not in used and not each.startswith(("__", "on_"))  # DSPy calls its handlers by name
+    }
+
+    assert {*CALLED_BY_OTHERS} == idle
 
 
 def test_test_files_have_names_of_their_own():

@@ -35,7 +35,7 @@ class Exchange:
     def __init__(self, asgi: AsgiScope, receive: Receive, send: Send, header: bytes) -> None:
         self.asgi = asgi
         self.scope: Scope | None = None
-        self._inbox = Inbox(receive, self._note_gone, may_ask=_header(asgi, b"expect") is None)
+        self._inbox = Inbox(receive, self._note_gone, may_ask=header_of(asgi, b"expect") is None)
         self._server_send = send
         self._header = header
         self._root_path = asgi.get("root_path", "")
@@ -155,11 +155,9 @@ def _effective_context(asgi: AsgiScope) -> Any | None:
     return state.get("effective_route_context") if isinstance(state, dict) else None
 
 
-def _header(asgi: AsgiScope, name: bytes) -> str | None:
+def header_of(asgi: AsgiScope, name: bytes) -> str | None:
+    """Return a header of the request; None where it has none of this name (in small letters)."""
     for key, value in asgi.get("headers") or ():
         if key.lower() == name:
             return str(value.decode("latin-1"))
     return None
-
-
-header = _header

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dspy_mlflow_async.asgi import lifespan
-from dspy_mlflow_async.asgi.http import App, AsgiScope, Exchange, Send, header
+from dspy_mlflow_async.asgi.http import App, AsgiScope, Exchange, Send, header_of
 from dspy_mlflow_async.asgi.receive_ahead import Receive
 from dspy_mlflow_async.asgi.websocket import Connection, ConnectionScope
 from dspy_mlflow_async.guard import guarded
@@ -178,7 +178,7 @@ def _from_header(argument: str, source: str | OfScope | None) -> OfScope | None:
 
 
 def _read(asgi: AsgiScope, name: bytes) -> str | None:
-    return header(asgi, name)
+    return header_of(asgi, name)
 
 
 def _header_name(argument: str, name: Any) -> bytes:

@@ -4,7 +4,6 @@ from dspy_mlflow_async.export.assemble.sampling import KEEPS
 from dspy_mlflow_async.export.counters import ExportStats
 from dspy_mlflow_async.export.installation import (
     count_sampled,
-    discard,
     flush,
     hold,
     install,
@@ -38,7 +37,6 @@ __all__ = [
     "ask",
     "before_leaving",
     "count_sampled",
-    "discard",
     "explain_rows",
     "flush",
     "hold",

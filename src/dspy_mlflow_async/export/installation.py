@@ -316,16 +316,6 @@ class _OnTheirWay:
         pipeline().current().store_waiting(uri)
 
 
-@guarded
-def discard(trace_id: str) -> None:
-    """Leave out a trace that is not written yet. It counts as ``sampled_out``.
-
-    Args:
-        trace_id: MLflow's id, ``tr-...``.
-    """
-    pipeline().current().assembler.discard(trace_id)
-
-
 def count_sampled() -> None:
     """Count a trace that was left out before its first span."""
     _counters.leave_out()

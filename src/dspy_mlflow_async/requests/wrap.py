@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from types import TracebackType
 from typing import Any, cast
 
 import dspy
@@ -113,35 +114,17 @@ class Wrapped:
         """Call the program, as a request."""
         if is_coroutine_function(self._program):
             return self.acall(*args, **kwargs)
-        scope = self._scope(args, kwargs)
-        error: BaseException | None = None
-        result: Any = None
-        scope.enter()
-        try:
-            result = self._program(*args, **kwargs)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            scope.leave()
-            scope.close(error, self._shown(result))
-        return result
+        call = _Call(self._scope(args, kwargs), self._shown)
+        with call:
+            call.result = self._program(*args, **kwargs)
+        return call.result
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program without blocking the event loop, as a request; a sync-only one runs in a worker thread."""
-        scope = self._scope(args, kwargs)
-        error: BaseException | None = None
-        result: Any = None
-        scope.enter()
-        try:
-            result = await call_async(self._program, *args, **kwargs)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            scope.leave()
-            scope.close(error, self._shown(result))
-        return result
+        call = _Call(self._scope(args, kwargs), self._shown)
+        with call:
+            call.result = await call_async(self._program, *args, **kwargs)
+        return call.result
 
     def stream(
         self,
@@ -194,6 +177,28 @@ class Wrapped:
 
     def _shown(self, result: Any) -> Any:
         return None if self._options.name is None else describe_outputs(self._program, result)
+
+
+class _Call:
+    """Block in which one call of a program runs, as a request.
+
+    Attributes:
+        result: What the call returns, once it has.
+    """
+
+    def __init__(self, scope: Scope, shown: Callable[[Any], Any]) -> None:
+        self.result: Any = None
+        self._scope = scope
+        self._shown = shown
+
+    def __enter__(self) -> None:
+        self._scope.enter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._scope.leave()
+        self._scope.close(error, self._shown(self.result))
 
 
 class _Callee:

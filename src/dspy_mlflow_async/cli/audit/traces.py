@@ -14,7 +14,7 @@ from dspy_mlflow_async.seams.mlflow_rows import SpanRow, TraceRow
 from dspy_mlflow_async.spans.secret_texts import mask
 
 INPUTS, OUTPUTS, USAGE = "mlflow.spanInputs", "mlflow.spanOutputs", "mlflow.chat.tokenUsage"
-SECOND, MILLISECOND = 1_000_000_000, 1_000_000  # in nanoseconds
+MILLISECOND = 1_000_000  # in nanoseconds
 _MAX_DEPTH = 200
 
 

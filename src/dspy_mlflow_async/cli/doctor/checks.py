@@ -188,7 +188,7 @@ def tracer() -> Iterator[Finding]:
         return
     from dspy_mlflow_async import composition, stats
 
-    if composition._installation.settings is None:
+    if composition.current_settings() is None:
         yield Finding(Level.NOTE, "tracer", "off in this process; dspy_mlflow_async.autolog() switches it on.")
         return
     if not composition.is_installed():

@@ -264,14 +264,12 @@ class TraceAssembler:
     def _discards(self, entry: OpenTrace, trace: Any) -> bool:
         """Decide on a whole trace, once; later spans of one that was discarded go the same way."""
         sampling = entry.sampling
-        if entry.is_late or sampling.is_discarded or sampling.keeps is None:
-            is_discarded = sampling.is_discarded
-        else:
-            is_discarded = not is_kept(sampling.keeps, trace)
-        if is_discarded and not entry.is_late:
-            self._counters.move("waiting", "sampled_out")
-        sampling.is_discarded, sampling.keeps = is_discarded, None
-        return is_discarded
+        if not entry.is_late and sampling.keeps is not None:
+            sampling.is_discarded = not is_kept(sampling.keeps, trace)
+            if sampling.is_discarded:
+                self._counters.move("waiting", "sampled_out")
+        sampling.keeps = None
+        return sampling.is_discarded
 
     def _remember(self, entry: OpenTrace) -> None:
         if (earlier := self._recent.get(entry.identity.otel_id)) is not None:
@@ -334,7 +332,7 @@ class TraceAssembler:
         """Store what has ended of a trace that is still open; False where it is not shown."""
         entry.partial.at = now
         is_undecided = entry.sampling.keeps is not None and now - entry.began <= _ABANDONED_AFTER and not is_end
-        if is_undecided or entry.sampling.is_discarded:
+        if is_undecided:
             return False  # it may yet be left out
         if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.identity.trace_id) is None:
             self._counters.end()
@@ -453,13 +451,6 @@ class TraceAssembler:
         entry = self._by_trace_id.get(trace_id)
         if entry is not None and entry.ended_at is not None:
             self.complete(entry, force=True)
-
-    def discard(self, trace_id: str) -> None:
-        """Leave out a trace that is not handed on yet."""
-        with self._lock:
-            entry = self._by_trace_id.get(trace_id)
-            if entry is not None and not entry.is_late:
-                entry.sampling.is_discarded = True
 
     # --- the assembler as a whole ---
 
