@@ -115,7 +115,7 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
     installed = make(max_waiting_bytes=40_000)
     queue = installed.queue
     may_write, is_writing, is_over = threading.Event(), threading.Event(), threading.Event()
-    write = queue._writer.write
+    write = queue.writer.write
 
     def write_one_batch(items):
         may_go_on = is_over if is_writing.is_set() else may_write
@@ -123,7 +123,7 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
         may_go_on.wait(60)
         return write(items)
 
-    monkeypatch.setattr(queue._writer, "write", write_one_batch)
+    monkeypatch.setattr(queue.writer, "write", write_one_batch)
     has_begun = threading.Event()
     hurry = queue.hurry
     monkeypatch.setattr(queue, "hurry", lambda: (has_begun.set(), hurry()))

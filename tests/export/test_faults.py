@@ -107,7 +107,7 @@ def test_a_server_that_is_down_at_start(make, server):
     installed = make(uri=server.uri)
     server.kill()
     try:
-        rest_store = type(installed.queue._writer.client.store)
+        rest_store = type(installed.queue.writer.client.store)
         rest_store._get_server_version.cache_clear()  # this process is new, and has never seen the server
         ids = [call() for _ in range(10)]
         assert not export.flush(20)
@@ -116,9 +116,9 @@ def test_a_server_that_is_down_at_start(make, server):
 
     wait_until(lambda: export.flush(5), 60)
     assert arrived(installed, ids)
-    takes_batches = mlflow_store.supports_span_batches(installed.queue._writer.client)  # from MLflow 3.12 on
-    assert takes_batches is installed.queue._writer._takes_batches
-    assert installed.queue._writer._takes_spans
+    takes_batches = mlflow_store.supports_span_batches(installed.queue.writer.client)  # from MLflow 3.12 on
+    assert takes_batches is installed.queue.writer._takes_batches
+    assert installed.queue.writer._takes_spans
 
 
 def test_an_http_proxy_that_is_gone_and_comes_back(make, server, monkeypatch):
@@ -253,7 +253,7 @@ def test_what_comes_in_turns_is_written_together(make, proxy):
     assert export.flush(100)
     asked = Counter(request.split(b" ", 2)[1].rpartition(b"/")[2] for request, _ in proxy.answers)
     # 30 begun, and all spans in two batches where MLflow takes those (from 3.12 on).
-    spans = 2 if installed.queue._writer._takes_batches else 30
+    spans = 2 if installed.queue.writer._takes_batches else 30
     assert {b"traces": 30 + spans, b"assessments": 30, b"log-batch": 2} == asked
     assert arrived(installed, ids)
     assert [30, 30] == [len(client.get_metric_history(run_id, "score")) for run_id in runs]
@@ -330,7 +330,7 @@ def test_a_server_that_keeps_no_spans(make, tmp_path):
         ids = [call() for _ in range(3)]
         assert export.flush(100)
         assert arrived(installed, ids)
-        assert not installed.queue._writer._takes_spans
+        assert not installed.queue.writer._takes_spans
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -341,7 +341,7 @@ def test_a_lane_that_ends_without_a_word(make, server, monkeypatch):
     ids = [call()]
     assert export.flush(100)
     installed.stop_writing()
-    writer, start, broken, verdicts = installed.queue._writer, Writer._start, [], {}
+    writer, start, broken, verdicts = installed.queue.writer, Writer._start, [], {}
     write = writer.write
 
     def end_some(self, item):
@@ -407,7 +407,7 @@ def test_a_refusal_goes_to_the_dead_letters(sqlite):
 def test_one_bad_record_does_not_hold_up_the_others(sqlite, monkeypatch):
     """A record that fails again and again while others are stored goes to the dead letters."""
     monkeypatch.setattr(pending, "_SUSPICIONS", 3)
-    writer = sqlite.queue._writer
+    writer = sqlite.queue.writer
     log_spans = type(writer)._log_spans
 
     def fail_for_bad(self, experiment_id, spans):
@@ -545,7 +545,7 @@ def test_run_operations_keep_their_order(sqlite):
     client = mlflow.tracking.MlflowClient(sqlite.uri)
     one, two = (client.create_run(sqlite.experiment_id).info.run_id for _ in range(2))
     writer = export.run_writer(None)
-    urgent = sqlite.queue.synchronous._writer
+    urgent = sqlite.queue.synchronous.writer
     writer.log(one, metrics=[Metric("m", 1, 1, 0)], params=[Param(f"p{n}", "1") for n in range(150)])
     assert writer.settle(one)
     sqlite.stop_writing()
@@ -574,7 +574,7 @@ def queueing_outcome(item):
 def test_the_process_ends_while_the_store_takes_a_batch(sqlite, monkeypatch, first):
     """Whoever is first, each trace is counted once, nothing is called lost, and the disk keeps what is not stored."""
     taking, go = threading.Event(), threading.Event()
-    write, queue = type(sqlite.queue._writer).write, sqlite.queue
+    write, queue = type(sqlite.queue.writer).write, sqlite.queue
 
     def slow_write(self, items):
         outcomes = write(self, items) if first == "the store answers" else None
@@ -582,7 +582,7 @@ def test_the_process_ends_while_the_store_takes_a_batch(sqlite, monkeypatch, fir
         assert go.wait(20)
         return outcomes or write(self, items)
 
-    monkeypatch.setattr(type(queue._writer), "write", slow_write)
+    monkeypatch.setattr(type(queue.writer), "write", slow_write)
     ids = [call() for _ in range(10)]
     assert not export.flush(0.2)
     assert taking.wait(20)
@@ -614,7 +614,7 @@ def test_two_threads_flush_at_once(sqlite):
 
 def test_what_follows_a_suspect_stays_behind_it(sqlite, monkeypatch):
     """Feedback that waits in memory behind a trace that fails for no clear reason is not sent first, and refused."""
-    writer = type(sqlite.queue._writer)
+    writer = type(sqlite.queue.writer)
     write_traces, failures = writer._write_traces, iter([ValueError("once")])
 
     def fail_once(self, items, statuses):
@@ -730,7 +730,7 @@ def test_flush_asks_for_itself(sqlite, monkeypatch):
     """An attempt that began before it, and fails while it waits, says nothing about now."""
     monkeypatch.setattr(store_queue, "ATTEMPTS", 1)
     monkeypatch.setattr(errors.Backoff, "pause", lambda self: 60.0)
-    writer, under_way, go = sqlite.queue._writer, threading.Event(), threading.Event()
+    writer, under_way, go = sqlite.queue.writer, threading.Event(), threading.Event()
     write = writer.write
 
     def away_once(items):
@@ -744,7 +744,7 @@ def test_flush_asks_for_itself(sqlite, monkeypatch):
     assert under_way.wait(30)
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(export.flush, 30)
-        wait_until(lambda: sqlite.queue._flushing)
+        wait_until(lambda: sqlite.queue.progress.is_awaited)
         go.set()
         assert flushed.result()
     assert arrived(sqlite, ids)

@@ -28,7 +28,7 @@ def run_id(sqlite, client):
 def held_up(sqlite, monkeypatch):
     """What says that a caller is writing, and what lets it go on."""
     writing, go = threading.Event(), threading.Event()
-    urgent = sqlite.queue.synchronous._writer
+    urgent = sqlite.queue.synchronous.writer
     write = urgent.write
 
     def slow_write(items):
@@ -170,7 +170,7 @@ def test_an_interrupted_caller_gives_back_what_he_has_taken(client, run_id, sqli
     sqlite.stop_writing()
     writer = export.run_writer(None)
     writer.log(run_id, metrics=[Metric("m", 1.0, 1, 0)])
-    monkeypatch.setattr(sqlite.queue.synchronous._writer, "write", interrupted)
+    monkeypatch.setattr(sqlite.queue.synchronous.writer, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sqlite.queue.synchronous.write_waiting(run_id, 5.0)
     sqlite.write_again()
@@ -186,4 +186,4 @@ def test_a_store_that_cannot_be_opened(run_id, sqlite, monkeypatch):
 
     monkeypatch.setattr(run_operations.mlflow_store, "client_of", away)
     items = [RunOperation(key=key, size=0, metrics=[Metric("m", 1.0, 1, 0)]) for key in (run_id, "another run")]
-    assert [Verdict.AWAY] * 2 == [outcome.verdict for outcome in sqlite.queue._writer.write(items)]
+    assert [Verdict.AWAY] * 2 == [outcome.verdict for outcome in sqlite.queue.writer.write(items)]

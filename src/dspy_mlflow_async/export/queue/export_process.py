@@ -161,7 +161,7 @@ class ProcessQueue(StoreQueue):
     def work(self) -> None:
         """Tell the child what is new, and note what it has done."""
         self.overflow.spill_all()
-        if self.overflow.disk.is_full:
+        if self.overflow.is_full:
             self._write_around()
         self._collect()
         if self.pending.spooled:

@@ -88,15 +88,15 @@ class Pipeline:
 
     def writes_ahead(self, uri: str) -> bool:
         """Return whether what has ended goes to the disk before anything else."""
-        return self.queue(uri).writes_ahead
+        return self.queue(uri).ahead.is_wanted
 
     def write_ahead(self, uri: str, operation: Operation) -> Reference | None:
         """Keep a copy of an operation on disk until the operation itself comes."""
-        return self.queue(uri).overflow.copy(operation, durable=self.options.durable)
+        return self.queue(uri).ahead.copy(operation)
 
     def discard_copy(self, uri: str, reference: Reference) -> None:
         """Forget a copy that nothing supersedes any more."""
-        self.queue(uri).overflow.discard_copy(reference)
+        self.queue(uri).ahead.discard(reference)
 
     def store(self, trace_id: str, timeout: float = 10.0) -> None:
         """Bring a trace that has ended to the store now, whoever holds it; what is there already costs nothing.
@@ -257,7 +257,7 @@ class Pipeline:
         root = spool_root(successor.options.spool_dir)
         for uri, queue in list(self.queues.items()):
             if queue.spool.folder.parent == root:
-                queue.options = successor.options
+                queue.renew(successor.options)
                 successor.queues[uri] = self.queues.pop(uri)
 
     def after_fork(self) -> None:

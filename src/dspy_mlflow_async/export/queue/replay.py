@@ -10,10 +10,13 @@ from pathlib import Path
 
 from dspy_mlflow_async.export.counters import Counted, TraceCounters
 from dspy_mlflow_async.export.options import ExportOptions, spool_root
-from dspy_mlflow_async.export.queue.pending import Pending
+from dspy_mlflow_async.export.queue.overflow import Overflow
+from dspy_mlflow_async.export.queue.pending import Pending, PendingOperations
+from dspy_mlflow_async.export.queue.settlement import Settlement
 from dspy_mlflow_async.export.queue.store_queue import StoreQueue
 from dspy_mlflow_async.export.spool import codec, dead_letters
 from dspy_mlflow_async.export.spool.dead_letters import DeadLetter
+from dspy_mlflow_async.export.spool.disk import Disk
 from dspy_mlflow_async.export.spool.follower import SegmentFollower
 from dspy_mlflow_async.export.spool.format import done_offsets, scan
 from dspy_mlflow_async.export.spool.paths import Lock, begun, read_file, segments_of, uri_of, why_refused
@@ -244,23 +247,57 @@ def _sum(one: ReplaySummary, other: ReplaySummary) -> ReplaySummary:
     )
 
 
+class _ReplaySettlement(Settlement):
+    """Settlement that counts what becomes of records, and keeps why some are left."""
+
+    def __init__(self, pending: PendingOperations, overflow: Overflow, disk: Disk) -> None:
+        super().__init__(pending, overflow, disk)
+        self.stored = self.traces = self.dead = 0
+        self.left: list[str] = []  # why records stay that are not tried again
+        self.reasons: dict[str, str] = {}  # why something of a key is left
+
+    def settle(self, entry: Pending, outcome: Outcome) -> None:
+        """Note what has become of an operation, and count it."""
+        super().settle(entry, outcome)
+        if outcome.verdict is Verdict.STORED:
+            self.stored += 1
+            self.traces += entry.counted == Counted.TRACE
+        elif outcome.verdict is not Verdict.REFUSED:
+            self.reasons[entry.key] = f"{type(outcome.error).__name__}: {outcome.error}"[:300]
+
+    def refuse(self, entry: Pending, outcome: Outcome) -> bool:
+        """Give up what the store never takes, and count it."""
+        is_dead = super().refuse(entry, outcome)
+        if is_dead:
+            self.dead += 1
+        else:
+            self.left.append(f"no dead letter can be written: {outcome.error}"[:300])
+        return is_dead
+
+    def leave_alone(self, entry: Pending, error: codec.UnreadableError) -> None:
+        """Keep a record that this version cannot read, and say so."""
+        super().leave_alone(entry, error)
+        if entry.reference is not None:
+            self.left.append(f"{entry.reference.segment.name}: {error}")
+
+
 class _ReplayQueue(StoreQueue):
     """Queue over what others have left in a spool, written in the thread of whoever asks for it."""
+
+    settlement: _ReplaySettlement
+    settles = _ReplaySettlement
 
     def __init__(self, folder: Path, uri: str) -> None:
         self._follower = SegmentFollower(folder, counts=True, follows_living=False)
         super().__init__(ExportOptions(), TraceCounters(), uri, Spool(folder, uri, follower=self._follower))
         self._skipped = 0
-        self._stored = self._traces = self._dead = 0
-        self._left: list[str] = []  # why records stay that are not tried again
-        self._reasons: dict[str, str] = {}  # why something of a key is left
         self._round = 0  # how often each suspect has been tried
         self._pauses = Backoff()
 
     @property
     def done(self) -> int:
         """Number of records dealt with."""
-        return self._stored + self._dead
+        return self.settlement.stored + self.settlement.dead
 
     def find(self) -> None:
         """Take what nobody else has, with its locks."""
@@ -287,40 +324,19 @@ class _ReplayQueue(StoreQueue):
         self.availability.begin()
         return self._write_batch()
 
-    def settle(self, entry: Pending, outcome: Outcome) -> None:
-        """Note what has become of an operation, and count it."""
-        super().settle(entry, outcome)
-        if outcome.verdict is Verdict.STORED:
-            self._stored += 1
-            self._traces += entry.counted == Counted.TRACE
-        elif outcome.verdict is not Verdict.REFUSED:
-            self._reasons[entry.key] = f"{type(outcome.error).__name__}: {outcome.error}"[:300]
-
-    def _refused(self, entry: Pending, outcome: Outcome) -> bool:
-        is_dead = super()._refused(entry, outcome)
-        if is_dead:
-            self._dead += 1
-        else:
-            self._left.append(f"no dead letter can be written: {outcome.error}"[:300])
-        return is_dead
-
-    def _leave_alone(self, entry: Pending, error: codec.UnreadableError) -> None:
-        super()._leave_alone(entry, error)
-        if entry.reference is not None:
-            self._left.append(f"{entry.reference.segment.name}: {error}")
-
     def _found_away(self, error: Exception | None) -> None:  # noqa: ARG002 - whoever asked is told in the end
         self.availability.pause(self.availability.fail())
 
     def summary(self) -> ReplaySummary:
         """Return what has been done so far."""
-        reasons = sorted({reason for key, reason in self._reasons.items() if self.pending.has(key)})
+        found = self.settlement
+        reasons = sorted({reason for key, reason in found.reasons.items() if self.pending.has(key)})
         return ReplaySummary(
-            stored=self._stored,
-            traces=self._traces,
-            dead=self._dead,
-            left=len(self.pending) + len(self._left),
+            stored=found.stored,
+            traces=found.traces,
+            dead=found.dead,
+            left=len(self.pending) + len(found.left),
             damaged=self._follower.damaged,
             skipped=self._skipped,
-            errors=tuple(dict.fromkeys((*self._left, *reasons))),
+            errors=tuple(dict.fromkeys((*found.left, *reasons))),
         )

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from dspy_mlflow_async.export import worker_processes
 from dspy_mlflow_async.export.operations import Operation, RunOperation
 from dspy_mlflow_async.export.queue.availability import ATTEMPTS, Availability
-from dspy_mlflow_async.export.queue.overflow import Overflow, not_shown
+from dspy_mlflow_async.export.queue.overflow import Overflow
 from dspy_mlflow_async.export.queue.pending import Pending, PendingOperations
-from dspy_mlflow_async.export.queue.synchronous import SynchronousWriter
-from dspy_mlflow_async.export.queue.worker import Worker
-from dspy_mlflow_async.export.spool import codec
-from dspy_mlflow_async.export.write.errors import Outcome, Verdict
+from dspy_mlflow_async.export.queue.settlement import Settlement
+from dspy_mlflow_async.export.queue.synchronous import SECONDS, SynchronousWriter
+from dspy_mlflow_async.export.queue.worker import Progress, Worker
+from dspy_mlflow_async.export.queue.write_ahead import WriteAhead
+from dspy_mlflow_async.export.spool.disk import Disk
+from dspy_mlflow_async.export.write.errors import Verdict
 from dspy_mlflow_async.export.write.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from dspy_mlflow_async.export.counters import TraceCounters
     from dspy_mlflow_async.export.operations import Reference
@@ -43,38 +43,47 @@ class StoreQueue:
 
     Attributes:
         options: How it works.
-        uri: The store.
+        spool: The spool that it overflows to.
         pending: What waits.
-        overflow: The disk beneath it.
         availability: Whether the store is there.
+        progress: What has been written, for those who wait for it.
+        ahead: Copies on disk of what waits elsewhere.
+        overflow: The disk beneath what waits.
+        settlement: What becomes of what was in hand.
+        writer: Writes for the worker.
         synchronous: Writes for callers who wait.
         worker: The thread that empties it.
     """
+
+    settles: ClassVar[type[Settlement]] = Settlement
 
     def __init__(
         self, options: ExportOptions, counters: TraceCounters, uri: str, spool: Spool, *, copies: Spool | None = None
     ) -> None:
         self.options = options
-        self.uri = uri
+        self.spool = spool
         self.pending = PendingOperations(counters)
         self.availability = Availability()
-        self.synchronous = SynchronousWriter(self)
-        self.overflow = Overflow(self.pending, spool, copies)
-        self._writer = Writer(uri)
+        self.progress = Progress()
+        disk = Disk(spool)
+        self.ahead = WriteAhead(options, disk, disk if copies is None else Disk(copies))
+        self.overflow = Overflow(self.pending, disk, self.ahead, keeps_partial=copies is not None)
+        self.settlement = self.settles(self.pending, self.overflow, disk)
+        self.writer = Writer(uri)
+        self.synchronous = SynchronousWriter(
+            Writer(uri, request_seconds=SECONDS, may_try_rows=False),
+            self.pending,
+            self.settlement,
+            self.availability,
+            self.progress,
+            self,
+        )
         self.worker = Worker(self.work, self.next_wait)
-        self._progress = threading.Condition()
-        self._flushing = 0  # how many callers wait
         self._adopt_at = 0.0  # monotonic
 
-    @property
-    def spool(self) -> Spool:
-        """Spool that it overflows to."""
-        return self.overflow.disk.spool
-
-    @property
-    def writes_ahead(self) -> bool:
-        """Return whether what has ended goes to the disk before anything else."""
-        return self.options.durable or worker_processes.may_end_unheard()
+    def renew(self, options: ExportOptions) -> None:
+        """Work by other options from now on."""
+        self.options = self.ahead.options = options
 
     # --- the caller's side ---
 
@@ -92,7 +101,8 @@ class StoreQueue:
         self.worker.wake()
 
     def _write_ahead(self, operation: Operation) -> None:
-        self.overflow.write_ahead(operation, is_wanted=self.writes_ahead, durable=self.options.durable)
+        if not self.overflow.is_partial(operation):
+            self.ahead.write(operation)
 
     def take_back(self, entries: list[Pending]) -> None:
         """Queue what a caller has had in hand and could not bring to the store."""
@@ -108,11 +118,6 @@ class StoreQueue:
         """Write what waits without lingering, for a caller who waits for some of it."""
         self.worker.hurry()
         self.worker.wake()
-
-    def wait_for_progress(self, seconds: float) -> None:
-        """Wait until something was written, at most so long."""
-        with self._progress:
-            self._progress.wait(seconds)
 
     # --- the writer's thread ---
 
@@ -137,21 +142,19 @@ class StoreQueue:
         self._notify()
 
     def _notify(self) -> None:
-        with self._progress:
-            if not self._flushing and 2 * self.pending.size <= self.options.max_waiting_bytes:
-                self.worker.take_time()
-            self._progress.notify_all()
+        is_light = 2 * self.pending.size <= self.options.max_waiting_bytes
+        self.progress.note(otherwise=self.worker.take_time if is_light else None)
 
     def _write_batch(self, *, from_disk: bool = True) -> bool:
         batch = self.pending.take(_BATCH_ITEMS, _BATCH_BYTES, from_disk=from_disk)
         if not batch:
             return False
         try:
-            held = [(entry, operation) for entry in batch if (operation := self._operation_of(entry)) is not None]
+            held = self.settlement.held(batch)
             entries = {id(operation): entry for entry, operation in held}
-            outcomes = self._writer.write([operation for _, operation in held]) if held else []
+            outcomes = self.writer.write([operation for _, operation in held]) if held else []
             for outcome in outcomes:
-                self.settle(entries[id(outcome.operation)], outcome)
+                self.settlement.settle(entries[id(outcome.operation)], outcome)
         finally:
             self.pending.release(batch)
         if any(outcome.verdict is Verdict.AWAY for outcome in outcomes):
@@ -161,61 +164,6 @@ class StoreQueue:
             if any(outcome.verdict is Verdict.STORED for outcome in outcomes):
                 self._adopt()
         return True
-
-    def _operation_of(self, entry: Pending) -> Operation | None:
-        """Return the operation of an entry, from the disk if need be; None where it cannot be had any more."""
-        operation, reference = entry.operation, entry.reference
-        if operation is not None or reference is None:
-            return operation
-        try:
-            operation = self.overflow.disk.load(reference)
-        except codec.UnreadableError as error:
-            self._leave_alone(entry, error)
-            return None
-        if operation is None:
-            self.pending.finish(entry, "dropped")
-            self.spool.done([reference], stored=False)
-        return operation
-
-    def _leave_alone(self, entry: Pending, error: codec.UnreadableError) -> None:  # noqa: ARG002 - for those who report
-        """Keep a record on disk that this version cannot read, and wait for it no longer."""
-        self.pending.finish(entry, None)
-
-    def settle(self, entry: Pending, outcome: Outcome) -> None:
-        """Note what has become of an operation that was in hand; where the store is away, it goes on waiting."""
-        operation = outcome.operation
-        if outcome.verdict is Verdict.STORED:
-            self.pending.note_success(entry)
-            self.pending.finish(entry, "stored")
-            self.overflow.disk.forget(operation, stored=True)
-        elif outcome.verdict is Verdict.AWAY:
-            return
-        elif self.overflow.is_partial(operation):
-            if outcome.verdict is Verdict.SUSPECT:
-                not_shown(operation)
-            self.pending.finish(entry, None)
-        elif outcome.verdict is Verdict.SUSPECT and not self.pending.suspect(entry):
-            for waiting in self.pending.residents_of(operation.key):
-                self.overflow.spill(waiting)
-        else:
-            self._refused(entry, outcome)
-
-    def _refused(self, entry: Pending, outcome: Outcome) -> bool:
-        """Give up what the store never takes; where there can be no dead letter, its record stays in the spool.
-
-        Returns:
-            Whether it is a dead letter.
-        """
-        operation = outcome.operation
-        if isinstance(operation, RunOperation) and operation.write_status is not None:
-            operation.write_status.was_refused = True
-        is_kept = self.overflow.disk.dead_letter(operation, f"{type(outcome.error).__name__}: {outcome.error}")
-        if not is_kept and self.overflow.spill(entry):
-            self.pending.finish(entry, None)
-            return False
-        self.pending.finish(entry, "dead" if is_kept else "dropped")
-        self.overflow.disk.forget(operation, stored=False)
-        return is_kept
 
     def _found_away(self, error: Exception | None) -> None:
         """Try again soon, and after some attempts bring what waits to safety."""
@@ -239,8 +187,7 @@ class StoreQueue:
     def _give_up(self) -> None:
         """Let those who flush know that trying does not help now."""
         self.availability.give_up()
-        with self._progress:
-            self._progress.notify_all()
+        self.progress.note()
 
     # --- the spool ---
 
@@ -277,37 +224,25 @@ class StoreQueue:
         Returns:
             Whether all of it is stored.
         """
-        with self._progress:
-            self._flushing += 1
         attempts, suspected, last = self.availability.attempts, self.pending.times_suspect, self.pending.last
-        try:
-            self.hurry()
-            if not self.is_empty():
-                self.worker.start()
-            if not self.worker.is_running:  # the interpreter shuts down
-                self.work()
-            return self._wait_for(
-                last,
-                deadline,
-                is_useless=lambda: (
-                    self.availability.away_at > attempts
-                    or (self.pending.times_suspect != suspected and self.pending.has_only_suspects(last))
-                ),
-            )
-        finally:
-            with self._progress:
-                self._flushing -= 1
-            self._notify()
 
-    def _wait_for(self, last: int, deadline: float | None, *, is_useless: Callable[[], bool]) -> bool:
-        """Wait until nothing is left of what came up to number ``last``, or waiting is of no use."""
-        with self._progress:
-            while not self.pending.is_done_with(last):
-                left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
-                if left <= 0 or is_useless() or (self.worker.is_stopped and not self.worker.is_running):
-                    return False
-                self._progress.wait(left)
-            return True
+        def is_useless() -> bool:
+            return (
+                self.availability.away_at > attempts
+                or (self.pending.times_suspect != suspected and self.pending.has_only_suspects(last))
+                or (self.worker.is_stopped and not self.worker.is_running)
+            )
+
+        try:
+            with self.progress.awaited():
+                self.hurry()
+                if not self.is_empty():
+                    self.worker.start()
+                if not self.worker.is_running:  # the interpreter shuts down
+                    self.work()
+                return self.progress.wait_for(lambda: self.pending.is_done_with(last), deadline, is_useless)
+        finally:
+            self._notify()
 
     def hurry(self) -> None:
         """Try everything now, whatever pause was meant to be kept."""
@@ -318,7 +253,7 @@ class StoreQueue:
     def prepare_for_end(self) -> None:
         """Let no caller wait for the store any more, and keep what is shown of open traces: no more may come."""
         self.availability.lets_wait = False
-        self.overflow.keeps_partial = True
+        self.overflow.keep_partial()
 
     def save_everything(self) -> int:
         """Bring all that waits, in flight or not, to the disk. For the end of the process.
@@ -328,8 +263,9 @@ class StoreQueue:
         """
         self.worker.stop()
         self.overflow.close()
+        self.ahead.close()
         return self.pending.spooled
 
     def after_fork(self) -> None:
         """Leave what is on disk and what is locked to the parent, in a forked child."""
-        self.overflow.after_fork()
+        self.ahead.after_fork()

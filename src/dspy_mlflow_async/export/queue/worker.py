@@ -1,11 +1,12 @@
-"""Worker thread that empties a queue."""
+"""Worker thread that empties a queue, and its progress, for those who wait for it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 logger = logging.getLogger("dspy_mlflow_async")
 
@@ -97,3 +98,53 @@ class Worker:
             except Exception:
                 logger.exception("dspy-mlflow-async: the export queue failed; it goes on")
                 self.pause(1.0)
+
+
+class Progress:
+    """Progress of a queue: told by whoever writes, and waited for by those who flush, or want one operation stored."""
+
+    def __init__(self) -> None:
+        self._made = threading.Condition()
+        self._flushing = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Return whether somebody flushes."""
+        return self._flushing > 0
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Count the caller among those who flush."""
+        with self._made:
+            self._flushing += 1
+        try:
+            yield
+        finally:
+            with self._made:
+                self._flushing -= 1
+
+    def note(self, otherwise: Callable[[], None] | None = None) -> None:
+        """Tell those who wait that something was done.
+
+        Args:
+            otherwise: Called where nobody flushes, and before anybody can begin to.
+        """
+        with self._made:
+            if otherwise is not None and not self._flushing:
+                otherwise()
+            self._made.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something was done, at most so long."""
+        with self._made:
+            self._made.wait(seconds)
+
+    def wait_for(self, is_done: Callable[[], bool], deadline: float | None, is_useless: Callable[[], bool]) -> bool:
+        """Wait until it is done, waiting is of no use, or the deadline (monotonic) is over; return whether it is."""
+        with self._made:
+            while not is_done():
+                left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
+                if left <= 0 or is_useless():
+                    return False
+                self._made.wait(left)
+            return True

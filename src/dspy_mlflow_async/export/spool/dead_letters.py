@@ -85,7 +85,7 @@ def revive(folder: Path, uri: str, is_wanted: Callable[[DeadLetter], bool]) -> i
         if wanted:
             spool = Spool(folder, uri)
             for record in wanted:
-                spool.put(record, key="", counted=0, durable=record is wanted[-1])
+                spool.put(record, key="", counted=0, sync=record is wanted[-1])
             spool.close()
             _replace(folder / _NAME, b"".join(kept), handle)
         return len(wanted)

@@ -25,12 +25,12 @@ class Disk:
         self._is_warned = False
         self._is_warned_of_others = False
 
-    def save(self, operation: Operation, *, durable: bool = False, is_needed: bool = True) -> bool:
+    def save(self, operation: Operation, *, sync: bool = False, is_needed: bool = True) -> bool:
         """Write an operation, unless it is there already.
 
         Args:
             operation: What to write.
-            durable: Return only when it would survive a power cut.
+            sync: Return only when it would survive a power cut.
             is_needed: Whether anything is lost where the disk does not take it; else nobody is warned.
 
         Returns:
@@ -44,7 +44,7 @@ class Disk:
                 return False
             try:
                 operation.reference = self.spool.put(
-                    payload, key=operation.key, counted=operation.counted, durable=durable, is_vital=operation.is_vital
+                    payload, key=operation.key, counted=operation.counted, sync=sync, is_vital=operation.is_vital
                 )
                 self.is_full = False
             except OSError as error:

@@ -174,14 +174,14 @@ class Spool:
         self._current: _Segment | None = None
         self._mine: dict[Path, _Segment] = {}  # the current one, and those before it that are needed
 
-    def put(self, payload: bytes, *, key: str, counted: int, durable: bool = False, is_vital: bool = True) -> Reference:
+    def put(self, payload: bytes, *, key: str, counted: int, sync: bool = False, is_vital: bool = True) -> Reference:
         """Append a record.
 
         Args:
             payload: The record, encoded.
             key: What it belongs to; kept with the reference.
             counted: What of the counters it carries; kept with the reference.
-            durable: Return only when it would survive a power cut, as after ``sync``.
+            sync: Return only when it would survive a power cut, as after ``sync``.
             is_vital: Whether the reserve of the quota is for it, too.
 
         Raises:
@@ -195,7 +195,7 @@ class Spool:
             if segment is None or segment.written >= _SEGMENT_BYTES:
                 segment = self._open_segment()
             reference = Reference(segment.path, segment.append(line), len(line), key, counted)
-        if durable:
+        if sync:
             self.sync(reference)
         return reference
 
