@@ -11,8 +11,8 @@ from mlflow.tracking import fluent
 from runtools import TIMEOUT, Program, Turns, evaluate, in_to_thread, markers
 
 import dspy_mlflow_async
+from dspy_mlflow_async import export
 from dspy_mlflow_async.runs import active_runs, run_block
-from dspy_mlflow_async.seams import mlflow_runs as seam
 
 
 def test_a_block_is_a_run(runs):
@@ -170,14 +170,14 @@ async def test_cancelled_while_it_is_created_leaves_no_run_behind(runs, monkeypa
     may_create = threading.Event()
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
-    create = seam.create_run
+    create = export.create_run
 
     def slow(*args):
         loop.call_soon_threadsafe(asked.set)
         may_create.wait(TIMEOUT)
         return create(*args)
 
-    monkeypatch.setattr(seam, "create_run", slow)
+    monkeypatch.setattr(export, "create_run", slow)
     entered = []
 
     async def task():

@@ -253,7 +253,7 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     monkeypatch.setattr(store_runs, "ASK_SECONDS", 0.05)
     may_create, is_created = threading.Event(), threading.Event()
-    create = selection.mlflow_runs.create_run
+    create = selection.export.create_run
 
     def slow(*arguments):
         may_create.wait(TIMEOUT)
@@ -261,7 +261,7 @@ def test_a_run_created_too_late_is_the_evaluations(store, monkeypatch, caplog):
         is_created.set()
         return run
 
-    monkeypatch.setattr(selection.mlflow_runs, "create_run", slow)
+    monkeypatch.setattr(selection.export, "create_run", slow)
     result = evaluate("a")
     may_create.set()
     flush_all()
@@ -280,7 +280,7 @@ def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
     monkeypatch.setattr(store_runs, "ASK_SECONDS", 0.05)
     may_create = threading.Event()
-    create, delete = selection.mlflow_runs.create_run, mlflow.MlflowClient.delete_run
+    create, delete = selection.export.create_run, mlflow.MlflowClient.delete_run
     refusals = []
 
     def slow(*arguments):
@@ -293,7 +293,7 @@ def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
             raise mlflow.MlflowException("(sqlite3.OperationalError) database is locked")
         return delete(client, run_id)
 
-    monkeypatch.setattr(selection.mlflow_runs, "create_run", slow)
+    monkeypatch.setattr(selection.export, "create_run", slow)
     monkeypatch.setattr(mlflow.MlflowClient, "delete_run", busy)
     evaluate("a")
     flush_all()
@@ -311,13 +311,13 @@ def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
 def test_a_store_that_fails_is_asked_again(store, monkeypatch):
     """An error that is no refusal: the run is created a moment later, and the next evaluation has its run at once."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    create = selection.mlflow_runs.create_run
+    create = selection.export.create_run
 
     def fail(*arguments):
-        monkeypatch.setattr(selection.mlflow_runs, "create_run", create)
+        monkeypatch.setattr(selection.export, "create_run", create)
         raise mlflow.MlflowException("not today")
 
-    monkeypatch.setattr(selection.mlflow_runs, "create_run", fail)
+    monkeypatch.setattr(selection.export, "create_run", fail)
     evaluate("a")
     evaluate("b", metric_key="second")
     flush_all()
@@ -328,13 +328,13 @@ def test_a_store_that_fails_is_asked_again(store, monkeypatch):
 def test_a_store_that_refuses_is_asked_again(store, monkeypatch, caplog):
     """A refusal: said with the score, and the next evaluation has its run at once."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)
-    create = selection.mlflow_runs.create_run
+    create = selection.export.create_run
 
     def refuse(*arguments):
-        monkeypatch.setattr(selection.mlflow_runs, "create_run", create)
+        monkeypatch.setattr(selection.export, "create_run", create)
         raise mlflow.MlflowException("not today", error_code=INVALID_PARAMETER_VALUE)
 
-    monkeypatch.setattr(selection.mlflow_runs, "create_run", refuse)
+    monkeypatch.setattr(selection.export, "create_run", refuse)
     evaluate("a")
     evaluate("b", metric_key="second")
 

@@ -16,7 +16,7 @@ from dspy_mlflow_async.export.installation import (
 from dspy_mlflow_async.export.operations import Creation
 from dspy_mlflow_async.export.options import ExportOptions
 from dspy_mlflow_async.export.queue.replay import ReplayProgress, ReplaySummary, SpoolInfo, letters, replay, spools
-from dspy_mlflow_async.export.runs import ASK_SECONDS, RunWriter, ask, is_refusal, real_id, run_writer
+from dspy_mlflow_async.export.runs import ASK_SECONDS, RunWriter, ask, create_run, is_refusal, real_id, run_writer
 from dspy_mlflow_async.export.shutdown import before_leaving
 from dspy_mlflow_async.export.spool.dead_letters import DeadLetter
 from dspy_mlflow_async.export.write.late_runs import CREATION_TAG, is_stand_in, known, new_id
@@ -37,6 +37,7 @@ __all__ = [
     "ask",
     "before_leaving",
     "count_sampled",
+    "create_run",
     "explain_rows",
     "flush",
     "hold",

@@ -110,6 +110,19 @@ class RunWriter:
         return is_stored
 
 
+def create_run(creation: Creation, stand_in: str | None = None) -> Run:
+    """Create a run in MLflow's current store, now, in this thread.
+
+    Args:
+        creation: What it is created with.
+        stand_in: The id that stands for it where nobody waits for the answer any more.
+
+    Raises:
+        Exception: Where the store refuses or is not there.
+    """
+    return late_runs.create_run(mlflow_store.client_of(mlflow_store.resolve_tracking_uri()), creation, stand_in)
+
+
 def run_writer(tracking_uri: str | None) -> RunWriter:
     """Return a writer for the runs of a store.
 

@@ -96,14 +96,11 @@ class run:  # noqa: N801 - used like a function
             raise RuntimeError(f"run({self._name!r}) was entered before; each block needs a run() of its own")
 
     def _create(self) -> RunHandle:
-        parent = active_runs.innermost()
-        tags, experiment_id = dict(self._tags), self._experiment_id
+        parent, tags = active_runs.innermost(), self._tags
         if self._parent_run_id is not None:
-            tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = self._parent_run_id
-        elif parent is not None:
-            tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
-            experiment_id = experiment_id or parent.info.experiment_id
-        handle = RunHandle(mlflow_runs.create_run(self._name, experiment_id, tags), is_own=True)
+            parent, tags = None, tags | {mlflow_runs.MLFLOW_PARENT_RUN_ID: self._parent_run_id}
+        creation = selection.creation_here(self._name, parent=parent, tags=tags, experiment_id=self._experiment_id)
+        handle = selection.create_now(creation)
         selection.register(handle)
         return handle
 

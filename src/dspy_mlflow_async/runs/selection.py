@@ -32,6 +32,46 @@ def create(name: str | None, *, parent: Any | None = None, tags: Mapping[str, st
     return _owned(create_or_queue(name, parent=parent, tags=tags))
 
 
+def creation_here(
+    name: str | None,
+    *,
+    parent: Any | None = None,
+    tags: Mapping[str, str] | None = None,
+    experiment_id: str | None = None,
+) -> export.Creation:
+    """Return what a run that begins here is created with.
+
+    Args:
+        name: Its name; None for one that MLflow makes up.
+        parent: The run that it is a child of.
+        tags: Its tags.
+        experiment_id: Its experiment; by default the parent's, or the one in force here.
+    """
+    tags, experiment_name = mlflow_runs.resolve_tags(tags or {}), None
+    if parent is not None:
+        tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
+        is_known = not isinstance(parent, mlflow_runs.PendingRun)
+        experiment_id = experiment_id or (parent.info.experiment_id if is_known else parent.known_experiment_id)
+    if experiment_id is None:
+        experiment_id, experiment_name = mlflow_runs.experiment_here()
+    return export.Creation(
+        name=name,
+        experiment_id=experiment_id,
+        experiment_name=experiment_name,
+        tags=tags,
+        start_time_ms=int(time.time() * 1000),
+    )
+
+
+def create_now(creation: export.Creation, stand_in: str | None = None) -> RunHandle:
+    """Create a run in this thread.
+
+    Raises:
+        Exception: Where the store refuses or is not there.
+    """
+    return RunHandle(mlflow_runs.ActiveRun(export.create_run(creation, stand_in)), is_own=True)
+
+
 def create_or_queue(
     name: str | None, *, parent: Any | None = None, tags: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> RunHandle:
@@ -40,26 +80,8 @@ def create_or_queue(
     Raises:
         Exception: Where the store refuses.
     """
-    tags = mlflow_runs.resolve_tags(tags or {})
-    experiment_id, experiment_name = None if parent is None else parent.info.experiment_id, None
-    if isinstance(parent, mlflow_runs.PendingRun):
-        experiment_id = parent.known_experiment_id
-    if experiment_id is None:
-        experiment_id, experiment_name = mlflow_runs.experiment_here()
-    start_time_ms, stand_in = int(time.time() * 1000), export.new_id()
-    is_below_pending = False
-    if parent is not None:
-        tags[mlflow_runs.MLFLOW_PARENT_RUN_ID] = parent.info.run_id
-        is_below_pending = export.is_stand_in(parent.info.run_id)
+    creation, stand_in = creation_here(name, parent=parent, tags=tags), export.new_id()
     writer = export.run_writer(None)
-    creation = export.Creation(
-        name=name,
-        experiment_id=experiment_id,
-        experiment_name=experiment_name,
-        tags=tags,
-        start_time_ms=start_time_ms,
-    )
-    marked = tags | {export.CREATION_TAG: stand_in}
 
     def came_late(handle: RunHandle, why: BaseException) -> None:
         if isinstance(why, TimeoutError):  # we have gone on without
@@ -68,18 +90,15 @@ def create_or_queue(
             handle.end(run_status(why))
 
     try:
-        if not is_below_pending:
-            return export.ask(
-                lambda: RunHandle(mlflow_runs.create_run(name, experiment_id, marked, start_time_ms), is_own=True),
-                discard=came_late,
-                timeout=timeout,
-            )
+        if not export.is_stand_in(creation.tags.get(mlflow_runs.MLFLOW_PARENT_RUN_ID)):
+            return export.ask(lambda: create_now(creation, stand_in), discard=came_late, timeout=timeout)
     except Exception as error:
         if export.is_refusal(error):
             raise
         logger.info("The run %r is created in the background (%s).", name, error)
     writer.create(stand_in, creation)
-    return RunHandle(mlflow_runs.PendingRun(stand_in, experiment_id, name, start_time_ms, export.known), is_own=True)
+    run = mlflow_runs.PendingRun(stand_in, creation.experiment_id, name, creation.start_time_ms, export.known)
+    return RunHandle(run, is_own=True)
 
 
 def _resume(run_id: str, name: str | None, tags: Mapping[str, str] | None) -> RunHandle:

@@ -20,6 +20,7 @@ from mlflow.utils.workspace_context import get_request_workspace
 from dspy_mlflow_async.seams.listed import taken
 
 __all__ = [
+    "default_experiment_id",
     "experiment_here",
     "experiment_in_force",
     "experiment_of_trace",
@@ -27,7 +28,6 @@ __all__ = [
     "is_stand_in",
     "look_up",
     "real_experiment_id",
-    "store_experiment_id",
 ]
 
 # None with mlflow-tracing alone, which cannot import it.
@@ -62,12 +62,6 @@ def default_experiment_id() -> str | None:
         return str(DEFAULT_EXPERIMENT_ID)
     found = default_registry.get_experiment_id()
     return None if found is None else str(found)
-
-
-def store_experiment_id(client: Any) -> str | None:
-    """Return the experiment that a run gets here, by asking the store where only that can tell."""
-    experiment_id, name = experiment_here()
-    return look_up(client, name) if name is not None else experiment_id or default_experiment_id()
 
 
 def experiment_of_trace(root: Any, uri: str) -> str | None:

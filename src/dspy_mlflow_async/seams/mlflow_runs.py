@@ -23,7 +23,7 @@ from mlflow.tracking.fluent import ActiveRun  # `mlflow.ActiveRun`, which mlflow
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.mlflow_experiment import experiment_here, store_experiment_id
+from dspy_mlflow_async.seams.mlflow_experiment import experiment_here
 from dspy_mlflow_async.seams.mlflow_prices import cost_in_usd
 from dspy_mlflow_async.seams.mlflow_store import client_of, resolve_tracking_uri
 from dspy_mlflow_async.seams.patching import Undo, patch
@@ -60,20 +60,6 @@ def run_stack() -> Any:
 
 def _client() -> Any:
     return client_of(resolve_tracking_uri())
-
-
-def create_run(
-    name: str | None, experiment_id: str | None, tags: Mapping[str, str], start_time_ms: int | None = None
-) -> ActiveRun:
-    """Create a run as ``mlflow.start_run`` does, without making it active.
-
-    Raises:
-        MlflowException: Where the store refuses or is not there.
-    """
-    client = _client()
-    if experiment_id is None:
-        experiment_id = store_experiment_id(client)
-    return ActiveRun(client.create_run(experiment_id, start_time_ms, resolve_tags(tags), name))
 
 
 def resolve_tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""Runs whose creation has to wait: a stand-in id until the store has made them, and the real one from then on."""
+"""Creation of runs, also of those that have to wait: a stand-in id until the store has made them, then the real one."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlflow.entities import LifecycleStage, Run, ViewType
@@ -51,8 +52,26 @@ def keep(stand_in: str, run: Run) -> Run:
     return _runs.setdefault(stand_in, run)
 
 
+def create_run(client: MlflowClient, creation: Creation, stand_in: str | None = None) -> Run:
+    """Create a run, in whichever thread: all of ours are made here.
+
+    Args:
+        client: MLflow's client of the store.
+        creation: What it is created with.
+        stand_in: Noted on the run, so that another attempt finds it whose answer was lost; None where there is none.
+    """
+    return client.create_run(
+        _experiment_of(client, creation),
+        start_time=creation.start_time_ms,
+        tags=creation.tags if stand_in is None else creation.tags | {CREATION_TAG: stand_in},
+        run_name=creation.name,
+    )
+
+
 def create(client: MlflowClient, stand_in: str, creation: Creation) -> tuple[str, list[str]]:
-    """Create a run, unless an earlier attempt has, delete what was made besides, and give it the children before it.
+    """Create a run that had to wait, and give it the children that were there before it.
+
+    It is not created where an earlier attempt has done so, and what was made besides is deleted.
 
     Returns:
         Its id, and the traces that were stored before it and belong to it.
@@ -64,15 +83,9 @@ def create(client: MlflowClient, stand_in: str, creation: Creation) -> tuple[str
     found = _search(client, _condition(stand_in))
     run = known(stand_in) or (found[0] if found else None)
     if run is None:
-        tags = dict(creation.tags)
-        if _PARENT_TAG in tags:
-            tags[_PARENT_TAG] = real_id(client, tags[_PARENT_TAG])
-        run = client.create_run(
-            _experiment_of(client, creation),
-            start_time=creation.start_time_ms,
-            tags=tags | {CREATION_TAG: stand_in},
-            run_name=creation.name,
-        )
+        if (parent := creation.tags.get(_PARENT_TAG)) is not None:
+            creation = replace(creation, tags=creation.tags | {_PARENT_TAG: real_id(client, parent)})
+        run = create_run(client, creation, stand_in)
         found.append(run)
     run = keep(stand_in, run)
     for other in found:
@@ -148,9 +161,9 @@ def _search(client: MlflowClient, condition: str) -> list[Run]:
 
 
 def _experiment_of(client: MlflowClient, creation: Creation) -> str:
-    if creation.experiment_name is None:
-        return creation.experiment_id or "0"
-    return mlflow_experiment.look_up(client, creation.experiment_name)
+    if creation.experiment_name is not None:
+        return mlflow_experiment.look_up(client, creation.experiment_name)
+    return creation.experiment_id or mlflow_experiment.default_experiment_id() or "0"
 
 
 def _adopt(client: MlflowClient, stand_in: str, run: Run) -> list[str]:
