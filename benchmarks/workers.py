@@ -33,7 +33,7 @@ def contestant(workers: int | None, size: int, limit: int, api_base: str, uri: s
 
     import dspy_mlflow_async
     from dspy_mlflow_async import AsyncEvaluate
-    from dspy_mlflow_async.evaluate.elsewhere import Crew
+    from dspy_mlflow_async.evaluate.remote_examples import Crew
     from dspy_mlflow_async.remote import Processes
 
     os.chdir(tempfile.mkdtemp())

@@ -11,8 +11,10 @@ from dspy_mlflow_async.settings import Settings
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     """Nothing has failed yet, and errors are swallowed."""
-    monkeypatch.setattr(guard, "_errors_by_place", {})
+    guard.start_afresh()
     monkeypatch.delenv("DSPY_MLFLOW_ASYNC_STRICT")
+    yield
+    guard.start_afresh()
 
 
 def place(error=None):

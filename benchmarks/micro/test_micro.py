@@ -12,7 +12,7 @@ import dspy_mlflow_async
 from benchmarks.programs import ScriptedLM, make_question
 from dspy_mlflow_async.context import frame
 from dspy_mlflow_async.spans import describe
-from dspy_mlflow_async.spans.secret_texts import _masked, mask
+from dspy_mlflow_async.spans.secret_texts import mask, masked
 from dspy_mlflow_async.spans.serialize import Plain
 from dspy_mlflow_async.spans.usage import LmUsage
 
@@ -117,7 +117,7 @@ def test_mask(benchmark, kind, size):
     """The search of a text for secrets that has not been seen before; the results of the last ones are kept."""
     text = _TEXTS[kind][:size]
     assert len(text) == size
-    benchmark(_masked, text)
+    benchmark(masked, text)
 
     assert mask(text) == text
 

@@ -31,8 +31,13 @@ def is_strict() -> bool:
 
 def internal_errors() -> int:
     """Return the number of errors of its own that the tracer has swallowed in this process."""
+    return sum(errors_by_place().values())
+
+
+def errors_by_place() -> dict[str, int]:
+    """Return the number of errors that were swallowed, by the function that failed."""
     with _lock:
-        return sum(_errors_by_place.values())
+        return dict(_errors_by_place)
 
 
 def report(place: str, error: Exception) -> None:
@@ -57,6 +62,17 @@ def report(place: str, error: Exception) -> None:
         )
     if is_strict():
         raise error
+
+
+def start_afresh() -> None:
+    """Start afresh in a forked child: nothing has failed there yet, and nobody holds a lock."""
+    global _lock  # noqa: PLW0603 - one per process
+    _lock = threading.Lock()
+    _errors_by_place.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=start_afresh)
 
 
 def guarded(function: _Function) -> _Function:

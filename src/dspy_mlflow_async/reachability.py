@@ -20,7 +20,7 @@ _START = "start it with `mlflow server`, or correct MLFLOW_TRACKING_URI"
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """What a look at a store has found.
+    """Result of a look at a store.
 
     Attributes:
         problem: Why nothing can be stored there now, in a sentence without its full stop; None where it answers.

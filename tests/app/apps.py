@@ -1,6 +1,7 @@
 """Small services over small programs, and a server's side of them by hand."""
 
 import asyncio
+import time
 
 import httpx
 from fastapi import FastAPI
@@ -19,6 +20,11 @@ def fastapi(**options):
 
 def client(app, **options):
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app, **options), base_url="http://test")
+
+
+def unseen(function):
+    """The code of a function, of which nobody has been warned yet, however often a test runs in this process."""
+    return function.__code__.replace(co_name=f"at_{time.time_ns()}")
 
 
 def meta(trace, key):

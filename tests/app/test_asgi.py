@@ -4,11 +4,12 @@ import asyncio
 import ipaddress
 import logging
 from dataclasses import replace
+from types import FunctionType
 
 import httpx
 import mlflow
 import pytest
-from apps import asking_app, attribute, client, fastapi, meta, program
+from apps import asking_app, attribute, client, fastapi, meta, program, unseen
 from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.applications import Starlette
@@ -19,7 +20,6 @@ from starlette.routing import Mount, Route
 import dspy_mlflow_async
 from dspy_mlflow_async import wrap
 from dspy_mlflow_async.asgi import TracingMiddleware
-from dspy_mlflow_async.requests import options
 from dspy_mlflow_async.testing import tree
 from echo import chain_tree
 
@@ -416,10 +416,10 @@ def test_bad_settings_are_refused_at_the_start(settings, error, store_uri):
         TracingMiddleware(knows_no_lifespan, **settings)
 
 
-async def test_functions_that_raise_harm_nothing(traces, caplog, monkeypatch):
+async def test_functions_that_raise_harm_nothing(traces, caplog):
     """A request is answered and traced, whatever the service's own functions of the scope do."""
-    monkeypatch.setattr(options, "_warned", set())
-    broken = {"name": lambda scope: 1 / 0, "user": lambda scope: scope["nothing"], "tags": lambda scope: 5}
+    raising = {"name": lambda scope: 1 / 0, "user": lambda scope: scope["nothing"], "tags": lambda scope: 5}
+    broken = {name: FunctionType(unseen(function), {}) for name, function in raising.items()}
 
     async with client(asking_app(**broken)) as http:
         with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):

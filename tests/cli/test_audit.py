@@ -27,7 +27,7 @@ from dspy_mlflow_async.cli import app
 from dspy_mlflow_async.cli.audit.auditing import audit
 from dspy_mlflow_async.cli.audit.findings import MEANINGS, Kind
 from dspy_mlflow_async.cli.audit.store import Store
-from dspy_mlflow_async.seams import mlflow_rows
+from dspy_mlflow_async.seams import mlflow_bulk_reads
 from dspy_mlflow_async.seams.mlflow_store import renew_connections
 from echo import Chain, EchoLM
 
@@ -149,7 +149,7 @@ def test_what_ours_leaves(ours, case):
 def test_through_the_client(good, theirs, monkeypatch, experiment):
     """Where there are no tables to read, as with a server, MLflow's client gives the same findings."""
     by_rows = counts(theirs, experiment)
-    monkeypatch.setattr(mlflow_rows, "has_rows", lambda uri: False)
+    monkeypatch.setattr(mlflow_bulk_reads, "has_rows", lambda uri: False)
     assert by_rows == counts(theirs, experiment)
 
 

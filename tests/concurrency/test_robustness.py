@@ -32,7 +32,9 @@ HANDLERS = [name for name in dir(BaseCallback) if name.startswith("on_")]
 def forgiving(monkeypatch):
     """Internal errors are counted and logged, as in production, and this test may have some."""
     monkeypatch.delenv("DSPY_MLFLOW_ASYNC_STRICT")
-    monkeypatch.setattr(guard, "_errors_by_place", {})
+    guard.start_afresh()
+    yield
+    guard.start_afresh()
 
 
 class Raising(BaseCallback):
@@ -128,7 +130,7 @@ def test_a_fault_of_our_own(traces, forgiving, monkeypatch, caplog, broken):
     assert (["@a"] * 3, "@t") == (answers, found)
     assert guard.internal_errors() >= 1
     logged = [record for record in caplog.records if record.name == "dspy_mlflow_async"]
-    assert len(guard._errors_by_place) == len(logged)
+    assert len(guard.errors_by_place()) == len(logged)
     assert "ZeroDivisionError" in caplog.text
     assert_context_is_clean()
 

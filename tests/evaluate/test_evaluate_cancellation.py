@@ -16,7 +16,7 @@ from dspy_mlflow_async import AsyncEvaluate, aevaluate_all
 from dspy_mlflow_async.evaluate import fingerprint, journal, local_records, stored_runs
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
-from dspy_mlflow_async.runs.evaluation import Evaluation
+from dspy_mlflow_async.runs import selection
 from dspy_mlflow_async.runs.handle import RunHandle
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.testing import tree
@@ -252,7 +252,7 @@ async def test_cancelled_while_the_parent_is_ended(traces, runs, monkeypatch):
 async def test_cancelled_while_an_evaluation_is_closed(traces, runs, monkeypatch):
     """Its run ends KILLED, before the await raises, and not as what it was on the way to."""
     dspy_mlflow_async.autolog(silent=True, log_evals=True)
-    gate = Gate(monkeypatch, Evaluation, "_close")
+    gate = Gate(monkeypatch, selection, "close")
     task = asyncio.ensure_future(AsyncEvaluate(devset=examples(size=2), metric=is_right).acall(Answers()))
     await gate.cancel_there(task)
     await asyncio.sleep(0)  # the cancellation is delivered while the thread is at work

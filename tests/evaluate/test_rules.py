@@ -27,8 +27,8 @@ def limits(monkeypatch):
         limit_here.set(limit)
         return limit
 
-    time_limit = module._time_limit
-    monkeypatch.setattr(module, "_time_limit", noted)
+    time_limit = module.time_limit
+    monkeypatch.setattr(module, "time_limit", noted)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import socket
+import sys
 import threading
 
 import dspy
@@ -16,7 +17,6 @@ from small import examples, is_right
 
 import dspy_mlflow_async
 from dspy_mlflow_async import aevaluate_all, evaluate_all, reachability
-from dspy_mlflow_async.evaluate import comparison as comparisons
 from dspy_mlflow_async.evaluate import summary
 from dspy_mlflow_async.evaluate.comparison import CaseResult, CaseUsage, Comparison, ExampleCounts, Latency
 from dspy_mlflow_async.evaluate.statistics import Difference
@@ -80,7 +80,7 @@ def test_progress_is_on_standard_error(monkeypatch):
     monkeypatch.setattr(rich, "_console", Console())
     from dspy_mlflow_async.evaluate import progress
 
-    assert progress._console().stderr
+    assert progress.console_here().stderr
 
 
 RESULTS = Comparison(
@@ -98,10 +98,10 @@ RESULTS = Comparison(
 
 def test_a_table_follows_the_terminal(monkeypatch):
     """In 80 columns each case has one line, with what matters most; piped, nothing is cut or broken."""
-    monkeypatch.setattr(comparisons, "_is_terminal", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     narrow = str(RESULTS).splitlines()
-    monkeypatch.setattr(comparisons, "_is_terminal", lambda: False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     piped = str(RESULTS).splitlines()
 
     assert 80 >= max(map(len, narrow))

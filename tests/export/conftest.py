@@ -23,8 +23,8 @@ def spool_dir(tmp_path, monkeypatch):
 
 def settle():
     """Wait for pipelines of earlier tests, which count in the same books: a writer may outlive its pipeline's end."""
-    wait_until(lambda: not any(thread.is_alive() for _, thread in installing._closing), 30)
-    current = installing._pipeline
+    wait_until(lambda: not installing.closing(), 30)
+    current = installing.installed()
     writers = {thread for thread in threading.enumerate() if thread.name == "dspy-mlflow-async-writer"}
     for thread in writers - {queue.worker.thread for queue in (current.queues.values() if current else ())}:
         thread.join(30)
@@ -41,7 +41,7 @@ def make(store_uri, request):
         experiment_id = mlflow.create_experiment(f"{request.node.name}-{time.time_ns()}")
         mlflow.tracing.set_destination(MlflowExperimentLocation(experiment_id))
         settle()
-        installing._counters.reset()
+        installing.counters.reset()
         undo = export.install(export.ExportOptions(**options))
         undos.append(undo)
         return Installed(uri, experiment_id, undo)

@@ -8,7 +8,7 @@ from dspy_mlflow_async import export
 from dspy_mlflow_async.seams import mlflow_store
 
 SPANS, TRACES = b"/v1/traces", b"/mlflow/traces"
-pytestmark = pytest.mark.skipif(not mlflow_store._FINALIZES, reason="before MLflow 3.12 spans go first")
+pytestmark = pytest.mark.skipif(not mlflow_store.finalizes(), reason="before MLflow 3.12 spans go first")
 
 
 def arrived(installed, ids):

@@ -19,7 +19,8 @@ from stores import call, check_sum, span_processor, wait_until
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export import installation
-from dspy_mlflow_async.export.assemble import assembler, gc_deferred
+from dspy_mlflow_async.export.assemble import recent
+from dspy_mlflow_async.export.assemble.open_trace import OpenTrace
 from dspy_mlflow_async.export.operations import TraceOperation, TraceUpdate
 
 
@@ -148,16 +149,18 @@ def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
 
 def test_undone_after_the_collectors_callbacks_were_cleared(sqlite):
     """The list is everybody's: that ours is gone keeps nothing from being undone."""
-    gc.callbacks.remove(gc_deferred._note)
+    theirs = [each for each in gc.callbacks if not getattr(each, "__module__", "").startswith("dspy_mlflow_async")]
+    assert len(theirs) < len(gc.callbacks)
+    gc.callbacks[:] = theirs
     sqlite.undo()
     assert MlflowV3SpanExporter is type(span_processor().span_exporter)
 
 
 def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
-    """A generator that nobody has finished ends its spans wherever Python's assembler happens to run."""
+    """A generator that nobody has finished ends its spans wherever Python's garbage collector happens to run."""
 
     class Cycle:
-        """Left to the assembler."""
+        """Left to the garbage collector."""
 
     def generate(*spans):
         try:
@@ -173,8 +176,8 @@ def test_spans_that_the_collector_ends_while_we_hold_locks(sqlite):
     cycle.itself, cycle.generator = cycle, generate(child, other)
     next(cycle.generator)
     assembler = sqlite.pipeline.assembler
-    entry = assembler._by_trace_id[root.trace_id]
-    with assembler._lock, entry.children.lock, sqlite.queue.pending._lock:
+    (entry,) = (each for each in assembler.entries.values() if each.identity.trace_id == root.trace_id)
+    with assembler.lock, entry.children.lock, sqlite.queue.pending.lock:
         del cycle
         gc.collect()
     assert child.end_time_ns
@@ -250,7 +253,7 @@ def test_spans_that_outlive_the_bound_are_added(make):
 
 def test_spans_that_outlive_many_other_traces_are_added(make, monkeypatch):
     """What is still open is waited for, however many traces come and go meanwhile."""
-    monkeypatch.setattr(assembler, "_RECENT", 50)
+    monkeypatch.setattr(recent, "RECENT", 50)
     installed = make(children_timeout=0.2)
     with mlflow.start_span("root") as root:
         late = mlflow.start_span_no_context("late", parent_span=root)
@@ -382,16 +385,19 @@ def test_a_large_trace_and_a_large_output(sqlite):
 
 def test_nothing_stays_behind_in_memory(sqlite):
     """MLflow's trace manager forgets every trace, and the assembler keeps a bounded number of small records."""
+    ids = set()
     for _ in range(1200):
-        with mlflow.start_span("x"):
-            pass
+        with mlflow.start_span("x") as span:
+            ids.add(span.trace_id)
     assembler = sqlite.pipeline.assembler
 
     assert 0 == len(InMemoryTraceManager.get_instance()._traces)
     assert 0 == len(InMemoryTraceManager.get_instance()._otel_id_to_mlflow_trace_id)
-    assert 0 == len(assembler.entries) == len(assembler._by_trace_id)
-    assert 1000 == len(assembler._recent) == len(assembler._recent_by_trace_id)
-    assert all(not entry.trace.span_dict for entry in assembler._recent.values())
+    assert 0 == len(assembler.entries)
+    kept = [each for each in gc.get_objects() if isinstance(each, OpenTrace) and each.identity.trace_id in ids]
+    assert 1000 == len(assembler.recent) == len(kept)
+    assert all(assembler.recent.named(entry.identity.trace_id) is entry for entry in assembler.recent)
+    assert all(not entry.trace.span_dict for entry in assembler.recent)
     assert export.flush(110)
 
 
@@ -423,7 +429,7 @@ def test_remote_spans_are_stored(sqlite):
         with set_tracing_context_from_http_request_headers(headers), mlflow.start_span("server") as span:
             span.set_inputs(1)
 
-    sqlite.pipeline.assembler._recent.clear()  # as in a process that has not seen the root
+    sqlite.pipeline.assembler.recent.clear()  # as in a process that has not seen the root
     thread = threading.Thread(target=serve)
     thread.start()
     thread.join(10)
@@ -492,8 +498,8 @@ def test_holds_nest(sqlite):
 
 def test_feedback_does_not_overtake_a_trace_that_is_being_handed_on(sqlite, monkeypatch):
     """Feedback that comes in the very moment in which a flush hands its trace on is written after it, not refused."""
-    assembling = installation.pipeline().assembler
-    emit, order, is_said = assembling._emit, [], threading.Event()
+    pipeline = installation.pipeline()
+    assembling, emit, order, is_said = pipeline.assembler, pipeline.emit, [], threading.Event()
     is_handing_on = threading.Event()
 
     def emit_slowly(uri, item, is_sync):
@@ -504,7 +510,7 @@ def test_feedback_does_not_overtake_a_trace_that_is_being_handed_on(sqlite, monk
         order.append(type(item))
         is_said.set()
 
-    monkeypatch.setattr(assembling, "_emit", emit_slowly)
+    monkeypatch.setattr(pipeline, "emit", emit_slowly)
     with mlflow.start_span("root") as root:
         export.hold(root.trace_id)
     handing_on = threading.Thread(target=assembling.hand_on, args=(root.trace_id,))

@@ -28,14 +28,14 @@ from sqlalchemy.pool import QueuePool
 from stores import call, read, wait_until
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.export.operations import TraceOperation
 from dspy_mlflow_async.export.queue import pending, store_queue
 from dspy_mlflow_async.export.queue.pipeline import Pipeline
 from dspy_mlflow_async.export.spool import segments as spools
 from dspy_mlflow_async.export.spool.format import scan
 from dspy_mlflow_async.export.spool.paths import segments_of
-from dspy_mlflow_async.export.write import errors
+from dspy_mlflow_async.export.write import errors, prepare
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, classify
-from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.seams.mlflow_http import Status
 from dspy_mlflow_async.workers import map_concurrently
@@ -117,8 +117,8 @@ def test_a_server_that_is_down_at_start(make, server):
     wait_until(lambda: export.flush(5), 60)
     assert arrived(installed, ids)
     takes_batches = mlflow_store.supports_span_batches(installed.queue.writer.client)  # from MLflow 3.12 on
-    assert takes_batches is installed.queue.writer._takes_batches
-    assert installed.queue.writer._takes_spans
+    assert takes_batches is installed.queue.writer.takes_batches
+    assert installed.queue.writer.takes_spans
 
 
 def test_an_http_proxy_that_is_gone_and_comes_back(make, server, monkeypatch):
@@ -253,7 +253,7 @@ def test_what_comes_in_turns_is_written_together(make, proxy):
     assert export.flush(100)
     asked = Counter(request.split(b" ", 2)[1].rpartition(b"/")[2] for request, _ in proxy.answers)
     # 30 begun, and all spans in two batches where MLflow takes those (from 3.12 on).
-    spans = 2 if installed.queue.writer._takes_batches else 30
+    spans = 2 if installed.queue.writer.takes_batches else 30
     assert {b"traces": 30 + spans, b"assessments": 30, b"log-batch": 2} == asked
     assert arrived(installed, ids)
     assert [30, 30] == [len(client.get_metric_history(run_id, "score")) for run_id in runs]
@@ -282,7 +282,7 @@ def test_the_metrics_of_an_outage_are_sent_together(make, proxy):
     assert list(range(60)) == sorted(metric.step for metric in client.get_metric_history(run_id, "score"))
 
 
-@pytest.mark.skipif(not mlflow_store._FINALIZES, reason="before MLflow 3.12 spans go first, trace by trace")
+@pytest.mark.skipif(not mlflow_store.finalizes(), reason="before MLflow 3.12 spans go first, trace by trace")
 def test_a_server_far_away_is_asked_several_things_at_once(make, proxy):
     """What a long way costs is paid once for several traces, not once for each of them."""
     installed = make(uri=proxy.uri)
@@ -330,25 +330,25 @@ def test_a_server_that_keeps_no_spans(make, tmp_path):
         ids = [call() for _ in range(3)]
         assert export.flush(100)
         assert arrived(installed, ids)
-        assert not installed.queue.writer._takes_spans
+        assert not installed.queue.writer.takes_spans
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.skipif(not mlflow_store._FINALIZES, reason="before MLflow 3.12 spans go first, trace by trace")
+@pytest.mark.skipif(not mlflow_store.finalizes(), reason="before MLflow 3.12 spans go first, trace by trace")
 def test_a_lane_that_ends_without_a_word(make, server, monkeypatch):
     """No error, and no answer either: the trace counts as not begun, and is tried again."""
     installed = make(uri=server.uri)
     ids = [call()]
     assert export.flush(100)
     installed.stop_writing()
-    writer, start, broken, verdicts = installed.queue.writer, Writer._start, [], {}
+    writer, start, broken, verdicts = installed.queue.writer, mlflow_store.start_trace, [], {}
     write = writer.write
 
-    def end_some(self, item):
+    def end_some(client, info, **options):
         if threading.current_thread().name == "dspy-mlflow-async-request" and len(broken) < 2:
-            broken.append(item.key)
+            broken.append(info.trace_id)
             sys.exit()
-        return start(self, item)
+        return start(client, info, **options)
 
     def note(items):
         outcomes = write(items)
@@ -356,7 +356,7 @@ def test_a_lane_that_ends_without_a_word(make, server, monkeypatch):
             verdicts.setdefault(outcome.operation.key, outcome.verdict)
         return outcomes
 
-    monkeypatch.setattr(Writer, "_start", end_some)
+    monkeypatch.setattr(mlflow_store, "start_trace", end_some)
     monkeypatch.setattr(writer, "write", note)
     ids += [call() for _ in range(20)]
     installed.write_again()
@@ -406,18 +406,15 @@ def test_a_refusal_goes_to_the_dead_letters(sqlite):
 
 def test_one_bad_record_does_not_hold_up_the_others(sqlite, monkeypatch):
     """A record that fails again and again while others are stored goes to the dead letters."""
-    monkeypatch.setattr(pending, "_SUSPICIONS", 3)
-    writer = sqlite.queue.writer
-    log_spans = type(writer)._log_spans
+    monkeypatch.setattr(pending, "SUSPICIONS", 3)
+    prepared = prepare.prepare
 
-    def fail_for_bad(self, experiment_id, spans):
-        if any(span.name == "bad" for span in spans):
+    def fail_for_bad(operation):
+        if any(span.name == "bad" for span in operation.spans):
             raise ValueError("bad")
-        log_spans(self, experiment_id, spans)
+        return prepared(operation)
 
-    monkeypatch.setattr(type(writer), "_log_spans", fail_for_bad)
-    monkeypatch.setattr(type(writer), "_write_rows", lambda self, items, texts: ([], list(items)))
-    monkeypatch.setattr(type(writer), "_all_at_once", lambda self, items: False)
+    monkeypatch.setattr(prepare, "prepare", fail_for_bad)
     call("bad")
     for _ in range(20):
         call()
@@ -614,17 +611,17 @@ def test_two_threads_flush_at_once(sqlite):
 
 def test_what_follows_a_suspect_stays_behind_it(sqlite, monkeypatch):
     """Feedback that waits in memory behind a trace that fails for no clear reason is not sent first, and refused."""
-    writer = type(sqlite.queue.writer)
-    write_traces, failures = writer._write_traces, iter([ValueError("once")])
+    prepared, failed = prepare.prepare, set()
 
-    def fail_once(self, items, statuses):
-        if error := next(failures, None):
-            return [Outcome(item, Verdict.SUSPECT, error) for item in items]
-        return write_traces(self, items, statuses)
+    def fail_once(operation):
+        if isinstance(operation, TraceOperation) and operation.key not in failed:
+            failed.add(operation.key)
+            raise ValueError("once")
+        return prepared(operation)
 
-    monkeypatch.setattr(writer, "_write_traces", fail_once)
+    monkeypatch.setattr(prepare, "prepare", fail_once)
     sqlite.stop_writing()
-    ids = [call() for _ in range(store_queue._BATCH_ITEMS)]
+    ids = [call() for _ in range(store_queue.BATCH_OPERATIONS)]
     for trace_id in ids:
         export.release(trace_id, assessments=[Feedback(name="score", value=1.0)])
     sqlite.write_again()
@@ -637,7 +634,7 @@ def test_what_follows_a_suspect_stays_behind_it(sqlite, monkeypatch):
 
 def test_a_clock_that_goes_backwards_between_segments(make, monkeypatch):
     """Feedback in a later segment is sent after its trace, whatever the clock says."""
-    monkeypatch.setattr(spools, "_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
     installed = make(max_waiting_bytes=0)
     installed.stop_writing()
     trace_id = call()
@@ -654,7 +651,7 @@ def test_a_clock_that_goes_backwards_between_segments(make, monkeypatch):
 
 def test_a_suspect_in_one_segment_holds_back_what_follows_in_the_next(make, monkeypatch):
     """A replay does not send feedback before its trace has gone through."""
-    monkeypatch.setattr(spools, "_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
     installed = make(max_waiting_bytes=0)
     installed.stop_writing()
     trace_id = call()
@@ -662,9 +659,7 @@ def test_a_suspect_in_one_segment_holds_back_what_follows_in_the_next(make, monk
     installed.queue.save_everything()
     folder = installed.queue.spool.folder
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "_write_rows", lambda self, items, texts: ([], list(items)))
-        patch.setattr(Writer, "_all_at_once", lambda self, items: False)
-        patch.setattr(Writer, "_log_spans", lambda *_: (_ for _ in ()).throw(ValueError("for no clear reason")))
+        patch.setattr(prepare, "prepare", lambda _: (_ for _ in ()).throw(ValueError("for no clear reason")))
         summary = export.replay(folder=folder)
     assert (2, 0, 0) == (summary.left, summary.stored, summary.dead)
 

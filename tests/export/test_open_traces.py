@@ -14,7 +14,6 @@ from stores import call, check_sum, read, wait_until
 from test_spool import place  # noqa: F401 - a fixture
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export.assemble import assembler as collecting
 from mlflow_server import free_port
 
 AGENT = """
@@ -206,14 +205,15 @@ def test_what_was_not_shown_since_the_store_was_away_is_shown_later(make, server
 def test_a_root_that_ends_while_its_trace_is_shown(sqlite, monkeypatch):
     """The whole trace comes behind what is shown of it, never before: the store keeps the last word."""
     is_showing, may_go_on = threading.Event(), threading.Event()
-    emit_fresh = collecting.TraceAssembler._emit_fresh
+    emit = sqlite.pipeline.emit
 
-    def slowly(self, entry):
-        is_showing.set()
-        may_go_on.wait(30)
-        emit_fresh(self, entry)
+    def emit_slowly(uri, operation, is_sync):
+        if operation.stage == "partial":
+            is_showing.set()
+            may_go_on.wait(30)
+        emit(uri, operation, is_sync)
 
-    monkeypatch.setattr(collecting.TraceAssembler, "_emit_fresh", slowly)
+    monkeypatch.setattr(sqlite.pipeline, "emit", emit_slowly)
     root = mlflow.start_span_no_context("root")
     flushing = threading.Thread(target=export.flush, args=(60,))
     flushing.start()

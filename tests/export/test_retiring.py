@@ -9,7 +9,7 @@ from mlflow.utils import rest_utils
 from stores import span_processor, wait_until
 
 from dspy_mlflow_async import export
-from dspy_mlflow_async.export import installation as installing
+from dspy_mlflow_async.export.assemble.span_processor import WholeTraceProcessor
 
 TIMEOUT = 60
 
@@ -60,7 +60,7 @@ def in_flight():
 @pytest.fixture
 def off():
     """A function that waits until nothing of ours is in MLflow's provider any more."""
-    return lambda: wait_until(lambda: installing._retiring is None, TIMEOUT)
+    return lambda: wait_until(lambda: not isinstance(span_processor(), WholeTraceProcessor), TIMEOUT)
 
 
 def test_off_and_on_in_the_middle_of_calls(make, in_flight):

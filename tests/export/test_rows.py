@@ -19,7 +19,7 @@ from dspy_mlflow_async.export.write.errors import Verdict
 from dspy_mlflow_async.export.write.row_writer import RowWriter, row_writer
 from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams import mlflow_span_text, mlflow_store
-from dspy_mlflow_async.seams.mlflow_trace_tables import Translation, translation_of
+from dspy_mlflow_async.seams.mlflow_trace_tables import TraceTables, Translation, translation_of
 from rows.compare import compare, two_files
 from rows.corpus import SAMPLE, collect, twin
 
@@ -83,7 +83,7 @@ def test_texts_and_sizes_are_those_of_mlflow(traces):
         ]
         assert expected == texts
         assert own == {key: item.info.trace_metadata[key] for key in own}
-    assert mlflow_span_text._adds_same_sizes()
+    assert mlflow_span_text.adds_same_sizes()
 
 
 def test_a_trial_leaves_nothing(traces, store):
@@ -111,7 +111,7 @@ def test_no_caller_waits_for_a_trial(sqlite, monkeypatch):
     """What is written in the thread of a caller is written by MLflow, until the writer's thread has tried rows out."""
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     tried = []
-    monkeypatch.setattr(RowWriter, "_try", lambda *_: tried.append(threading.current_thread()))
+    monkeypatch.setattr(TraceTables, "trial_of_store", lambda *_: tried.append(threading.current_thread()))
     fresh = RowWriter()
     monkeypatch.setattr("dspy_mlflow_async.export.write.writer.row_writer", lambda _uri: fresh)
 

@@ -86,7 +86,7 @@ def test_damaged_notes_of_what_is_done_cost_nothing(tmp_path):
 
 def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkeypatch):
     """Another caller begins a new segment between the decision to sync the old one and the sync itself."""
-    monkeypatch.setattr(segments, "_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1)
     written = segments.Spool(tmp_path / "spool", "uri")
     sync_file, synced = segments.sync_file, []
     other = threading.Thread(target=lambda: written.put(b"{}", key="second", counted=1))
@@ -125,7 +125,7 @@ def test_a_sync_that_fails_when_a_segment_is_closed(tmp_path, monkeypatch):
 
 def test_a_full_segment_is_its_writers_until_it_is_done_with(tmp_path, monkeypatch):
     """Nobody else may send or delete what its living writer still counts on; a new one is locked from its beginning."""
-    monkeypatch.setattr(segments, "_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1)
     written = segments.Spool(tmp_path / "spool", "uri")
     references = [written.put(b"{}", key=str(n), counted=1) for n in range(3)]
     locks = [Lock(segment) for segment in segments_of(written.folder)]
@@ -289,7 +289,7 @@ def test_replay_of_what_is_stored_already_doubles_nothing(spooled):
 
 def test_replay_goes_on_where_it_was_interrupted(spooled, monkeypatch):
     """Interrupted after a batch, the next one sends the rest."""
-    monkeypatch.setattr(store_queue, "_BATCH_ITEMS", 4)
+    monkeypatch.setattr(store_queue, "BATCH_OPERATIONS", 4)
 
     def interrupt(progress):
         raise KeyboardInterrupt

@@ -15,6 +15,7 @@ else:
 
 import dspy_mlflow_async
 from dspy_mlflow_async.seams import check
+from dspy_mlflow_async.seams.listed import SEAMS
 
 PACKAGE = "dspy_mlflow_async"
 # The installed files, so that what is read is what is tested: in tox the wheel, not the tree.
@@ -186,6 +187,35 @@ def taken_private_names(path):
     ours = {alias.asname or alias.name for alias in imports}
     asked = {f"{owner}.{name}" for owner, name in _attributes(tree) if owner in ours and _is_private(name)}
     return asked | {alias.name for alias in imports if _is_private(alias.name)}
+
+
+@functools.cache
+def private_names():
+    """Every name with an underscore that the package defines, by itself: not one that it has of DSPy or MLflow."""
+    theirs = {seam.path.replace(":", ".").rpartition(".")[2] for seam in SEAMS}
+    return {name for path in modules().values() for name in _defined_names(parse(path)) if _is_private(name)} - theirs
+
+
+def reached_inside(path):
+    """The private names of ours that a test reads, sets or patches, and that it does not define itself."""
+    tree = parse(path)
+    asked = [
+        name for owner, name in _attributes(tree) if owner not in {"self", "cls"} and not owner.startswith("dspy.")
+    ]
+    asked += [
+        argument.value  # `monkeypatch.setattr(owner, "_name", ...)`
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for argument in node.args[1:2]
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    ]
+    asked += [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == PACKAGE
+        for alias in node.names
+    ]
+    return sorted({name for name in asked if name in private_names()} - set(_defined_names(tree)))
 
 
 @functools.cache

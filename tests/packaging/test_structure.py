@@ -60,6 +60,13 @@ CALLED_BY_OTHERS = {
     "spans.bounds:MARK_BYTES": "who measures what is stored: docstrings and tests speak of it",
     "spans.secret_patterns:RULES": "the page on masking, which a test compares with it",
 }
+# Names with an underscore that others have, too, and that tests use of them.
+OF_OTHERS = {
+    "_limiter": "DSPy's",
+    "_mapping": "of SQLAlchemy's rows",
+    "_repr_html_": "of notebooks",
+    "_run": "of run.py",
+}
 MODULES = source.modules()
 
 
@@ -179,6 +186,16 @@ def test_private_names_stay_in_their_file():
     assert {} == {name: names for name, names in taken.items() if names}
 
 
+def test_tests_stay_outside():
+    """Tests use what a file shows: no name with an underscore of ours, to read, to call or to replace."""
+    tests = Path(__file__).parents[1]
+    reached = {path.relative_to(tests).as_posix(): source.reached_inside(path) for path in tests.rglob("*.py")}
+
+    assert {} == {
+        name: names for name, found in reached.items() if (names := [each for each in found if each not in OF_OTHERS])
+    }
+
+
 def test_nothing_is_left_without_a_caller():
     """Each function, class and constant is used in the source, or it is one that others call."""
     used = source.used_names()
@@ -265,6 +282,20 @@ def test_modules_say_what_they_are_for():
     first = {name: (ast.get_docstring(source.parse(path)) or "").split("\n\n")[0] for name, path in MODULES.items()}
 
     assert {} == {name: text for name, text in first.items() if not text.endswith((".", "?"))}
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    """No docstring of a module, class or function opens with a word that leaves its subject to the rest of it."""
+    opens = re.compile(r"(?:What|Who|Whom|Whoever|Whatever|As|How|When|Where)\b")
+    found = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, path in MODULES.items()
+        for node in ast.walk(source.parse(path))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and opens.match(text := ast.get_docstring(node) or "")
+    ]
+
+    assert [] == found
 
 
 @pytest.mark.parametrize("name", ["callback", "cli.doctor", "export", "runs.run_block", "seams.check", "testing"])

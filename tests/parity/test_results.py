@@ -36,7 +36,6 @@ def failing(monkeypatch):
         raise ZeroDivisionError("a fault of our own")
 
     monkeypatch.delenv("DSPY_MLFLOW_ASYNC_STRICT")
-    monkeypatch.setattr(guard, "_errors_by_place", {})
     monkeypatch.setattr(tracer, "start", fail)
 
 
@@ -49,6 +48,7 @@ def state(request, monkeypatch):
         elif request.param == "on":
             on()
         yield request.param
+    guard.start_afresh()
 
 
 def items(value):

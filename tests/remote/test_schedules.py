@@ -25,8 +25,8 @@ class Engine(Workers):
     Nothing happens by itself: a call rests until ``step`` is asked for, in the order that ``choose`` gives.
     """
 
-    def __init__(self, count, fates, choose):
-        super().__init__(count, in_flight=float("inf"))
+    def __init__(self, count, fates, choose, in_flight=float("inf")):
+        super().__init__(count, in_flight=in_flight)
         self.fates, self.choose = fates, choose
         self.resting, self.done, self.most = [], [], 0
         self.alone = []
@@ -60,10 +60,10 @@ class Engine(Workers):
             self.done.append(name)
         lost = [future, *(each for w, _, each in self.resting if w == worker)]
         self.resting = [each for each in self.resting if each[0] != worker]
-        self._roster.note_down(worker)
+        self.roster.note_down(worker)
         for each in lost:
             each.set_exception(WorkerLostError("gone"))
-        self._roster.note_up(worker)
+        self.roster.note_up(worker)
 
 
 FATES = st.lists(st.tuples(*[st.sampled_from([LIVES, DIES, DIES_LATE])] * ATTEMPTS), min_size=1, max_size=8)
@@ -104,13 +104,12 @@ def test_each_call_ends_once_whatever_dies(fates, workers, order):
         else:
             assert reply == name
     assert all(others == [] for _, others in engine.alone)
-    assert all(load == 0 for load in engine._roster._load.values())
+    assert all(load == 0 for load in engine.roster.load.values())
 
 
 async def test_whoever_is_cancelled_gives_its_worker_back():
     """A call that is cancelled while it waits, or while it runs, leaves the worker to the next one."""
-    engine = Engine(1, {}, lambda size: 0)
-    engine._roster._in_flight = 1
+    engine = Engine(1, {}, lambda size: 0, in_flight=1)
     async with anyio.create_task_group() as group:
         group.start_soon(engine.call, None, lambda _: ("first", 1))
         await anyio.wait_all_tasks_blocked()
@@ -119,7 +118,7 @@ async def test_whoever_is_cancelled_gives_its_worker_back():
         group.cancel_scope.cancel()
 
     assert [True] == [future.cancelled() for *_, future in engine.resting]
-    assert {0: 0} == dict(engine._roster._load)
+    assert {0: 0} == dict(engine.roster.load)
 
 
 @pytest.fixture
@@ -179,14 +178,14 @@ def test_an_executor_that_breaks_is_made_anew_or_said_to_be_broken():
 def test_workers_that_do_not_start_say_so():
     """Roster that has failed lets nobody wait: not those who do, and not those who come."""
     engine = Engine(1, {}, lambda size: 0)
-    engine._roster.note_down(0)
+    engine.roster.note_down(0)
 
     async def main():
         async with anyio.create_task_group() as group:
             for _ in range(2):
                 group.start_soon(refused)
             await anyio.wait_all_tasks_blocked()
-            threading.Thread(target=engine._roster.fail, args=(RuntimeError("no Python here"),)).start()
+            threading.Thread(target=engine.roster.fail, args=(RuntimeError("no Python here"),)).start()
         await refused()
 
     async def refused():

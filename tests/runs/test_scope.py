@@ -12,7 +12,8 @@ from runtools import TIMEOUT, Program, Turns, evaluate, in_to_thread, markers
 
 import dspy_mlflow_async
 from dspy_mlflow_async import export
-from dspy_mlflow_async.runs import active_runs, run_block
+from dspy_mlflow_async.runs import active_runs
+from dspy_mlflow_async.runs.handle import RunHandle
 
 
 def test_a_block_is_a_run(runs):
@@ -140,13 +141,13 @@ async def test_cancelled_twice_is_killed_all_the_same(runs, monkeypatch):
     inside = asyncio.Event()
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
-    end = run_block._end
+    end = RunHandle.end
 
     def slow_end(handle, status):
         loop.call_soon_threadsafe(ending.set)
         end(handle, status)
 
-    monkeypatch.setattr(run_block, "_end", slow_end)
+    monkeypatch.setattr(RunHandle, "end", slow_end)
 
     async def task():
         async with dspy_mlflow_async.run("mine"):

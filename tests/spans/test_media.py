@@ -11,6 +11,7 @@ import pytest
 from mlflow.tracing.client import TracingClient
 
 import dspy_mlflow_async
+from dspy_mlflow_async.export.operations import TraceOperation
 from dspy_mlflow_async.export.spool import codec
 from dspy_mlflow_async.seams import mlflow_media
 from dspy_mlflow_async.spans.media import blocks_of, in_few_words
@@ -137,10 +138,13 @@ def test_media_survives_the_spool(traces):
     """A record of the spool has each attachment once, and gives it back."""
     dspy.Predict(Look)(**given())
 
-    spans = traces[0].data.spans
-    records = [orjson.loads(codec.dumps(codec._encode_span(span))) for span in spans]
-    restored = [codec._decode_span(record, spans[0]._span.resource) for record in records]
-    assert 3 == sum(len(record.get("attachments", ())) for record in records)
+    trace = traces[0]
+    operation = TraceOperation(
+        key=trace.info.trace_id, info=trace.info, spans=trace.data.spans, experiment_id=trace.info.experiment_id
+    )
+    record = codec.encode(operation)
+    restored = codec.decode(record).spans
+    assert 3 == sum(len(span.get("attachments", ())) for span in orjson.loads(record)["spans"])
     assert [CONTENT] * 3 == [each.content_bytes for span in restored for each in span._attachments.values()]
 
 

@@ -108,12 +108,12 @@ class CaseResult:
 
     @property
     def examples(self) -> int:
-        """How many examples were run, failed ones included."""
+        """Number of examples that were run, failed ones included."""
         return self.counts.examples
 
     @property
     def errors(self) -> int:
-        """How many failed."""
+        """Number of examples that failed."""
         return self.counts.errors
 
     @property

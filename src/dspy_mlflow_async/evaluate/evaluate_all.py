@@ -18,7 +18,7 @@ from dspy_mlflow_async.evaluate import calling
 from dspy_mlflow_async.evaluate.budget import Limits
 from dspy_mlflow_async.evaluate.case import Case, cases_of
 from dspy_mlflow_async.evaluate.comparison import Comparison
-from dspy_mlflow_async.evaluate.elsewhere import Crew, check, workers_of
+from dspy_mlflow_async.evaluate.remote_examples import Crew, check, workers_of
 from dspy_mlflow_async.evaluate.session import Options, Session
 from dspy_mlflow_async.remote.workers import Workers
 

@@ -13,10 +13,10 @@ import dspy
 
 from dspy_mlflow_async.evaluate import calling, results
 from dspy_mlflow_async.evaluate.calling import METRIC_THREADS, Caller
-from dspy_mlflow_async.evaluate.elsewhere import Crew, RemoteExamples, workers_of
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
 from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.evaluate.progress import BOARD
+from dspy_mlflow_async.evaluate.remote_examples import Crew, RemoteExamples, workers_of
 from dspy_mlflow_async.remote.workers import Workers
 from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED

@@ -159,7 +159,7 @@ class Examples:
 
     async def _evaluate(self, noted: Any, item: Any, threads: Threads) -> tuple[Any, Any]:
         timeout = self._rules.timeout
-        with _time_limit(timeout) as scope:
+        with time_limit(timeout) as scope:
             inputs = item.inputs()
             with noted.predicting(self._program.function, inputs.keys()):
                 prediction = await self._program(threads, **inputs)
@@ -257,7 +257,8 @@ def _difference(tokens: Tokens, earlier: Tokens) -> Tokens:
     }
 
 
-def _time_limit(seconds: float | None) -> anyio.CancelScope:
+def time_limit(seconds: float | None) -> anyio.CancelScope:
+    """Return a scope that is cancelled after so many seconds; None for no bound."""
     return anyio.CancelScope(deadline=math.inf if seconds is None else anyio.current_time() + seconds)
 
 

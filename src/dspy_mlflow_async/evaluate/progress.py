@@ -113,7 +113,7 @@ class Board:
     @guarded
     def say(self, text: str) -> None:
         """Write a line of its own, above what is shown."""
-        console = _console() if self._live is None else self._live.console
+        console = console_here() if self._live is None else self._live.console
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     @guarded
@@ -173,7 +173,7 @@ class Board:
         return sum(x.done for x in lines), sum(x.size for x in lines), sum(x.errors for x in lines)
 
     def _print(self, lines: list[Line]) -> None:
-        console = _console()
+        console = console_here()
         for line in lines:
             seconds = time.monotonic() - line.begun
             parts = (f"{line.done}/{line.size}", f"score {line.score}", line.error_text, f"{seconds:.0f} s")
@@ -225,7 +225,7 @@ def _shortened(error: str | None) -> str:
     return said if len(said) <= _MAX_ERROR else f"{said[: _MAX_ERROR - 1]}…"
 
 
-def _console() -> Console:
+def console_here() -> Console:
     """Return rich's console, on standard error where it would write to standard output, which is the program's."""
     from rich import get_console
     from rich.console import Console
@@ -250,7 +250,7 @@ def _live() -> Progress | None:
 
     if any(getattr(get_console(), name, None) for name in ("_live", "_live_stack")):  # a display of the user's
         return None
-    console = _console()
+    console = console_here()
     if not (console.is_terminal or console.is_jupyter) or console.is_dumb_terminal:
         return None
     is_narrow = console.width < _NARROW

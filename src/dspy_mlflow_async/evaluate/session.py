@@ -20,13 +20,13 @@ from dspy_mlflow_async.evaluate import stored_runs, summary
 from dspy_mlflow_async.evaluate.budget import Budget, Limits
 from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.comparison import FAILED, FINISHED, STOPPED, CaseResult, Comparison
-from dspy_mlflow_async.evaluate.elsewhere import Crew
 from dspy_mlflow_async.evaluate.evaluator import AsyncEvaluate
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.examples import Conditions, is_cancelled_from_outside
 from dspy_mlflow_async.evaluate.journal import Journal, Stored
 from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.evaluate.progress import BOARD, Line
+from dspy_mlflow_async.evaluate.remote_examples import Crew
 from dspy_mlflow_async.evaluate.results import NothingRun
 from dspy_mlflow_async.evaluate.stored_runs import Plan, StoredCase
 from dspy_mlflow_async.guard import guarded

@@ -40,7 +40,7 @@ _retiring: Pipeline | None = None  # what was undone while traces were open in i
 _unbind_http: Undo | None = None  # the undo of what bounds MLflow's requests, while anybody writes
 _pause = threading.Event()  # never set: a wait on it is a pause
 _LOOK = 0.05  # seconds between two looks whether a trace is still open
-_counters = TraceCounters()  # one for the process, whatever is installed
+counters = TraceCounters()  # one for the process, whatever is installed
 
 
 def pipeline() -> Pipeline:
@@ -50,8 +50,18 @@ def pipeline() -> Pipeline:
         if _pipeline is None and _retiring is not None:
             return _retiring
         if _pipeline is None:
-            _pipeline = Pipeline(ExportOptions(), _counters)
+            _pipeline = Pipeline(ExportOptions(), counters)
         return _pipeline
+
+
+def installed() -> Pipeline | None:
+    """Return the pipeline that takes spans now: the one that is installed, or one that was undone with traces open."""
+    return _pipeline or _retiring
+
+
+def closing() -> list[tuple[Pipeline, threading.Thread]]:
+    """Return the pipelines that were replaced or undone and have not come to their end, each with its thread."""
+    return [(pipeline, thread) for pipeline, thread in list(_closing) if thread.is_alive()]
 
 
 def install(options: ExportOptions, housekeeping: Callable[[], None] | None = None) -> Undo:
@@ -70,7 +80,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
     global _pipeline, _installed, _unbind_http  # noqa: PLW0603
     with _lock:
         old = _pipeline or _take_retiring()
-        mine = Pipeline(options, _counters, housekeeping)
+        mine = Pipeline(options, counters, housekeeping)
         worker_processes.hear_of_celery()
         if old is not None:
             _close(old, successor=mine)
@@ -145,7 +155,7 @@ def _take_retiring() -> Pipeline | None:
 
 def _close(old: Pipeline, successor: Pipeline | None = None) -> threading.Thread:
     thread = old.close(successor)
-    _closing[:] = [(pipeline, t) for pipeline, t in _closing if t.is_alive()] + [(old, thread)]
+    _closing[:] = [*closing(), (old, thread)]
     return thread
 
 
@@ -210,12 +220,9 @@ def flush(timeout: float | None = None) -> bool:
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     with _lock:
-        current, closing = (
-            _pipeline or _retiring,
-            [(replaced, thread) for replaced, thread in _closing if thread.is_alive()],
-        )
+        current, on_their_way = installed(), closing()
     is_stored = True
-    for replaced, thread in closing:
+    for replaced, thread in on_their_way:
         thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         is_stored = is_stored and replaced.is_empty()
     if current is not None:
@@ -243,7 +250,7 @@ def secure(timeout: float) -> bool:
     if flush(timeout):
         return True
     with _lock:
-        current = _pipeline or _retiring
+        current = installed()
     if current is not None:
         process_exit.save(current)
     return False
@@ -251,7 +258,7 @@ def secure(timeout: float) -> bool:
 
 def stats() -> ExportStats:
     """Return the counters of this process's traces."""
-    current, counted = _pipeline, _counters.stats()
+    current, counted = _pipeline, counters.stats()
     return counted if current is None else replace(counted, in_progress=current.assembler.count_shown())
 
 
@@ -318,14 +325,14 @@ class _OnTheirWay:
 
 def count_sampled() -> None:
     """Count a trace that was left out before its first span."""
-    _counters.leave_out()
+    counters.leave_out()
 
 
 def _leave() -> None:
     # Without the lock: a signal may have come to the thread that holds it.
-    current, closing = _pipeline or _retiring, list(_closing)
+    current = installed()
     options = current.options if current is not None else ExportOptions()
-    process_exit.leave(current, closing, options.exit_timeout)
+    process_exit.leave(current, list(_closing), options.exit_timeout)
 
 
 process_exit.at_exit(_leave)
@@ -353,7 +360,7 @@ def _after_fork_in_child() -> None:
     _closing.clear()
     for processor in list(processors):
         mlflow_processor.reset_processor_locks(processor)
-    current, retiring = _pipeline or _retiring, _take_retiring()
+    current, retiring = installed(), _take_retiring()
     if current is not None:
         for uri in current.queues:
             mlflow_store.abandon_connections(uri)

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_mlflow_async.evaluate.elsewhere import on
+    from dspy_mlflow_async.evaluate.remote_examples import on
     from dspy_mlflow_async.remote.executor import Executor
     from dspy_mlflow_async.remote.processes import Processes
     from dspy_mlflow_async.remote.ray_actors import Ray
@@ -18,7 +18,7 @@ _HOMES = {
     "Executor": "remote.executor",
     "Processes": "remote.processes",
     "Ray": "remote.ray_actors",
-    "on": "evaluate.elsewhere",
+    "on": "evaluate.remote_examples",
 }
 
 

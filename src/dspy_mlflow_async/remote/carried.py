@@ -193,7 +193,7 @@ def _experiment_here() -> str | None:
 
 
 class _Process:
-    """What this process traces for others. ``lock`` guards it."""
+    """State of a process that traces for others. ``lock`` guards it."""
 
     def __init__(self) -> None:
         self.start_afresh()

@@ -85,8 +85,8 @@ class Processes(Workers):
             if self._pid != os.getpid():
                 raise RuntimeError("these workers are those of the process that this one is a fork of; make others")
             if not self._processes:
-                self._roster = Roster(self._count, float("inf"))
-                self._processes = [_Process(worker, self._roster) for worker in range(self._count)]
+                self.roster = Roster(self._count, float("inf"))
+                self._processes = [_Process(worker, self.roster) for worker in range(self._count)]
                 for each in self._processes:
                     each.start()
                 atexit.register(self.end)
@@ -95,7 +95,7 @@ class Processes(Workers):
         """End the processes. What they have traced is stored, or in the spool."""
         with self._lock:
             processes, self._processes = self._processes, []
-            self._roster.fail(WorkerLostError("the workers were ended"))
+            self.roster.fail(WorkerLostError("the workers were ended"))
             if self._pid == os.getpid():
                 for each in processes:
                     each.end()
@@ -140,7 +140,7 @@ class _Process:
 
     def __init__(self, worker: int, roster: Roster) -> None:
         self._worker = worker
-        self._roster = roster
+        self.roster = roster
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._is_ended = False
@@ -156,7 +156,7 @@ class _Process:
         code = _BOOT.format(path=sys.path, descriptor=theirs.fileno())
         with self._lock, theirs:
             self._starts += 1
-            self._roster.note_down(self._worker)
+            self.roster.note_down(self._worker)
             # A session of its own: Ctrl-C is for the user's process, which cancels what runs here.
             self._popen = subprocess.Popen(  # noqa: S603 - our own code, and no shell
                 [sys.executable, "-c", code],
@@ -224,7 +224,7 @@ class _Process:
                 number, is_good, value = pickle.loads(connection.recv_bytes())  # noqa: S301 - of our own process
                 if number == 0:
                     self._starts = 0
-                    self._roster.note_up(self._worker)
+                    self.roster.note_up(self._worker)
                     continue
                 with self._lock:
                     future = self._calls.pop(number, None)
@@ -234,7 +234,7 @@ class _Process:
 
     def _lost(self, popen: subprocess.Popen[bytes]) -> None:
         code = popen.wait()
-        self._roster.note_down(self._worker)
+        self.roster.note_down(self._worker)
         with self._lock:
             self._outbox.put(None)
             # What is sent from here on is for the next process.
@@ -244,7 +244,7 @@ class _Process:
             self._is_ended = is_over or is_hopeless
         reason = f"the worker process {popen.pid} ended with {_told(code)}"
         if not is_over and is_hopeless:
-            self._roster.fail(RuntimeError(f"worker processes do not start here: {reason}; its output says why"))
+            self.roster.fail(RuntimeError(f"worker processes do not start here: {reason}; its output says why"))
         elif not is_over:
             self.start()
         for future in calls.values():

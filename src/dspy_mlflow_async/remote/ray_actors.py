@@ -62,7 +62,7 @@ class Ray(Workers):
         """Make the actors, unless there are some."""
         with self._lock:
             if not self._actors:
-                self._roster = Roster(self._count, self._most)
+                self.roster = Roster(self._count, self._most)
                 make = self._ray.remote(
                     max_concurrency=_MAX_CONCURRENCY, max_restarts=-1, max_task_retries=0, **self._options
                 )(_Actor)
@@ -74,7 +74,7 @@ class Ray(Workers):
         """End the actors at once. What they have traced is stored at the end of each evaluation."""
         with self._lock:
             actors, self._actors = self._actors, []
-            self._roster.fail(WorkerLostError("the workers were ended"))
+            self.roster.fail(WorkerLostError("the workers were ended"))
         for actor in actors:
             with contextlib.suppress(Exception):  # the cluster may be gone
                 self._ray.kill(actor)
@@ -131,7 +131,7 @@ class Ray(Workers):
 
     def _look_after(self, worker: int) -> None:
         """Leave an actor out until it answers: Ray restarts it."""
-        self._roster.note_down(worker)
+        self.roster.note_down(worker)
         actors = self._actors
 
         def answered(done: Any) -> None:
@@ -144,9 +144,9 @@ class Ray(Workers):
                 timer.daemon = True
                 timer.start()
             except Exception as error:  # noqa: BLE001 - the actor cannot be made: its imports fail, or nobody has room
-                self._roster.fail(RuntimeError(f"Ray's workers do not start: {error}"))
+                self.roster.fail(RuntimeError(f"Ray's workers do not start: {error}"))
             else:
-                self._roster.note_up(worker)
+                self.roster.note_up(worker)
 
         def ask() -> None:
             with contextlib.suppress(IndexError):  # ended meanwhile

@@ -76,7 +76,7 @@ class Workers(ABC):
     """
 
     def __init__(self, count: int, in_flight: float) -> None:
-        self._roster = Roster(count, in_flight)
+        self.roster = Roster(count, in_flight)
 
     @abstractmethod
     def start(self) -> None:
@@ -125,7 +125,7 @@ class Workers(ABC):
             attempt += 1
 
     async def _attempt(self, plan: Plan, item: bytes, *, is_alone: bool) -> bytes:
-        worker = await self._roster.taken(is_alone=is_alone)
+        worker = await self.roster.taken(is_alone=is_alone)
         try:
             future = self.submit(worker, plan, item)
             try:
@@ -134,7 +134,7 @@ class Workers(ABC):
                 self.cancel(worker, future)
                 raise
         finally:
-            self._roster.give(worker)
+            self.roster.give(worker)
 
     async def settled(self, plan: Plan) -> tuple[WorkerBooks, ...]:
         """Wait until all have stored what they have traced, for a bounded time; return the books of those that do."""
@@ -166,12 +166,15 @@ class Roster:
     Args:
         count: How many workers there are.
         in_flight: How many calls each may have in hand.
+
+    Attributes:
+        load: How many each has in hand.
     """
 
     def __init__(self, count: int, in_flight: float) -> None:
         self._lock = threading.Lock()
         self._in_flight = in_flight
-        self._load = Counter(dict.fromkeys(range(count), 0))
+        self.load = Counter(dict.fromkeys(range(count), 0))
         self._down: set[int] = set()
         self._alone: int | None = None  # the worker that one call has, or is to have, for itself
         self._is_alone_granted = False
@@ -201,7 +204,7 @@ class Roster:
     def give(self, worker: int) -> None:
         """Give a worker back."""
         with self._lock:
-            self._load[worker] -= 1
+            self.load[worker] -= 1
             if self._is_alone_granted and worker == self._alone:
                 self._alone, self._is_alone_granted = None, False
         self._grant()
@@ -238,8 +241,8 @@ class Roster:
             while self._waiting and (free := self._with_room()):
                 ticket = self._waiting.popleft()
                 if ticket.set_running_or_notify_cancel():
-                    worker = min(free, key=self._load.__getitem__)
-                    self._load[worker] += 1
+                    worker = min(free, key=self.load.__getitem__)
+                    self.load[worker] += 1
                     granted.append((ticket, worker))
         for ticket, worker in granted:
             ticket.set_result(worker)
@@ -253,19 +256,19 @@ class Roster:
             self._alone = None
             return
         if self._alone is None:  # the one that is free first gets nothing more until then
-            up = [worker for worker in self._load if worker not in self._down]
-            self._alone = min(up, key=self._load.__getitem__, default=None)
-        if self._alone is None or self._load[self._alone]:
+            up = [worker for worker in self.load if worker not in self._down]
+            self._alone = min(up, key=self.load.__getitem__, default=None)
+        if self._alone is None or self.load[self._alone]:
             return
         ticket = self._waiting_alone.popleft()
         if ticket.set_running_or_notify_cancel():
-            self._load[self._alone] += 1
+            self.load[self._alone] += 1
             self._is_alone_granted = True
             granted.append((ticket, self._alone))
 
     def _with_room(self) -> list[int]:
         return [
             worker
-            for worker, load in self._load.items()
+            for worker, load in self.load.items()
             if worker not in self._down and worker != self._alone and load < self._in_flight
         ]

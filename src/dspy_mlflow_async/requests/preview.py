@@ -14,7 +14,7 @@ from dspy_mlflow_async.spans.outcome import Failure
 
 
 class Preview:
-    """What the root of a request shows: JSON texts that its calls have stored already, so that nothing is evaluated.
+    """Inputs and outputs of a request's root: JSON texts that its calls have stored already; nothing is evaluated.
 
     It is told of the request's outermost DSPy calls by whichever threads and tasks they run in.
 

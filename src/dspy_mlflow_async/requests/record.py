@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAX_LM_CALLS = 1_000
 MAX_TRACE_IDS = 1_000
-_FOLD_AT = 256
+FOLD_AT = 256
 
 
 class Record:
@@ -122,7 +122,7 @@ class Record:
             self._calls.append(call)
         else:
             self._overflow.append(call)
-            if len(self._overflow) >= _FOLD_AT and self._folding.acquire(blocking=False):
+            if len(self._overflow) >= FOLD_AT and self._folding.acquire(blocking=False):
                 try:
                     self._fold()
                 finally:

@@ -185,7 +185,7 @@ def _sample(number: int, kind: SpanKind, code: StatusCode, has_parent: bool, has
 
 def add_sizes(info: Any, spans: Sequence[Span], texts: Sequence[str]) -> None:
     """Add the statistics of sizes to a trace's metadata, as MLflow does, from texts that are there already."""
-    if texts and _adds_same_sizes():
+    if texts and adds_same_sizes():
         _add_sizes(info, texts)
     else:
         add_size_stats_to_trace_metadata(Trace(info, TraceData(list(spans))))
@@ -218,7 +218,7 @@ def _escaped_length(text: str) -> int:
 
 
 @functools.cache
-def _adds_same_sizes() -> bool:
+def adds_same_sizes() -> bool:
     """Return whether our statistics of a sample are MLflow's."""
     try:
         more = {"attributes": {"odd": "\x7f é \N{GRINNING FACE} \\"}, "events": [Event("exception", {"text": "ü"}, 1)]}

@@ -39,7 +39,7 @@ def mask(text: str) -> str:
         return text
     if size <= _KEPT_SHORT:
         return _masked_short(text)
-    return _masked_long(text) if size <= _KEPT_LONG else _masked(text)
+    return _masked_long(text) if size <= _KEPT_LONG else masked(text)
 
 
 def mask_beginning(text: str, most: int) -> str:
@@ -50,7 +50,8 @@ def mask_beginning(text: str, most: int) -> str:
     return shown[: max(len(shown) - MARGIN, 0)][:most]
 
 
-def _masked(text: str) -> str:
+def masked(text: str) -> str:
+    """Mask a text, whether it was seen before or not."""
     spans = _spans(text.encode("ascii", "replace"))
     if not spans:
         return text
@@ -66,8 +67,8 @@ def _masked(text: str) -> str:
 
 
 # One text is shown on several spans of a call: a prompt where it is formatted, sent and answered.
-_masked_short = functools.lru_cache(maxsize=4096)(_masked)
-_masked_long = functools.lru_cache(maxsize=64)(_masked)
+_masked_short = functools.lru_cache(maxsize=4096)(masked)
+_masked_long = functools.lru_cache(maxsize=64)(masked)
 
 
 def _spans(data: bytes) -> list[Span]:

@@ -10,7 +10,7 @@ import orjson
 
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
 from dspy_mlflow_async.cli.audit.traces import INPUTS, OUTPUTS, Span, Trace, found
-from dspy_mlflow_async.seams.mlflow_rows import SESSION, SOURCE_RUN
+from dspy_mlflow_async.seams.mlflow_bulk_reads import SESSION, SOURCE_RUN
 
 JUDGE_TAG, JUDGED = "mlflow.trace.sourceScorer", "dspy_mlflow_async.judgedTrace"
 _MOST = 256  # traces that are open at once, of which more than so many are not compared

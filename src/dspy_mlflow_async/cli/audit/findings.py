@@ -186,7 +186,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Audit:
-    """What an audit has found so far: counts of each kind, and the first examples of each.
+    """Findings of an audit so far: counts of each kind, and the first examples of each.
 
     Attributes:
         examples_kept: How many examples of a kind are kept.
@@ -216,7 +216,7 @@ class Audit:
 
     @property
     def kinds(self) -> list[Kind]:
-        """What was found, faults first."""
+        """Kinds that were found, faults first."""
         return [kind for kind in Kind if kind in self.counts]
 
     @property

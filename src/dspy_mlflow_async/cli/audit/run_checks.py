@@ -13,7 +13,7 @@ from dspy_mlflow_async.cli.audit.findings import Finding, Kind
 from dspy_mlflow_async.cli.audit.store import RunFacts, Store
 from dspy_mlflow_async.cli.audit.trace_checks import is_idle
 from dspy_mlflow_async.cli.audit.traces import INPUTS, Trace, found
-from dspy_mlflow_async.seams.mlflow_rows import SOURCE_RUN, TraceRow
+from dspy_mlflow_async.seams.mlflow_bulk_reads import SOURCE_RUN, TraceRow
 
 _FEEDBACK, _BY_METRICS = "feedback", ("CODE", "LLM_JUDGE", "AI_JUDGE")
 _STEP = re.compile(r"(?P<key>.+)_(?P<step>\d+)")
@@ -23,7 +23,7 @@ _NEVER = 2**62  # milliseconds: of what has not ended
 
 
 class Noted(NamedTuple):
-    """What is kept of each trace that names a run."""
+    """Facts that are kept of each trace that names a run."""
 
     trace_id: str
     start_ms: int
@@ -32,7 +32,7 @@ class Noted(NamedTuple):
 
 
 class Runs:
-    """What the traces say of the runs, and afterwards the checks of these.
+    """Runs as the traces tell of them, and afterwards the checks of these.
 
     Args:
         store: What is looked at.

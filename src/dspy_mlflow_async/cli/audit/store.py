@@ -1,4 +1,4 @@
-"""What an audit reads: experiments, runs and traces of one store, by its tables or by MLflow's client."""
+"""Reader of one store for an audit: experiments, runs and traces, by its tables or by MLflow's client."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
-from dspy_mlflow_async.seams import mlflow_artifact_reads, mlflow_rows
-from dspy_mlflow_async.seams.mlflow_rows import SOURCE_RUN, AssessmentRow, SpanRow, TraceRow
+from dspy_mlflow_async.seams import mlflow_artifact_reads, mlflow_bulk_reads
+from dspy_mlflow_async.seams.mlflow_bulk_reads import SOURCE_RUN, AssessmentRow, SpanRow, TraceRow
 from dspy_mlflow_async.seams.mlflow_store import client_of
 
 PARENT = "mlflow.parentRunId"
@@ -22,7 +22,7 @@ _PAGE, _TRACES_PER_PAGE = 1000, 100
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What of a run an audit needs.
+    """Facts of a run that an audit needs.
 
     Attributes:
         run: Its id.
@@ -95,7 +95,7 @@ class Store:
         self.uri = uri
         self.since_ms = since_ms
         self.client = client_of(uri)
-        self._has_rows = mlflow_rows.has_rows(uri)
+        self._has_rows = mlflow_bulk_reads.has_rows(uri)
         self.experiment_ids = self._experiments(experiments)
         self._others: dict[str, RunFacts | None] = {}
         self._only: set[str] | None = None
@@ -168,12 +168,12 @@ class Store:
         """Return how many traces there are to look at; None where nobody can say at once."""
         if not self._has_rows or self._only is not None:
             return None
-        return mlflow_rows.count_traces(self.uri, self.experiment_ids, self.since_ms)
+        return mlflow_bulk_reads.count_traces(self.uri, self.experiment_ids, self.since_ms)
 
     def traces(self) -> Iterator[TraceRow]:
         """Yield the traces, oldest first, a batch in memory at a time."""
         rows = (
-            mlflow_rows.read_rows(self.uri, self.experiment_ids, since_ms=self.since_ms)
+            mlflow_bulk_reads.read_rows(self.uri, self.experiment_ids, since_ms=self.since_ms)
             if self._has_rows
             else self._read_by_client()
         )
@@ -185,7 +185,7 @@ class Store:
     def traces_by_id(self, ids: Sequence[str]) -> Iterator[TraceRow]:
         """Yield those of these traces that are there, in whatever experiment."""
         if self._has_rows:
-            yield from mlflow_rows.read_rows(self.uri, trace_ids=ids)
+            yield from mlflow_bulk_reads.read_rows(self.uri, trace_ids=ids)
             return
         for trace_id in ids:
             with contextlib.suppress(MlflowException):

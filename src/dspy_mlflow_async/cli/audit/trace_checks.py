@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dspy_mlflow_async.cli.audit import contents
+from dspy_mlflow_async.cli.audit import content_checks
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
 from dspy_mlflow_async.cli.audit.traces import INPUTS, MILLISECOND, OUTPUTS, USAGE, Span, Trace, found, parse
-from dspy_mlflow_async.seams.mlflow_rows import SESSION
+from dspy_mlflow_async.seams.mlflow_bulk_reads import SESSION
 
 _APART = 5 * MILLISECOND  # clocks and callbacks: what is nearer than this is at the same time
 _TOTAL = "total_tokens"
@@ -32,7 +32,7 @@ def check(trace: Trace, *, idle_seconds: float, marker: re.Pattern[str] | None =
     yield from _doubled(trace)
     yield from _late(trace)
     yield from _tokens(trace)
-    yield from contents.check(trace)
+    yield from content_checks.check(trace)
 
 
 def is_idle(last_sign_ms: int, idle_seconds: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
-from dspy_mlflow_async.seams.mlflow_rows import SpanRow, TraceRow
+from dspy_mlflow_async.seams.mlflow_bulk_reads import SpanRow, TraceRow
 from dspy_mlflow_async.spans.secret_texts import mask
 
 INPUTS, OUTPUTS, USAGE = "mlflow.spanInputs", "mlflow.spanOutputs", "mlflow.chat.tokenUsage"
@@ -111,7 +111,7 @@ class Trace:
 
     @functools.cached_property
     def end_ns(self) -> int:
-        """When its root ended; where that has not, when its last span did."""
+        """End of its root; where that has not ended, of its last span. In nanoseconds since the epoch."""
         root = self.root
         if root is not None and root.end_ns:
             return root.end_ns
@@ -119,7 +119,7 @@ class Trace:
 
     @functools.cached_property
     def last_sign_ms(self) -> int:
-        """When anything of it was heard of last, in milliseconds since the epoch."""
+        """Last time that anything of it was heard of, in milliseconds since the epoch."""
         return max([self.row.start_ms, *((span.end_ns or span.start_ns) // MILLISECOND for span in self.spans)])
 
 

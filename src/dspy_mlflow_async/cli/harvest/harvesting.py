@@ -17,7 +17,7 @@ import pydantic
 from dspy_mlflow_async.cli.audit.store import Store
 from dspy_mlflow_async.cli.audit.traces import INPUTS, OUTPUTS, Span, Trace
 from dspy_mlflow_async.cli.harvest import values
-from dspy_mlflow_async.seams.mlflow_rows import AssessmentRow, TraceRow
+from dspy_mlflow_async.seams.mlflow_bulk_reads import AssessmentRow, TraceRow
 from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
 
 logger = logging.getLogger("dspy_mlflow_async")

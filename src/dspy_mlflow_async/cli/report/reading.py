@@ -112,7 +112,7 @@ class Node:
 
     @property
     def progress(self) -> str:
-        """How far an evaluation that was not finished has come, as ``7 of 30 done``; empty for any other."""
+        """Progress of an evaluation that was not finished, as ``7 of 30 done``; empty for any other."""
         if self.done is None:
             return ""
         return f"{self.done} of {self.run.data.tags.get('dspy.devset_size', '?')} done"

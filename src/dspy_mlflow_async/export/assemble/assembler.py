@@ -6,13 +6,13 @@ import contextlib
 import copy
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dspy_mlflow_async.export.assemble.open_trace import Annotations, OpenTrace, TraceIdentity
+from dspy_mlflow_async.export.assemble.open_trace import ABANDONED_AFTER, Annotations, OpenTrace, TraceIdentity
 from dspy_mlflow_async.export.assemble.open_trace import named as name_it
+from dspy_mlflow_async.export.assemble.recent import RECENT, RecentTraces
 from dspy_mlflow_async.export.assemble.sampling import is_kept
 from dspy_mlflow_async.export.counters import Counted
 from dspy_mlflow_async.export.operations import Operation, SpansOperation, TraceOperation, TraceUpdate
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.export.counters import TraceCounters
     from dspy_mlflow_async.export.operations import Reference
     from dspy_mlflow_async.export.options import ExportOptions
-
-# Traces whose late spans and late feedback still find their place. MLflow's own cache is as large.
-_RECENT = 1_000
-# As many at the most, where children that outlive their traces are still open.
-_MOST_RECENT = 10_000
-# A trace whose root nobody ended is stored as it is and forgotten, after as long as MLflow's cache keeps it.
-_ABANDONED_AFTER = 3600.0
 
 
 class Outlet(Protocol):
@@ -52,20 +45,25 @@ class Outlet(Protocol):
 
 
 class TraceAssembler:
-    """Assembles the traces in flight, and gives those that are complete to the outlet."""
+    """Assembles the traces in flight, and gives those that are complete to the outlet.
+
+    Attributes:
+        options: How long it waits for what.
+        entries: The traces in flight, by OpenTelemetry's id.
+        recent: Those that were handed on not long ago.
+        lock: Held for holds, and for the step from in flight to handed on.
+    """
 
     def __init__(self, options: ExportOptions, counters: TraceCounters, outlet: Outlet) -> None:
         self.options = options
         self._counters = counters
         self._outlet = outlet
-        self._emit = outlet.emit
-        self._lock = threading.Lock()  # holds, and the step from in flight to handed on
+        self.lock = threading.Lock()
         self.entries: dict[int, OpenTrace] = {}
         self._by_trace_id: dict[str, OpenTrace] = {}
         self._holds: dict[str, int] = {}
         self._said: dict[str, Annotations] = {}
-        self._recent: OrderedDict[int, OpenTrace] = OrderedDict()
-        self._recent_by_trace_id: dict[str, OpenTrace] = {}
+        self.recent = RecentTraces()
 
     # --- spans, in the caller's thread ---
 
@@ -78,13 +76,13 @@ class TraceAssembler:
 
     def may_be_evicted(self, entry: OpenTrace) -> bool:
         """Return whether MLflow's cache of open traces (1,000, an hour) may have forgotten this one: it asks slowly."""
-        return len(self.entries) > _RECENT // 2 or time.monotonic() - entry.began > _ABANDONED_AFTER / 2
+        return len(self.entries) > RECENT // 2 or time.monotonic() - entry.began > ABANDONED_AFTER / 2
 
     def before_child(self, otel_id: int) -> None:
         """Make sure that MLflow knows the trace of a child about to begin, evicted or handed on as it may be."""
         entry = self.entries.get(otel_id)
         if entry is None:
-            old = self._recent.get(otel_id)
+            old = self.recent.get(otel_id)
             if mlflow_traces.trace_id_of(otel_id) is not None:
                 return
             if old is None:
@@ -96,7 +94,7 @@ class TraceAssembler:
         mlflow_traces.adopt_trace(otel_id, entry.identity.trace_id, entry.trace)
 
     def _reopen(self, old: OpenTrace) -> OpenTrace:
-        with self._lock:
+        with self.lock:
             if known := self.entries.get(old.identity.otel_id):
                 return known
             entry = OpenTrace(old.identity, mlflow_traces.InMemoryTrace(copy.copy(old.trace.info)))
@@ -149,7 +147,7 @@ class TraceAssembler:
     def _make_safe_copy(self, entry: OpenTrace) -> None:
         """Keep a copy of what has ended: it must survive while it waits for its children or its feedback."""
         reference = self._outlet.write_ahead(entry.identity.uri, self._operation(entry, entry.trace))
-        with self._lock:
+        with self.lock:
             is_needless = entry.is_handed_on
             entry.safe_copy = reference
         if is_needless and reference is not None:  # handed on meanwhile
@@ -177,7 +175,7 @@ class TraceAssembler:
     def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
         """Take a span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
         otel_id = span.context.trace_id
-        old = self._recent.get(otel_id)
+        old = self.recent.get(otel_id)
         trace_id = mlflow_traces.trace_id_of(otel_id)
         trace = mlflow_traces.peek_trace(trace_id) if trace_id else remote_traces.known_again(otel_id)
         if old is not None:
@@ -189,7 +187,7 @@ class TraceAssembler:
 
     def _emit_late(self, entry: OpenTrace, span: ReadableSpan) -> None:
         spans = [mlflow_traces.finished_span(span)]
-        self._emit(
+        self._outlet.emit(
             entry.identity.uri,
             TraceOperation(
                 key=entry.identity.trace_id,
@@ -215,7 +213,7 @@ class TraceAssembler:
             workspace=workspace,
             experiment_id=mlflow_traces.experiment_of(trace) or mlflow_experiment.experiment_of_trace(span, uri),
         )
-        self._emit(uri, operation, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
+        self._outlet.emit(uri, operation, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
         remote_traces.span_ended(span.context.trace_id)
 
     # --- handing on ---
@@ -229,7 +227,7 @@ class TraceAssembler:
 
     def _complete(self, entry: OpenTrace, *, force: bool) -> Any | None:
         """Hand a trace on, and return it as MLflow displays it, if somebody looks."""
-        with self._lock:
+        with self.lock:
             if entry.is_handed_on or (self._holds.get(entry.identity.trace_id) and not force):
                 return None
             entry.is_handed_on = True
@@ -243,7 +241,7 @@ class TraceAssembler:
                     trace.info, request_preview=None, response_preview=None, trace_metadata={}, tags={}, assessments=[]
                 )
             )
-            self._remember(entry)
+            self.recent.add(entry)
         mlflow_traces.pop_trace(entry.identity.otel_id, entry.identity.trace_id)
         if entry.inherited is not None:
             return None
@@ -258,7 +256,7 @@ class TraceAssembler:
         operation = self._operation(entry, trace)
         is_displayed = not entry.is_late and mlflow_traces.displays()
         displayed = trace.to_mlflow_trace() if is_displayed else None  # before the writer completes it
-        self._emit(entry.identity.uri, operation, entry.is_sync)
+        self._outlet.emit(entry.identity.uri, operation, entry.is_sync)
         return displayed
 
     def _discards(self, entry: OpenTrace, trace: Any) -> bool:
@@ -270,27 +268,6 @@ class TraceAssembler:
                 self._counters.move("waiting", "sampled_out")
         sampling.keeps = None
         return sampling.is_discarded
-
-    def _remember(self, entry: OpenTrace) -> None:
-        if (earlier := self._recent.get(entry.identity.otel_id)) is not None:
-            entry.children.ids |= earlier.children.ids
-        self._recent[entry.identity.otel_id] = entry
-        self._recent.move_to_end(entry.identity.otel_id)
-        self._recent_by_trace_id[entry.identity.trace_id] = entry
-        while len(self._recent) > _RECENT:
-            oldest_id = next(iter(self._recent))
-            oldest = self._recent[oldest_id]
-            if self._is_awaited(oldest) and len(self._recent) <= _MOST_RECENT:
-                # Look again when as many others have come.
-                self._recent.move_to_end(oldest_id)
-                break
-            del self._recent[oldest_id]
-            self._recent_by_trace_id.pop(oldest.identity.trace_id, None)
-
-    @staticmethod
-    def _is_awaited(entry: OpenTrace) -> bool:
-        """Return whether spans of a trace that was handed on are still open, and may yet end."""
-        return bool(entry.children.ids) and time.monotonic() - entry.began < _ABANDONED_AFTER
 
     def tick(self) -> None:
         """Look after what is overdue; about once a second, in the background."""
@@ -331,10 +308,10 @@ class TraceAssembler:
     def _show(self, entry: OpenTrace, now: float, *, is_end: bool = False) -> bool:
         """Store what has ended of a trace that is still open; False where it is not shown."""
         entry.partial.at = now
-        is_undecided = entry.sampling.keeps is not None and now - entry.began <= _ABANDONED_AFTER and not is_end
+        is_undecided = entry.sampling.keeps is not None and now - entry.began <= ABANDONED_AFTER and not is_end
         if is_undecided:
             return False  # it may yet be left out
-        if now - entry.began > _ABANDONED_AFTER and mlflow_traces.peek_trace(entry.identity.trace_id) is None:
+        if now - entry.began > ABANDONED_AFTER and mlflow_traces.peek_trace(entry.identity.trace_id) is None:
             self._counters.end()
             self.complete(entry, force=True)
             return False
@@ -364,7 +341,7 @@ class TraceAssembler:
             workspace=entry.identity.workspace,
             shown=entry.partial.ids,
         )
-        self._emit(entry.identity.uri, operation, False)
+        self._outlet.emit(entry.identity.uri, operation, False)
 
     def hand_on_everything(self) -> None:
         """Hand on every trace whose root has ended, with or without its children, held or not."""
@@ -384,7 +361,7 @@ class TraceAssembler:
 
     def hold(self, trace_id: str) -> None:
         """Keep this trace from being handed on before it is released as often as it is held."""
-        with self._lock:
+        with self.lock:
             self._holds[trace_id] = self._holds.get(trace_id, 0) + 1
 
     def release(
@@ -398,7 +375,7 @@ class TraceAssembler:
         named = [name_it(assessment, trace_id) for assessment in assessments]
         follow_up = old = None
         uri, is_sync = None, False
-        with self._lock:
+        with self.lock:
             count = self._holds.get(trace_id, 0) - 1
             if count > 0:
                 self._holds[trace_id] = count
@@ -411,7 +388,7 @@ class TraceAssembler:
                 said.metadata.update(metadata)
                 said.tags.update(tags)
             elif named or metadata or tags:
-                old = self._recent_by_trace_id.get(trace_id)
+                old = self.recent.named(trace_id)
                 if old is not None and old.sampling.is_discarded:
                     return
                 uri, is_sync = (old.identity.uri, old.is_sync) if old else (None, False)
@@ -425,7 +402,7 @@ class TraceAssembler:
                 )
         if follow_up is not None:
             with contextlib.nullcontext() if old is None else old.partial.lock:  # it may be on its way this very moment
-                self._emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
+                self._outlet.emit(uri or mlflow_store.resolve_tracking_uri(), follow_up, is_sync)
         elif entry is not None and count <= 0:
             with entry.children.lock:
                 is_complete = entry.ended_at is not None and not entry.children.ids
@@ -438,7 +415,7 @@ class TraceAssembler:
         Returns:
             The assessment, with an id of its own; None where there is no such trace on its way to ``uri``.
         """
-        with self._lock:
+        with self.lock:
             entry = self._by_trace_id.get(trace_id)
             if entry is None or entry.is_late or entry.inherited is not None or entry.identity.uri != uri:
                 return None
@@ -456,8 +433,8 @@ class TraceAssembler:
 
     def adopt(self, other: TraceAssembler) -> None:
         """Take over everything another assembler has in flight."""
-        with other._lock:
-            for name in ("entries", "_by_trace_id", "_holds", "_said", "_recent", "_recent_by_trace_id"):
+        with other.lock:
+            for name in ("entries", "_by_trace_id", "_holds", "_said", "recent"):
                 getattr(self, name).update(getattr(other, name))
 
     def forget_open(self) -> int:
@@ -474,11 +451,10 @@ class TraceAssembler:
 
     def after_fork(self) -> None:
         """Leave what is in flight to the parent, in a forked child; only new spans are ours."""
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._holds.clear()
         self._said.clear()
-        self._recent.clear()
-        self._recent_by_trace_id.clear()
+        self.recent.clear()
         for entry in list(self.entries.values()):
             entry.children.lock, entry.partial.lock = threading.Lock(), threading.Lock()
             entry.inherited = frozenset(entry.trace.span_dict)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.export.operations import Reference
 
 
+# A trace whose root nobody ended is stored as it is and forgotten, after as long as MLflow's cache keeps it.
+ABANDONED_AFTER = 3600.0
+
+
 class Annotations:
     """Annotations that callers of ``release`` gave a trace that is not handed on yet."""
 

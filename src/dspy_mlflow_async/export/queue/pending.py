@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # How many entries a batch passes over before it is taken as it is: callers wait meanwhile.
 _LOOK_AHEAD = 512
 # A record that fails this often while others succeed is to blame itself.
-_SUSPICIONS = 10
+SUSPICIONS = 10
 
 
 @dataclass(slots=True, eq=False)
@@ -68,11 +68,12 @@ class PendingOperations:
         size: Bytes in memory.
         last: The number of the entry that came last.
         times_suspect: How often an operation that was tried by itself has failed again.
+        lock: Held for each look and each change.
     """
 
     def __init__(self, counters: TraceCounters) -> None:
         self._counters = counters
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._all: OrderedDict[int, Pending] = OrderedDict()  # by number
         self._resident: OrderedDict[int, Pending] = OrderedDict()
         self._spooled: OrderedDict[tuple[Path, int], Pending] = OrderedDict()
@@ -105,23 +106,23 @@ class PendingOperations:
         """Return whether some of this trace or run lies on disk alone."""
         if key not in self._by_key:
             return False
-        with self._lock:
+        with self.lock:
             return any(entry.operation is None for entry in self._by_key.get(key, ()))
 
     def is_done_with(self, number: int) -> bool:
         """Return whether nothing is left of the entries up to a number."""
-        with self._lock:
+        with self.lock:
             return next(iter(self._all), number + 1) > number
 
     def has_only_suspects(self, number: int) -> bool:
         """Return whether all that is left up to a number has failed for no clear reason."""
-        with self._lock:
+        with self.lock:
             left = itertools.takewhile(lambda entry: entry.number <= number, self._all.values())
             return all(entry.key in self._suspicions for entry in left)
 
     def due(self, not_before: float) -> float | None:
         """Return when the next attempt is due (monotonic), no earlier than ``not_before``; None if nothing is here."""
-        with self._lock:
+        with self.lock:
             is_any_suspect = False
             for entry in self._all.values():
                 if not entry.is_taken:
@@ -142,7 +143,7 @@ class PendingOperations:
         Returns:
             False where there is no room, and once this is closed.
         """
-        with self._lock:
+        with self.lock:
             if self._is_closed or (most_bytes is not None and self.size + operation.size > most_bytes):
                 return False
             self._append_resident(operation)
@@ -154,7 +155,7 @@ class PendingOperations:
         Returns:
             Its entry; None where others of its key are here, and once this is closed.
         """
-        with self._lock:
+        with self.lock:
             if self._is_closed or operation.key in self._by_key:
                 return None
             entry = self._append_resident(operation)
@@ -168,7 +169,7 @@ class PendingOperations:
             references: Where they lie.
             coming_from: Where the counters have had them; None for those of other processes, which are not counted.
         """
-        with self._lock:
+        with self.lock:
             for reference in references:
                 entry = self._append(reference.key, reference.length, reference.counted)
                 self._place_on_disk(entry, reference)
@@ -210,7 +211,7 @@ class PendingOperations:
         Returns:
             Entries that are the caller's until `release` or `finish`; one alone if it is a suspect whose time has come.
         """
-        with self._lock:
+        with self.lock:
             if (suspect := self._due_suspect(from_disk=from_disk)) is not None:
                 batch = [suspect]
             else:
@@ -257,7 +258,7 @@ class PendingOperations:
 
     def take_all_of(self, key: str) -> list[Pending] | None:
         """Take all of one trace or run; None where others have some of it in hand, or some of it lies on disk."""
-        with self._lock:
+        with self.lock:
             batch = list(self._by_key.get(key, ()))
             if any(entry.is_taken or entry.operation is None for entry in batch):
                 return None
@@ -267,7 +268,7 @@ class PendingOperations:
 
     def take_residents(self) -> list[Pending]:
         """Take all that is in memory and in nobody's hands."""
-        with self._lock:
+        with self.lock:
             batch = [entry for entry in self._resident.values() if not entry.is_taken]
             for entry in batch:
                 entry.is_taken = True
@@ -275,7 +276,7 @@ class PendingOperations:
 
     def release(self, batch: Iterable[Pending]) -> None:
         """Give entries back, to be taken again."""
-        with self._lock:
+        with self.lock:
             for entry in batch:
                 entry.is_taken = False
 
@@ -289,7 +290,7 @@ class PendingOperations:
         Returns:
             Whether it was here.
         """
-        with self._lock:
+        with self.lock:
             if self._all.pop(entry.number, None) is None:
                 return False
             if place is not None:
@@ -313,7 +314,7 @@ class PendingOperations:
         Returns:
             Whether it was still here.
         """
-        with self._lock:
+        with self.lock:
             if self._resident.pop(entry.number, None) is None:
                 return False
             self.size -= entry.size
@@ -323,12 +324,12 @@ class PendingOperations:
 
     def residents_of(self, key: str) -> list[Pending]:
         """Return all of one trace or run that is in memory."""
-        with self._lock:
+        with self.lock:
             return [entry for entry in self._by_key.get(key, ()) if entry.operation is not None]
 
     def at(self, segment: Path, offsets: Iterable[int]) -> list[Pending]:
         """Return the entries whose records lie at these places of a segment, as far as they are in nobody's hands."""
-        with self._lock:
+        with self.lock:
             found = (self._spooled.get((segment, offset)) for offset in offsets)
             return [entry for entry in found if entry is not None and not entry.is_taken]
 
@@ -338,7 +339,7 @@ class PendingOperations:
         Returns:
             What is in memory, in whoever's hands; it is theirs to say what becomes of it, until it is spilled.
         """
-        with self._lock:
+        with self.lock:
             self._is_closed = True
             return list(self._resident.values())
 
@@ -350,23 +351,23 @@ class PendingOperations:
         Returns:
             Whether it has failed so often while others succeeded that it is to blame itself.
         """
-        with self._lock:
+        with self.lock:
             self.times_suspect += entry.key in self._suspicions
             return self._suspicions.note_failure(entry.key)
 
     def tries_of_suspects(self) -> int:
         """Return how often each of the suspects has been tried at least."""
-        with self._lock:
+        with self.lock:
             return min(map(self._suspicions.tries_of, self._suspicions), default=0)
 
     def note_success(self, entry: Pending) -> None:
         """Note that the store took an operation, so that it is there; other suspects need not wait if it was one."""
-        with self._lock:
+        with self.lock:
             self._suspicions.note_success(entry.key)
 
     def hurry(self) -> None:
         """Try the suspects now."""
-        with self._lock:
+        with self.lock:
             self._suspicions.due_at = 0.0
 
 
@@ -413,7 +414,7 @@ class _Suspicions:
         suspicion.tries += 1
         suspicion.counts += self._successes > suspicion.seen
         suspicion.seen = self._successes
-        return suspicion.counts >= _SUSPICIONS
+        return suspicion.counts >= SUSPICIONS
 
     def note_success(self, key: str) -> None:
         self._successes += 1

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dspy_mlflow_async")
 
 # A batch is one SQL transaction: others who write to the same database wait for as long as it takes.
-_BATCH_ITEMS = 32
+BATCH_OPERATIONS = 32
 _BATCH_BYTES = 8 * 2**20
 # How long the writer rests after a batch at the most, in seconds: it rests as long as the batch took, so that the
 # program that is being watched gets the interpreter at least half of the time. It does not once somebody flushes, or
@@ -146,7 +146,7 @@ class StoreQueue:
         self.progress.note(otherwise=self.worker.take_time if is_light else None)
 
     def _write_batch(self, *, from_disk: bool = True) -> bool:
-        batch = self.pending.take(_BATCH_ITEMS, _BATCH_BYTES, from_disk=from_disk)
+        batch = self.pending.take(BATCH_OPERATIONS, _BATCH_BYTES, from_disk=from_disk)
         if not batch:
             return False
         try:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.export.spool.quota import Quota
 
 # A segment that has grown this large is closed; it disappears when all of its records are done with.
-_SEGMENT_BYTES = 16 * 2**20
+SEGMENT_BYTES = 16 * 2**20
 # One of this size goes away as soon as nothing in it is needed, even if more could be written to it.
-_SEGMENT_BYTES_IF_EMPTY = 2**20
+SEGMENT_BYTES_IF_EMPTY = 2**20
 # macOS has no fdatasync.
 sync_file = getattr(os, "fdatasync", os.fsync)
 
@@ -192,7 +192,7 @@ class Spool:
             self.quota.take(len(line), is_vital=is_vital)
         with self._append:
             segment = self._current
-            if segment is None or segment.written >= _SEGMENT_BYTES:
+            if segment is None or segment.written >= SEGMENT_BYTES:
                 segment = self._open_segment()
             reference = Reference(segment.path, segment.append(line), len(line), key, counted)
         if sync:
@@ -282,7 +282,7 @@ class Spool:
         if segment.needed:
             return False
         if segment is self._current:
-            if segment.written < _SEGMENT_BYTES_IF_EMPTY:
+            if segment.written < SEGMENT_BYTES_IF_EMPTY:
                 return False
             self._retire_segment()
             return True

@@ -37,14 +37,20 @@ _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, a
 
 
 class Writer:
-    """Writer to the store of one tracking URI. Safe for threads: all it keeps is what it has learnt of the store."""
+    """Writer to the store of one tracking URI. Safe for threads: all it keeps is what it has learnt of the store.
+
+    Attributes:
+        uri: The tracking URI, resolved.
+        takes_batches: Whether the store takes spans of many traces together; None while it has not said.
+        takes_spans: Whether it keeps spans at all; else they go with the artifacts.
+    """
 
     def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS, may_try_rows: bool = True) -> None:
         self.uri = uri
         self._request_seconds = request_seconds
         self._client: mlflow_store.TracingClient | None = None
-        self._takes_batches: bool | None = None
-        self._takes_spans = True
+        self.takes_batches: bool | None = None
+        self.takes_spans = True
         self._may_try_rows = may_try_rows  # not in the thread of a caller
         self._has_rows_refused = False  # by the store, as being away
         # Only connections to a database must not be copied in the middle of something.
@@ -141,13 +147,13 @@ class Writer:
     ) -> list[Outcome]:
         statuses.clear()
         try:
-            if self._takes_batches is None:
-                self._takes_batches = self._ask_for_batches(statuses)
+            if self.takes_batches is None:
+                self.takes_batches = self._ask_for_batches(statuses)
         except Exception as error:  # noqa: BLE001 - the store decides what it raises; `classify` says what it means
             return [Outcome(operation, classify(error, statuses), error) for operation in good]
-        if not self._takes_batches:
+        if not self.takes_batches:
             return self._one_by_one(good, self._write_spans_first, statuses)
-        if self._is_server or not self._takes_spans:
+        if self._is_server or not self.takes_spans:
             return self._starts_then_spans(good, statuses)
         shared = [operation for operation in good if is_shared(operation)]
         outcomes, left = self._write_rows([operation for operation in good if not is_shared(operation)], texts)
@@ -271,7 +277,7 @@ class Writer:
 
     def _start(self, operation: TraceOperation) -> Any:
         """Start a trace, and return it as it is stored, or as it was sent where nobody asks for more."""
-        has_files = not self._takes_spans or any(span._attachments for span in operation.spans)
+        has_files = not self.takes_spans or any(span._attachments for span in operation.spans)
         return mlflow_store.start_trace(self.client, operation.info, reads_answer=has_files)
 
     def _log_group(
@@ -309,7 +315,7 @@ class Writer:
                 elif is_shared(operation) and is_last:
                     self._agree_on_totals(operation)
                 if isinstance(operation, TraceOperation) and not is_late(operation):
-                    if not self._takes_spans and operation.stage == "whole":
+                    if not self.takes_spans and operation.stage == "whole":
                         if _ARTIFACT_LOCATION not in info.tags:  # started before the store said what it takes
                             info = self._stored_info(operation.key)
                         mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(operation.spans)))
@@ -325,7 +331,7 @@ class Writer:
             self._correct_totals(operation)
         elif isinstance(operation, TraceOperation):
             info = self._start_with_all_assessments(operation.info)
-            if not self._takes_spans and operation.stage == "whole":
+            if not self.takes_spans and operation.stage == "whole":
                 mlflow_store.upload_spans_as_artifact(self.client, info, TraceData(list(operation.spans)))
             self._finish(operation, info)
         if is_shared(operation):
@@ -344,14 +350,14 @@ class Writer:
             return self.client.start_trace(info)
 
     def _log_spans(self, experiment_id: str | None, spans: Sequence[Any]) -> None:
-        if not (self._takes_spans and spans):
+        if not (self.takes_spans and spans):
             return
         try:
             self.client.log_spans(experiment_id or "0", list(spans))
         except Exception as error:
             if not mlflow_store.is_unsupported(error):
                 raise
-            self._takes_spans = False
+            self.takes_spans = False
 
     def _finish(self, operation: TraceOperation, info: Any) -> None:
         """Do what MLflow does after storing; failures here do not undo that, and MLflow logs them no differently."""
@@ -370,7 +376,7 @@ class Writer:
     def _correct_totals(self, operation: TraceOperation) -> None:
         """Correct the totals of a trace after late spans, from all of its spans."""
         info = self._stored_info(operation.key)
-        if self._takes_spans:
+        if self.takes_spans:
             trace = self._stored_trace(operation.key)
         else:
             trace = self.client.get_trace(operation.key)
@@ -394,13 +400,13 @@ class Writer:
         if isinstance(operation, TraceOperation):
             if operation.stage != "whole":
                 return
-        elif not self._takes_spans:  # nor are they there
+        elif not self.takes_spans:  # nor are they there
             return
         for _ in range(_MOST_CORRECTIONS):
             stored = self._stored_info(operation.key)
             if stored.state is TraceState.IN_PROGRESS:
                 return
-            spans = self._stored_trace(operation.key).data.spans if self._takes_spans else operation.spans
+            spans = self._stored_trace(operation.key).data.spans if self.takes_spans else operation.spans
             info = copy.copy(stored)
             info.trace_metadata = dict(stored.trace_metadata)
             prepare.total(info, spans)
@@ -470,7 +476,7 @@ class Writer:
 
     def _restart(self, info: Any) -> None:
         info.tags = {key: value for key, value in info.tags.items() if key != _ARTIFACT_LOCATION}
-        if self._takes_batches:
+        if self.takes_batches:
             info.assessments = []  # kept by the store; older ones would drop what they are not given
         self.client.start_trace(info)
 

@@ -323,7 +323,7 @@ def _mark(evaluation: str, losses: Sequence[tuple[int, Loss]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What comes home of an example.
+    """Facts of an example that come home.
 
     Attributes:
         outcome: Its outcome.
