@@ -8,7 +8,7 @@ import sqlite3
 import mlflow
 import pytest
 
-from dspy_mlflow_async.cli.demo import acts, contests
+from dspy_mlflow_async.cli.demo import acts
 from dspy_mlflow_async.cli.demo.check import check
 from dspy_mlflow_async.cli.demo.plan import Node, difference
 from dspy_mlflow_async.cli.demo.script import load_tickets
@@ -16,7 +16,7 @@ from dspy_mlflow_async.cli.demo.stage import read_traces
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("good-demo")]
 
-PLANNED = [plan for act in (*acts.ACTS, *contests.ACTS) for plan in act.plan(load_tickets())]
+PLANNED = [plan for act in acts.ACTS for plan in act.plan(load_tickets())]
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def play(console: Console, folder: Path, model: str | None = None, api_base: str
     """Run the demo and return the exit code: 0 if every span is where it belongs, else 1."""
     started = time.monotonic()
     with console.status("Importing DSPy and MLflow …"):
-        from dspy_mlflow_async.cli.demo import acts, check, contests, show, stage
+        from dspy_mlflow_async.cli.demo import acts, check, show, stage
 
     console.print(f"The store goes into {folder.resolve()}")
     try:
@@ -55,9 +55,8 @@ def play(console: Console, folder: Path, model: str | None = None, api_base: str
             where = f"on {scene.endpoint.api_base}, over HTTP" if scene.endpoint else "as you asked"
             console.print(f"The model is {scene.model}, {where}")
             scripted = scene.endpoint is not None
-            programme = (*acts.ACTS, *contests.ACTS)
-            planned = [plan for act in programme for plan in act.plan(scene.tickets)]
-            performed = [_perform(console, act, scene) for act in programme]
+            planned = [plan for act in acts.ACTS for plan in act.plan(scene.tickets)]
+            performed = [_perform(console, act, scene) for act in acts.ACTS]
             with console.status("Reading the traces back from MLflow …"):
                 verdict = check.check(scene.traces(), planned, scene.billed(), exact=scripted)
     except OSError as error:
