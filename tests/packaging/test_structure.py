@@ -179,6 +179,21 @@ def test_options_are_known_where_the_design_says(option, words):
     assert named == found
 
 
+def test_the_design_names_files_that_are_there():
+    """Each file that the design names is one of ours, and each room stands on its plan."""
+    page = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
+    plan = page.partition("## Rooms")[2].partition("Imports go downward only")[0]
+    files = {path.relative_to(source.ROOT).as_posix() for path in MODULES.values()}
+    rooms = {path.parent.name for path in MODULES.values() if path.name == "__init__.py"} - {source.ROOT.name}
+
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", page))
+    assert len(named) > 40
+    assert set() == {name for name in named - files if not (Path(__file__).parents[2] / name).is_file()}
+    assert {"demo", "doctor", "report"} == {
+        room for room in rooms if f" {room}/ " not in plan
+    }  # commands by their names
+
+
 def test_private_names_stay_in_their_file():
     """No file imports a name of ours that begins with an underscore, or reads one past the door of a module."""
     taken = {name: source.taken_private_names(path) for name, path in MODULES.items()}

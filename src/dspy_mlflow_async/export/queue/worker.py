@@ -130,7 +130,7 @@ class Progress:
             otherwise: Called where nobody flushes, and before anybody can begin to.
         """
         with self._made:
-            if otherwise is not None and not self._flushing:
+            if otherwise is not None and not self.is_awaited:
                 otherwise()
             self._made.notify_all()
 
