@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import os
 import socket
 import ssl
@@ -48,7 +49,12 @@ def look(uri: str, timeout: float = TIMEOUT) -> Reached:
     except urllib.error.HTTPError as error:
         with error:
             return Reached(_refused(shown, error.code))
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        certificate = _from_environment("SERVER_CERT_PATH")
+        return Reached(
+            f"MLFLOW_TRACKING_SERVER_CERT_PATH names {mask_uris(certificate)}, which cannot be read: correct it"
+        )
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return Reached(_unreachable(shown, getattr(error, "reason", error), timeout))
     if not said[:1].isdigit():  # MLflow's own answer says that it is HTML
         return Reached(f"{shown} answers, but not as an MLflow server does: correct MLFLOW_TRACKING_URI")
@@ -74,6 +80,11 @@ def _unreachable(shown: str, reason: object, timeout: float) -> str:
         return (
             f"{shown} cannot be reached: TLS failed ({reason}); correct the scheme (http or https), "
             "or name the certificate by MLFLOW_TRACKING_SERVER_CERT_PATH"
+        )
+    if isinstance(reason, http.client.BadStatusLine):  # a hang-up, too: a server with TLS does that to plain HTTP
+        return (
+            f"{shown} does not answer in HTTP ({mask_uris(reason)}); "
+            "correct the scheme (http or https), or MLFLOW_TRACKING_URI"
         )
     if isinstance(reason, TimeoutError):
         return f"{shown} cannot be reached: no answer within {timeout:g} s; {_START}"

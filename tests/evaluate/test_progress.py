@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import sys
 import threading
 
 import dspy
@@ -89,6 +90,22 @@ async def test_terminal(console):
 
     assert all(word in text.getvalue() for word in ("one", "two", "total", "3/3", "6/6"))
     assert "6/6" in last or "3/3" in last
+
+
+async def test_notebook_without_widgets(monkeypatch, capsys, recwarn):
+    """A notebook that lacks ipywidgets gets the lines of a log as the cell's output: no warning, and no empty box."""
+    monkeypatch.setattr(rich, "_console", Console(force_jupyter=True))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # not installed
+    comparison = await aevaluate_all({"one": Chain(), "two": Chain()}, devset=examples(size=3), metric=is_right)
+    printed = capsys.readouterr()
+    first, *lines = printed.out.splitlines()
+
+    assert f"evaluate_all: run {comparison.run_id}" == first
+    assert ["one: 3/3, score 100.0", "total: 6/6", "two: 3/3, score 100.0"] == sorted(
+        line.rpartition(",")[0] or line for line in lines
+    )
+    assert "3/3" not in printed.err
+    assert not [each for each in recwarn if "ipywidgets" in str(each.message)]
 
 
 async def test_off(console):

@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-import socket
 import sys
 import threading
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from small import examples, is_right
 
 import dspy_mlflow_async
-from dspy_mlflow_async import aevaluate_all, evaluate_all, reachability
+from dspy_mlflow_async import aevaluate_all, evaluate_all
 from dspy_mlflow_async.evaluate import summary
 from dspy_mlflow_async.evaluate.comparison import CaseResult, CaseUsage, Comparison, ExampleCounts, Latency
 from dspy_mlflow_async.evaluate.statistics import Difference
@@ -147,28 +146,6 @@ async def test_a_store_that_is_away_is_said_at_once(away, caplog):
     assert 100.0 == comparison["one"].score
     assert "nothing listens there (connection refused)" in caplog.records[0].getMessage()
     dspy_mlflow_async.flush(0)
-
-
-@pytest.mark.parametrize(
-    ("uri", "words"),
-    [
-        ("http://no-such-host.invalid:5000", "there is no host no-such-host.invalid"),
-        ("sqlite:///nowhere.db", None),
-    ],
-)
-def test_what_is_said_of_a_store(uri, words):
-    """In plain words, with what to do about it; a store that is no server is not asked."""
-    problem = reachability.look(uri).problem
-
-    assert (words is None) == (problem is None)
-    assert words is None or words in problem
-
-
-def test_tls_and_strangers_are_told_apart():
-    """A server without TLS behind ``https``, one that never answers, and what is no MLflow server."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        assert "no answer within 0.2 s" in reachability.look(f"http://127.0.0.1:{port}", 0.2).problem
 
 
 def test_a_refused_resume_names_the_argument(said, traces):

@@ -7,6 +7,7 @@ one board, and each evaluation a line on it.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import threading
 import time
@@ -177,7 +178,8 @@ class Board:
         for line in lines:
             seconds = time.monotonic() - line.begun
             parts = (f"{line.done}/{line.size}", f"score {line.score}", line.error_text, f"{seconds:.0f} s")
-            console.print(f"{line.name}: {', '.join(filter(None, parts))}", markup=False, highlight=False)
+            text = f"{line.name}: {', '.join(filter(None, parts))}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         if len(lines) != 1 and len(self._lines) + len(self._ended) > 1:
             done, size, _ = self._sums()
             console.print(f"{_TOTAL}: {done}/{size}", markup=False, highlight=False)
@@ -226,12 +228,25 @@ def _shortened(error: str | None) -> str:
 
 
 def console_here() -> Console:
-    """Return rich's console, on standard error where it would write to standard output, which is the program's."""
+    """Return rich's console, on standard error where it would write to standard output, which is the program's.
+
+    In a notebook without ipywidgets, plain lines go below the cell as its output: standard error is red there.
+    """
     from rich import get_console
     from rich.console import Console
 
     console = get_console()
-    return console if console.is_jupyter or console.file is not sys.stdout else Console(stderr=True)
+    if console.is_jupyter:
+        return console if _has_widgets() else Console(force_jupyter=False, force_terminal=False)
+    return console if console.file is not sys.stdout else Console(stderr=True)
+
+
+def _has_widgets() -> bool:
+    """Return whether rich can show a display in a notebook; without, it warns each time and shows an empty box."""
+    try:
+        return importlib.util.find_spec("ipywidgets") is not None
+    except ValueError:  # somebody has put None in its place
+        return False
 
 
 def _live() -> Progress | None:
