@@ -18,12 +18,13 @@ COMMANDS = {
     "audit": ("audit", "audit"),
     "demo": ("demo", "demo"),
     "doctor": ("doctor", "doctor"),
+    "gate": ("gate", "gate"),
     "harvest": ("harvest", "harvest"),
     "replay": ("replay", "replay"),
     "report": ("report", "report"),
 }
 
-NEED_RUNS = ("audit", "demo", "harvest", "report")
+NEED_RUNS = ("audit", "demo", "gate", "harvest", "report")
 
 
 def __getattr__(name: str) -> Any:

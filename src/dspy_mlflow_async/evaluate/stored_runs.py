@@ -233,14 +233,15 @@ def case_order(run: Any) -> list[str]:
     return names
 
 
-def newest(count: int) -> list[Any]:
+def newest(count: int, experiments: Sequence[str] | None = None) -> list[Any]:
     """Return the newest runs of evaluations and compiles that are below no other of them, the newest first.
 
     Args:
         count: How many, at most.
+        experiments: The ids of the experiments to look in; by default all.
     """
     client, found = MlflowClient(), list[Any]()
-    experiments = [each.experiment_id for each in client.search_experiments()]
+    experiments = [*experiments] if experiments else [each.experiment_id for each in client.search_experiments()]
     token = None
     while len(found) < count and experiments:
         page = client.search_runs(experiments, order_by=["attributes.start_time DESC"], page_token=token)

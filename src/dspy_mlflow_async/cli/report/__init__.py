@@ -70,7 +70,7 @@ def report(
     if html is not None:
         _write(html, nodes, changes)
         typer.echo(printable(f"Written: {html}", one_line=True), err=json_ or csv_)
-    _say_what_waits()
+    say_what_waits("report")
 
 
 def _show(console: Console, nodes: list[Node], changes: Changes | None, limit: int) -> None:
@@ -126,8 +126,8 @@ def _print_records(records: list[dict[str, Any]], *, as_json: bool) -> None:
         writer.writerows(records)
 
 
-def _say_what_waits() -> None:
-    """Say that this machine's spool holds what the store has not got: the report may lack it."""
+def say_what_waits(command: str) -> None:
+    """Say that this machine's spool holds what the store has not got: what a command shows may lack it."""
     from mlflow import get_tracking_uri
 
     from dspy_mlflow_async import export
@@ -138,4 +138,4 @@ def _say_what_waits() -> None:
     waiting = sum(spool.records for spool in export.spools() if spool.tracking_uri == uri)
     if waiting:
         what = counted(waiting, "record waits", "records wait")
-        complain("report", f"{what} on this machine for this store; send with: dspy-mlflow-async replay")
+        complain(command, f"{what} on this machine for this store; send with: dspy-mlflow-async replay")
