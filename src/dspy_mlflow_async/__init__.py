@@ -1,4 +1,7 @@
-"""MLflow tracing for DSPy programs that run concurrently."""
+"""MLflow tracing for DSPy programs that run concurrently.
+
+PYTEST_DONT_REWRITE (its asserts are no test's)
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

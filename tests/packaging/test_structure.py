@@ -17,6 +17,7 @@ import dspy_mlflow_async
 
 # From the top down. A room may import those below it. `export` stands beside them, and knows only these.
 ROOMS = (
+    "pytest_plugin",
     "cli",
     "asgi",
     "requests",
@@ -55,6 +56,8 @@ CALLED_BY_OTHERS = {
     "evaluate.statistics:is_clear": "users, of the differences of a comparison",
     "export.assemble.span_processor:activate": "MLflow, of its queue",
     "export.assemble.span_processor:is_active": "MLflow, of its queue",
+    "pytest_plugin:pytest_configure": "pytest",
+    "pytest_plugin:pytest_runtest_call": "pytest",
     "requests.record:lm_calls_left_out": "users",
     "seams.mlflow_processor:_should_enable_async_logging": "MLflow, of its exporter",
     "spans.bounds:MARK_BYTES": "who measures what is stored: docstrings and tests speak of it",
@@ -189,7 +192,7 @@ def test_the_design_names_files_that_are_there():
     named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", page))
     assert len(named) > 40
     assert set() == {name for name in named - files if not (Path(__file__).parents[2] / name).is_file()}
-    assert {"demo", "doctor", "report"} == {
+    assert {"demo", "doctor", "gate", "report"} == {
         room for room in rooms if f" {room}/ " not in plan
     }  # commands by their names
 
@@ -240,7 +243,7 @@ def test_files_stay_short():
 
 # Distributions by what is imported of them, where the names differ; and what nobody needs to install.
 DISTRIBUTIONS = {"google": "protobuf", "mlflow": "mlflow-tracing", "opentelemetry": "opentelemetry-sdk"}
-LOOKED_UP = {"trio"}  # used where the program has imported it
+LOOKED_UP = {"pytest", "trio"}  # used where the program has imported it
 # What needs the whole of MLflow.
 OF_MLFLOW = {"matplotlib", "numpy", "pandas", "sqlalchemy"}
 OF_RAY = {"ray"}  # in its own file alone
