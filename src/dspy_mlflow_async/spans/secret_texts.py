@@ -38,8 +38,8 @@ def mask(text: str) -> str:
     if size < SHORTEST:
         return text
     if size <= _KEPT_SHORT:
-        return _masked_short(text)
-    return _masked_long(text) if size <= _KEPT_LONG else masked(text)
+        return masked_short(text)
+    return masked_long(text) if size <= _KEPT_LONG else masked(text)
 
 
 def mask_beginning(text: str, most: int) -> str:
@@ -67,8 +67,8 @@ def masked(text: str) -> str:
 
 
 # One text is shown on several spans of a call: a prompt where it is formatted, sent and answered.
-_masked_short = functools.lru_cache(maxsize=4096)(masked)
-_masked_long = functools.lru_cache(maxsize=64)(masked)
+masked_short = functools.lru_cache(maxsize=4096)(masked)
+masked_long = functools.lru_cache(maxsize=64)(masked)
 
 
 def _spans(data: bytes) -> list[Span]:
