@@ -108,6 +108,33 @@ async def test_notebook_without_widgets(monkeypatch, capsys, recwarn):
     assert not [each for each in recwarn if "ipywidgets" in str(each.message)]
 
 
+@pytest.mark.parametrize(("count", "shown"), [(2, ["host:0", "host:1"]), (9, ["9 workers"])])
+def test_workers_have_lines(console, count, shown):
+    """In a terminal each worker process has a line of its own, and one that is lost says so; of many one tells."""
+    text = console(is_terminal=True)
+    with BOARD.line("one", 100, 0.0, is_shown=True) as line:
+        for number in range(count):
+            BOARD.worker(f"host:{number}", 10 * (number + 1))
+        BOARD.worker("host:0", 10, is_gone=True)
+        line.advance(Outcome(0, score=1.0))
+    last = text.getvalue().rpartition("one ")[2]
+
+    together = sum(10 * (number + 1) for number in range(count))
+    assert all(each in last for each in shown)
+    assert f"{together}/{together}" in last if count > 8 else f"10/{together}" in last
+    assert "lost" in last
+    assert ("host:1" in last) == (count == 2)
+
+
+def test_a_log_has_no_lines_of_workers(console):
+    """In a log workers have none: only what is lost is worth a line there."""
+    text = console(is_terminal=False)
+    with BOARD.line("one", 1, 0.0, is_shown=True):
+        BOARD.worker("host:0", 1)
+
+    assert "host" not in text.getvalue()
+
+
 async def test_off(console):
     """Nothing is shown with ``display_progress=False``, which is ``AsyncEvaluate``'s default."""
     text = console(is_terminal=True)

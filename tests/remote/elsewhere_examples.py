@@ -57,6 +57,19 @@ class Where(dspy.Module):
         return dspy.Prediction(answer=question, pid=os.getpid())
 
 
+class Says(dspy.Module):
+    """Says what the LM does, and leaves in ``folder`` a mark of the process that it is in."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+        self.step = dspy.Predict("question -> answer")
+
+    def forward(self, question):
+        Path(self.folder, str(os.getpid())).touch()
+        return self.step(question=question)
+
+
 class KillsOnce:
     """A metric that kills the process it is in when it first judges its example: the prediction is traced by then."""
 
@@ -74,3 +87,15 @@ class KillsOnce:
 def is_right(example, prediction, trace=None):
     """Exact match."""
     return example.answer == prediction.answer
+
+
+def judge(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    """The same in the form that GEPA asks for."""
+    return dspy.Prediction(score=float(is_right(gold, pred)), feedback="as it should be")
+
+
+def propose(field, marker):
+    """Fields get the marker, ``@wrong`` ones a wrong one; what has none is asked for an instruction."""
+    if not marker:
+        return "```\nAnswer with the marker.\n```"
+    return "@no" if marker.startswith("@wrong") else marker

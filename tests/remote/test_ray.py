@@ -1,16 +1,18 @@
 """Ray for real, on this machine: evaluations on its actors, and a propagated function in its tasks."""
 
+import contextlib
 import importlib.util
 import os
 import sys
+import threading
 from pathlib import Path
 
 import dspy
 import mlflow
 import pytest
-from elsewhere_examples import Dies, Where, is_right
+from elsewhere_examples import Dies, Says, Where, is_right
 
-from dspy_mlflow_async import autolog, evaluate_all, flush, propagate
+from dspy_mlflow_async import autolog, evaluate_all, flush, propagate, request
 from dspy_mlflow_async.remote import Ray, on
 from dspy_mlflow_async.testing import tree
 from echo import EchoLM, predict_tree
@@ -103,38 +105,65 @@ def test_dspys_own_evaluate_runs_on_actors(experiment, workers):
     assert all(prediction.pid != os.getpid() for _, prediction, _ in result.results)
 
 
-def test_a_propagated_function_is_one_tree_in_rays_tasks(experiment, cluster):
+def test_a_propagated_function_is_one_tree_in_rays_tasks(experiment, cluster, tmp_path):
     """`ray.remote(propagate(program))`: below the span that was current, in its session; its usage comes home."""
     autolog(silent=True)
 
     class Fan(dspy.Module):
         def __init__(self):
             super().__init__()
-            self.step = dspy.Predict("question -> answer")
+            self.step = Says(str(tmp_path))
 
         def forward(self, question, size):
             task = ray.remote(propagate(self.step))
             return [each.answer for each in ray.get([task.remote(question=f"{question}-{n}") for n in range(size)])]
 
-    with mlflow.tracing.context(metadata={"mlflow.trace.session": "s-1"}):
+    with mlflow.tracing.context(metadata={"mlflow.trace.session": "s-1"}), request() as did:
         answers = Fan()(question="@f", size=3)
-    # Ray ends idle processes when it likes: what they have traced is on their disk, and sent by the next one.
-    ray.get([ray.remote(settle_here).options(scheduling_strategy="SPREAD").remote() for _ in range(8)])
+    settle_all(tmp_path)
     (trace,) = stored(experiment)
 
     assert ["@f-0", "@f-1", "@f-2"] == answers
-    assert ("Fan.forward", [predict_tree()] * 3) == tree(trace)
-    assert 3 * 14 == trace.info.token_usage["total_tokens"]
+    assert ("Fan.forward", [("Says.forward", [predict_tree()])] * 3) == tree(trace)
+    assert 3 * 14 == trace.info.token_usage["total_tokens"] == did.usage["total_tokens"]
     assert "s-1" == trace.info.trace_metadata["mlflow.trace.session"]
 
 
-def settle_here():
-    import time
+def settle_all(folder):
+    """Let each process that has left its mark store what it has traced.
 
-    import dspy_mlflow_async
+    Each task stays in its process until all have: so the next one takes another. What Ray has ended meanwhile is on the
+    disk, and sent by one of the others.
+    """
+    settle = ray.remote(settle_here).options(num_cpus=0)
+    marked, tasks = {int(each.name) for each in folder.iterdir()}, []
+    while any(is_running(pid) and not (folder / f"settled-{pid}").exists() for pid in marked):
+        assert len(tasks) < 20
+        tasks.append(settle.remote(str(folder)))
+        while len(list(folder.glob("settled-*"))) < len(tasks):
+            threading.Event().wait(0.02)
+    (folder / "all").touch()
+    ray.get(tasks)
 
-    time.sleep(0.5)  # so that another process takes the next one
-    return dspy_mlflow_async.flush(30)
+
+def is_running(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def settle_here(folder):
+    import os
+    import threading
+    from pathlib import Path
+
+    from dspy_mlflow_async.remote import plan
+
+    assert plan.settle(30).is_settled
+    Path(folder, f"settled-{os.getpid()}").touch()
+    while not Path(folder, "all").exists():
+        threading.Event().wait(0.02)
 
 
 def test_the_example_runs(experiment, cluster):

@@ -9,12 +9,12 @@ import dspy
 import mlflow
 import psutil
 import pytest
-from elsewhere_examples import KillsOnce, Waits, Where, is_right
+from elsewhere_examples import KillsOnce, Says, Waits, Where, is_right, judge, propose
 
 from dspy_mlflow_async import AsyncEvaluate, aevaluate_all, autolog, evaluate_all, flush
 from dspy_mlflow_async.remote import Processes, on
 from dspy_mlflow_async.testing import tree
-from echo import predict_tree
+from echo import EchoLM, predict_tree
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,13 @@ def test_a_remote_evaluation_is_a_local_one(experiment, workers):
     assert metrics[0]["eval"] == metrics[1]["eval"]
 
 
-def test_an_example_whose_process_is_killed_is_tried_again(experiment, workers, tmp_path):
-    """A worker that is killed with examples in hand: each counts once, and what is left is marked."""
+def test_an_example_whose_process_is_killed_is_tried_again(experiment, workers, tmp_path, capsys):
+    """A worker that is killed with examples in hand: each counts once, what is left is marked, and it is said once."""
     autolog(silent=True)
     metric = KillsOnce(str(tmp_path), "@e-3")
-    comparison = evaluate({"dies": Where()}, examples(8), workers, metric=metric, max_concurrency=4)
+    options = {"workers": workers, "metric": metric, "max_concurrency": 4}
+    comparison = evaluate_all({"dies": Where()}, devset=examples(8), **options)
+    assert 1 == capsys.readouterr().err.count("a worker is lost, and what it had in hand is tried again: ")
     case = comparison["dies"]
     places = {trace_id: str(index) for index, trace_id in enumerate(ids_of(case))}
     traces = stored(experiment)
@@ -254,23 +256,56 @@ def test_dspys_own_evaluate_runs_elsewhere(experiment, workers):
     assert 1 == len({tuple(sorted((k, v) for k, v in run.data.metrics.items() if "token" in k)) for run in runs})
 
 
-def test_optimizers_evaluate_elsewhere(experiment, workers):
-    """Random search under `on`: its child runs and steps, and the program's LM calls in the compile's ledger."""
+def random_search(program, trainset):
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(
+        is_right, max_bootstrapped_demos=1, num_candidate_programs=1, num_threads=2
+    )
+    return optimizer.compile(program, trainset=trainset)
+
+
+def mipro(program, trainset):
+    pytest.importorskip("optuna")
+    optimizer = dspy.MIPROv2(
+        is_right, auto=None, num_candidates=2, max_bootstrapped_demos=1, max_labeled_demos=1, num_threads=2, seed=1
+    )
+    options = {"num_trials": 2, "minibatch": True, "minibatch_size": 2, "minibatch_full_eval_steps": 1}
+    return optimizer.compile(program, trainset=trainset, valset=trainset, **options)
+
+
+def gepa(program, trainset):
+    pytest.importorskip("gepa")
+    reflection = EchoLM(answer=propose, model="echo/reflection")
+    optimizer = dspy.GEPA(judge, max_metric_calls=20, reflection_lm=reflection, num_threads=2, seed=1)
+    return optimizer.compile(program, trainset=trainset, valset=trainset)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("compile_program", [random_search, mipro, gepa])
+def test_optimizers_evaluate_elsewhere(experiment, workers, monkeypatch, tmp_path, compile_program):
+    """Under `on`: an optimizer's own child runs, steps and scores, and the LM calls by their roles, as here."""
+    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)  # MIPROv2 shows its prompts
     autolog(silent=True, log_compiles=True, log_evals=True)
-    told = []
+    told, pids = [], []
     for where in (None, workers):
-        optimizer = dspy.BootstrapFewShotWithRandomSearch(
-            is_right, max_bootstrapped_demos=1, num_candidate_programs=1, num_threads=2
-        )
-        with contextlib.nullcontext() if where is None else on(where):
-            optimizer.compile(Where(), trainset=examples(3))
+        folder = tmp_path / str(where)
+        folder.mkdir()
+        with dspy.context(lm=EchoLM(answer=propose)), contextlib.nullcontext() if where is None else on(where):
+            compile_program(Says(str(folder)), [*examples(3), *examples(1, "@wrong")])
         assert flush(30)
         runs = mlflow.search_runs([experiment], output_format="list", order_by=["attributes.start_time DESC"])
         (compiled, *_) = [run for run in runs if "dspy.optimizer" in run.data.tags]
-        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == compiled.info.run_id]
-        tags = {name: value for name, value in compiled.data.tags.items() if "dspy." in name}
-        told.append((tags, sorted(run.info.run_name for run in children), compiled.data.metrics))
+        children = {
+            run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == compiled.info.run_id
+        }
+        tags = {name: value for name, value in compiled.data.tags.items() if name.startswith("dspy.")}
+        scores = {name: (run.data.metrics["eval"], run.info.status) for name, run in children.items()}
+        told.append((tags, scores, compiled.data.metrics))
+        pids.append(marks(folder))
 
     assert told[0] == told[1]
     assert 3 <= len(told[0][1])
-    assert 3 < sum(value for name, value in told[0][2].items() if name.startswith("lm_calls"))
+    calls = {name: value for name, value in told[0][2].items() if name.startswith("lm_calls")}
+    assert 3 < sum(calls.values())
+    assert compile_program is not gepa or {"lm_calls/task", "lm_calls/reflection"} <= set(calls)
+    assert {str(os.getpid())} == pids[0]
+    assert pids[1] - pids[0]

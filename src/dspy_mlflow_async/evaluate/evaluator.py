@@ -198,6 +198,8 @@ class AsyncEvaluate(dspy.Evaluate):
         with BOARD.line(name, len(devset), self.failure_score, is_shown=display_progress) as line:
             if display_progress:
                 conditions = replace(conditions, note=line.advance)
+                if conditions.crew is not None:
+                    conditions.crew.board = line.board
             kind = Examples if conditions.crew is None else RemoteExamples
             outcomes = await kind(*callers, rules, conditions, evaluation).run(devset)
         if not outcomes:

@@ -27,6 +27,7 @@ _TOTAL = "total"
 _NARROW = 100  # columns
 _MAX_NAME = 24  # columns of a name in a narrow terminal
 _MAX_ERROR = 160  # characters
+_MOST_WORKERS = 8  # with a line each; of more of them one line tells
 
 
 class Line:
@@ -72,6 +73,7 @@ class Board:
         self._ended: list[Line] = []
         self._live: Progress | None = None
         self._total: Any = None
+        self._workers = _WorkerLines()
         self._last_plain = 0.0
         self._ticker: _Ticker | None = None
 
@@ -85,7 +87,7 @@ class Board:
             failure_score: The score of a failed one.
             is_shown: Whether there is a line at all.
         """
-        board = self if is_shown else _NO_BOARD
+        board = self if is_shown else NO_BOARD
         line = Line(board, name, size, failure_score)
         board.begin(line)
         try:
@@ -99,6 +101,7 @@ class Board:
         with self._lock:
             if not self._lines:
                 self._live, self._total, self._ended = _live(), None, []
+                self._workers = _WorkerLines()
                 self._last_plain = time.monotonic()
                 if self._live is None:
                     self._ticker = _Ticker(self._tick)
@@ -106,9 +109,7 @@ class Board:
             if self._live is not None:
                 self._lines[line] = self._live.add_task(line.name, total=line.size, score="", errors="")
                 if len(self._lines) + len(self._ended) > 1:
-                    if self._total is not None:
-                        self._live.remove_task(self._total)  # it stands last
-                    self._total = self._live.add_task(_TOTAL, total=0, score="", errors="")
+                    self._put_total_last(self._live)
                 self._update(line)
 
     @guarded
@@ -116,6 +117,22 @@ class Board:
         """Write a line of its own, above what is shown."""
         console = console_here() if self._live is None else self._live.console
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    @guarded
+    def worker(self, process: str, examples: int, *, is_gone: bool = False) -> None:
+        """Show what a worker process has brought home, beside the others, where there are lines that move.
+
+        Args:
+            process: What it is called, ``host:pid``.
+            examples: How many examples.
+            is_gone: Whether it is lost.
+        """
+        with self._lock:
+            if self._live is None or not self._lines:
+                return
+            if self._workers.show(self._live, process, examples, is_gone=is_gone) and self._total is not None:
+                self._put_total_last(self._live)
+                self._show_total(self._live)
 
     @guarded
     def changed(self, line: Line) -> None:
@@ -166,8 +183,16 @@ class Board:
         assert live is not None  # noqa: S101 - the caller has looked
         live.update(self._lines[line], completed=line.done, score=line.score, errors=line.error_text)
         if self._total is not None:
-            done, size, errors = self._sums()
-            live.update(self._total, completed=done, total=size, errors=counted(errors, "error") if errors else "")
+            self._show_total(live)
+
+    def _put_total_last(self, live: Progress) -> None:
+        if self._total is not None:
+            live.remove_task(self._total)
+        self._total = live.add_task(_TOTAL, total=0, score="", errors="")
+
+    def _show_total(self, live: Progress) -> None:
+        done, size, errors = self._sums()
+        live.update(self._total, completed=done, total=size, errors=counted(errors, "error") if errors else "")
 
     def _sums(self) -> tuple[int, int, int]:
         lines = [*self._ended, *self._lines]
@@ -183,6 +208,36 @@ class Board:
         if len(lines) != 1 and len(self._lines) + len(self._ended) > 1:
             done, size, _ = self._sums()
             console.print(f"{_TOTAL}: {done}/{size}", markup=False, highlight=False)
+
+
+class _WorkerLines:
+    """Lines of worker processes: how many of the examples each has brought home. The board's lock guards it."""
+
+    def __init__(self) -> None:
+        self._examples: dict[str, int] = {}
+        self._gone: set[str] = set()
+        self._tasks: dict[str, Any] = {}
+
+    def show(self, live: Progress, process: str, examples: int, *, is_gone: bool) -> bool:
+        """Show a worker's line, or the one of all; return whether a line was added."""
+        self._examples[process] = examples
+        if is_gone:
+            self._gone.add(process)
+        if len(self._examples) > _MOST_WORKERS:
+            for task in [self._tasks.pop(name) for name in list(self._tasks) if name]:
+                live.remove_task(task)
+            lines = {"": f"  {len(self._examples)} workers"}
+        else:
+            lines = {name: f"  {name}" for name in self._examples}
+        added = [name for name in lines if name not in self._tasks]
+        for name in added:
+            self._tasks[name] = live.add_task(lines[name], total=0, score="", errors="")
+        together = sum(self._examples.values())
+        for name, text in lines.items():
+            is_lost = f"{len(self._gone)} lost" if not name and self._gone else "lost" if name in self._gone else ""
+            own = self._examples.get(name, together)
+            live.update(self._tasks[name], description=text, completed=own, total=together, errors=is_lost)
+        return bool(added)
 
 
 class _Ticker:
@@ -213,6 +268,9 @@ class _NoBoard(Board):
         pass
 
     def changed(self, line: Line) -> None:
+        pass
+
+    def worker(self, process: str, examples: int, *, is_gone: bool = False) -> None:
         pass
 
     def end(self, line: Line) -> None:
@@ -287,5 +345,5 @@ def _live() -> Progress | None:
     return live
 
 
-_NO_BOARD = _NoBoard()
+NO_BOARD = _NoBoard()
 BOARD = Board()

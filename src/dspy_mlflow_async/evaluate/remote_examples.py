@@ -6,7 +6,6 @@ An outcome that comes back is noted as a resume notes one.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import traceback
@@ -14,7 +13,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
@@ -28,6 +27,14 @@ from dspy_mlflow_async.evaluate.case import Case
 from dspy_mlflow_async.evaluate.example_result import Outcome
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
 from dspy_mlflow_async.evaluate.limits import Slots
+from dspy_mlflow_async.evaluate.lost_attempts import (
+    ATTEMPT_TAG,
+    EVALUATION_TAG,
+    EXAMPLE_TAG,
+    mark_losses,
+    mark_unfinished,
+)
+from dspy_mlflow_async.evaluate.progress import NO_BOARD, Board
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.remote import pickling
 from dspy_mlflow_async.remote.carried import Carried, attached_as, carry
@@ -36,10 +43,8 @@ from dspy_mlflow_async.remote.processes import Processes
 from dspy_mlflow_async.remote.workers import Loss, WorkerLostError, WorkerReport, Workers
 from dspy_mlflow_async.runs.evaluation import ELSEWHERE, Evaluation
 from dspy_mlflow_async.runs.usage import restore
-from dspy_mlflow_async.seams import mlflow_store
 from dspy_mlflow_async.seams.dspy import settings_here
 from dspy_mlflow_async.seams.dspy_evaluate import isolate_settings
-from dspy_mlflow_async.seams.mlflow_experiment import experiment_in_force
 from dspy_mlflow_async.seams.mlflow_spans import TRACE_CONTEXT, extended_context
 from dspy_mlflow_async.spans.door import Door
 from dspy_mlflow_async.spans.scopes import Region
@@ -48,11 +53,6 @@ from dspy_mlflow_async.workers import Threads
 
 logger = logging.getLogger("dspy_mlflow_async")
 
-# Tags of the traces that an example makes in a worker: of which evaluation, which example it is, which attempt at it.
-EVALUATION_TAG = "dspy_mlflow_async.evaluation"
-EXAMPLE_TAG, ATTEMPT_TAG = "dspy_mlflow_async.example", "dspy_mlflow_async.attempt"
-# On those of an attempt that was lost with its process: another one counts.
-LOST_TAG = "dspy_mlflow_async.lost"
 _MARKING_SECONDS = 30.0
 
 
@@ -93,15 +93,6 @@ def _parts(program: Any, metric: Any, whose: str = "") -> tuple[bytes, bytes, by
     )
 
 
-@functools.cache  # once a process
-def _warn_of_file(scheme: str) -> None:
-    if scheme in {"sqlite", "file"}:
-        logger.warning(
-            "several processes write into one file, and wait for each other: start `mlflow server` and set it as the "
-            "tracking URI where that matters"
-        )
-
-
 class Crew:
     """Workers of one evaluation, or of several that belong together, and what each of them has done.
 
@@ -110,10 +101,12 @@ class Crew:
 
     Attributes:
         losses: Attempts at examples that were lost with their process, by the example's place.
+        board: Where each worker has a line, if anybody looks.
     """
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
+        self.board: Board = NO_BOARD
         self.losses: list[tuple[int, Loss]] = []
         self._examples: Counter[str] = Counter()
         self._books: dict[str, WorkerBooks] = {}
@@ -123,7 +116,6 @@ class Crew:
         """Give out the plan of one evaluation; at the end its traces are stored, and the plan is forgotten."""
         plan = await anyio.to_thread.run_sync(lambda: Plan.of(job()))
         await anyio.to_thread.run_sync(self.workers.start)
-        _warn_of_file(mlflow_store.resolve_tracking_uri().partition(":")[0])
         try:
             yield plan
         finally:
@@ -148,6 +140,9 @@ class Crew:
         data = pickling.dumps(f"example {index}", item)
 
         def lost(loss: Loss) -> None:
+            if not any(loss.process == each.process and loss.reason == each.reason for _, each in self.losses):
+                self.board.say(f"a worker is lost, and what it had in hand is tried again: {loss.reason}")
+                self.board.worker(loss.process, self._examples[loss.process], is_gone=True)
             self.losses.append((index, loss))
             note_loss((index, loss))
 
@@ -159,6 +154,7 @@ class Crew:
             )
         )
         self._examples[reply.process] += 1
+        self.board.worker(reply.process, self._examples[reply.process])
         return reply
 
     def report(self) -> tuple[WorkerReport, ...]:
@@ -226,7 +222,6 @@ class _Block:
             logger.warning("%s: this evaluation runs here.", error)
             return None
         self._crew.workers.start()
-        _warn_of_file(mlflow_store.resolve_tracking_uri().partition(":")[0])
         self._last = plan
         numbers = itertools.count()
 
@@ -282,9 +277,17 @@ class RemoteExamples(Examples):
             async with self._crew.opened(self._job) as self._plan:
                 return await super().run(devset)
         finally:
-            if self._losses:
+            if self._losses or self._conditions.finished:
                 with anyio.move_on_after(_MARKING_SECONDS, shield=True):
-                    await anyio.to_thread.run_sync(_mark, self._name, self._losses, abandon_on_cancel=True)
+                    await anyio.to_thread.run_sync(self._mark, abandon_on_cancel=True)
+
+    @guarded
+    def _mark(self) -> None:
+        """Mark the traces of lost attempts, as far as they have arrived, so that each example counts once."""
+        mark_losses(self._name, self._losses)
+        run = None if self._evaluation is None else self._evaluation.run
+        if self._conditions.finished and run is not None and not run.is_pending:
+            mark_unfinished(run, {index: outcome.trace_id for index, outcome in self._outcomes.items()})
 
     @property
     def _crew(self) -> Crew:
@@ -307,18 +310,6 @@ class RemoteExamples(Examples):
             noted = self._evaluation.recall(index, outcome.trace_id, outcome.error, outcome.duration)
             reply.count(noted.program_usage, noted.metric_usage)
         return outcome, noted, None if outcome.error is None else RemoteError(outcome.error, reply.traceback)
-
-
-@guarded
-def _mark(evaluation: str, losses: Sequence[tuple[int, Loss]]) -> None:
-    """Mark the traces of lost attempts, as far as they have arrived, so that each example counts once."""
-    client = mlflow_store.client_of(mlflow_store.resolve_tracking_uri())
-    experiment_id = experiment_in_force(mlflow_store.resolve_tracking_uri())
-    for index, loss in losses:
-        wanted = {EVALUATION_TAG: evaluation, EXAMPLE_TAG: str(index), ATTEMPT_TAG: str(loss.attempt)}
-        condition = " AND ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
-        for trace in client.search_traces(locations=[experiment_id], filter_string=condition, include_spans=False):
-            client.set_trace_tag(trace.info.trace_id, LOST_TAG, loss.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,9 +358,9 @@ class ExampleJob:
         threads: How many threads may be in the program at once, if it is sync.
     """
 
-    program: bytes
-    metric: bytes
-    settings: bytes
+    program: bytes = field(repr=False)  # these have the keys of LMs
+    metric: bytes = field(repr=False)
+    settings: bytes = field(repr=False)
     carried: Carried
     key: str
     name: str

@@ -242,6 +242,8 @@ class Session:
             journal = Journal(handle, self._plan.keys[case.name], stored, handle.door)
         options = self._options
         line_of = BOARD.line(case.name, len(devset), options.failure_score, is_shown=options.display_progress)
+        if self._crew is not None and options.display_progress:
+            self._crew.board = BOARD
         with line_of as line, case.context():
             for outcome in outcomes.values():
                 line.advance(outcome)
