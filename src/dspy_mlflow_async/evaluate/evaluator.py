@@ -16,7 +16,7 @@ from dspy_mlflow_async.evaluate.calling import METRIC_THREADS, Caller
 from dspy_mlflow_async.evaluate.examples import Conditions, Examples, Rules
 from dspy_mlflow_async.evaluate.limits import Slots
 from dspy_mlflow_async.evaluate.progress import BOARD
-from dspy_mlflow_async.evaluate.remote_examples import Crew, RemoteExamples, workers_of
+from dspy_mlflow_async.evaluate.remote_examples import Crew, RemoteExamples, check_parts, workers_of
 from dspy_mlflow_async.remote.workers import Workers
 from dspy_mlflow_async.runs.evaluation import POSTPONED, Postponed, begun_here
 from dspy_mlflow_async.runs.handle import KILLED
@@ -138,6 +138,7 @@ class AsyncEvaluate(dspy.Evaluate):
         Raises:
             TypeError: For a program or metric that cannot be called, or a limit that is no number.
             ValueError: For an empty devset, no metric, or a limit out of range. Nothing has run then.
+            NotCarriedError: For a program or a metric that cannot be sent to ``workers``; says which. Nothing has run.
             Exception: "Execution cancelled due to errors or interruption.", after ``max_errors`` failed examples.
 
         Source: ``dspy.Evaluate.__call__``.
@@ -148,6 +149,8 @@ class AsyncEvaluate(dspy.Evaluate):
         limit = self.max_concurrency if max_concurrency is None else max_concurrency
         if limit is None:
             limit = num_threads or self.num_threads or dspy.settings.async_max_workers
+        if self.workers is not None:
+            check_parts(program, metric)
         call = self._evaluate(
             program=program,
             metric=metric,

@@ -84,6 +84,15 @@ def check(cases: Sequence[Case]) -> None:
             _parts(case.program, case.metric, f" of case {case.name!r}")
 
 
+def check_parts(program: Any, metric: Any) -> None:
+    """Refuse a program and a metric that cannot be sent to other processes.
+
+    Raises:
+        NotCarriedError: Says which of them it is, or which setting.
+    """
+    _parts(program, metric)
+
+
 def _parts(program: Any, metric: Any, whose: str = "") -> tuple[bytes, bytes, bytes, Carried]:
     return (
         pickling.dumps(f"the program{whose}", program),
