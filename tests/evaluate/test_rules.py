@@ -202,6 +202,28 @@ async def test_what_is_no_exception(traces, error):
     assert 3 == len(traces)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+async def test_several_that_are_no_exceptions(error):
+    """Where examples end the evaluation at once the first counts, and comes as it is: not in a group."""
+    begun = []
+
+    class Ends(dspy.Module):
+        async def aforward(self, question, kind):
+            begun.append(question)
+            while len(begun) < 3:
+                await anyio.lowlevel.checkpoint()
+            try:
+                await anyio.sleep(0)  # the first raises here, and the others are cancelled, of which they make their own
+            finally:
+                raise error(question)
+
+    evaluator = AsyncEvaluate(devset=devset_of([Kind("quick")] * 3), metric=metric, max_concurrency=3)
+    with pytest.raises(error) as raised:
+        await evaluator.acall(Ends())
+
+    assert error is type(raised.value)
+
+
 async def test_cancelled_while_many_errors():
     """With the error that is one too many, what is in flight is cancelled, and nothing new begins."""
     begun, cancelled = [], []

@@ -138,6 +138,8 @@ class Examples:
             if threads.are_running:
                 threads.when_over(functools.partial(self._note_late, outcome, noted))
         except BaseException as fatal:
+            if self._fatal is not None and not isinstance(fatal, anyio.get_cancelled_exc_class()):
+                return  # of several that end the evaluation the first counts: together they would be wrapped
             if not is_cancelled_from_outside() and self._fatal is None:
                 # The program's own: it goes through as it is, where a task group would wrap or swallow it.
                 self._fatal = fatal

@@ -211,7 +211,8 @@ class Session:
             status = RUN_FINISHED if outcomes else RUN_KILLED
         except BaseException as error:
             status = run_status(error)
-            if is_cancelled_from_outside():
+            is_cancellation = isinstance(error, anyio.get_cancelled_exc_class())
+            if is_cancelled_from_outside() and (is_cancellation or self._failure is None):
                 raise
             failure = error  # a case that fails is reported, and the others go on
         finally:
