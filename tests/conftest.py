@@ -34,14 +34,37 @@ from dspy_mlflow_async.seams.mlflow_autolog import own_autolog_module, turn_own_
 from dspy_mlflow_async.spans import tracer
 from echo import EchoLM
 
+_ONE_IN = 4  # long tests
+
 dspy_settings = importlib.import_module("dspy.dsp.utils.settings")  # an object of this name hides the module
 
 
-def pytest_collection_modifyitems(items):
-    """Check the context of async tests inside their own task: fixtures see another one."""
+def pytest_addoption(parser):
+    """``--all`` runs what is long, too, of which else a sample runs."""
+    parser.addoption("--all", action="store_true", help="run all long tests, not only one in four")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out most long tests, and check the context of async tests inside their own task: fixtures see another."""
+    if not config.getoption("--all"):
+        _keep_a_sample(config, items)
     for item in items:
         if inspect.iscoroutinefunction(getattr(item, "obj", None)):
             item.obj = _leaving_clean_context(item.obj)
+
+
+def _keep_a_sample(config, items):
+    """Of the tests that are marked as long every fourth stays. Of files from which one is asked for, all do."""
+    asked = {os.path.normpath(argument.split("::")[0]) for argument in config.args if "::" in argument}
+    long = [
+        item
+        for item in items
+        if item.get_closest_marker("long") and os.path.relpath(item.path, config.invocation_params.dir) not in asked
+    ]
+    left_out = set(long) - set(long[::_ONE_IN])
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def _leaving_clean_context(test):

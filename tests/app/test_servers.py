@@ -84,6 +84,7 @@ def assert_right(asked, traces, endpoint):
         assert_whole(trace, known[marker], endpoint)
 
 
+@pytest.mark.long
 async def test_two_hundred_clients(endpoint, store, tmp_path):
     """Two hundred clients at once, of whom some hang up or break off and some hit a failing tool; then SIGTERM."""
     endpoint.requests.clear()
@@ -118,6 +119,7 @@ async def test_two_hundred_clients(endpoint, store, tmp_path):
         pytest.param([*UVICORN, "--workers", "2"], None, id="uvicorn-spawn"),
     ],
 )
+@pytest.mark.long
 async def test_two_workers_told_to_stop_amid_work(endpoint, store, tmp_path, command, code):
     """SIGTERM while requests are under way: they are answered, and what was answered is stored, by each worker."""
     endpoint.requests.clear()

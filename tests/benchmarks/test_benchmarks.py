@@ -499,6 +499,7 @@ class Watcher:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_tiny_run():
     """Three cells: processes interleaved A B A B, traces counted, figures complete, nothing missing."""
     pool = Cell("tiny", "pool", workers=2, calls=4, contestants=("off", "ours"), once=("off",), rounds=2)

@@ -32,6 +32,7 @@ def test_demo_finds_every_span_in_its_place(good_demo):
     assert "" == done.stderr
 
 
+@pytest.mark.long
 def test_demo_sees_that_worker_threads_have_no_context(command):
     """Without the context in DSPy's worker threads the calls inside fall out of their traces: the demo ends with 1."""
     done = command("demo", before=BREAK_WORKERS)
@@ -41,6 +42,7 @@ def test_demo_sees_that_worker_threads_have_no_context(command):
     assert "Call #parallel/01 has 4 traces instead of one" in done.stdout
 
 
+@pytest.mark.long
 def test_demo_sees_wrong_tokens(command):
     """Tokens that the endpoint did not bill are a finding."""
     done = command("demo", before=BREAK_TOKENS)
@@ -70,6 +72,7 @@ def test_demo_says_what_to_do_about_a_store_that_mlflow_cannot_use(command, tmp_
     assert "demo --folder PATH" in done.stdout
 
 
+@pytest.mark.long
 def test_demo_says_what_to_do_about_a_model_that_does_not_answer(command):
     """So is a model that does not answer."""
     done = command("demo", "--model", "openai/none", "--api-base", "http://127.0.0.1:9", env={"OPENAI_API_KEY": "none"})
@@ -87,6 +90,7 @@ def test_api_base_needs_a_model(command):
     assert "--model" in done.stderr
 
 
+@pytest.mark.long
 def test_demo_runs_on_a_model_of_the_user(command):
     """With --model and --api-base the calls go there; where an answer is in the wrong form, DSPy asks twice."""
     before = """

@@ -36,6 +36,7 @@ def test_doctor_is_content_here(command):
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.long
 def test_doctor_finds_that_worker_threads_have_no_context(command):
     """The self-test fails where the tracing context does not reach DSPy's worker threads."""
     before = """
@@ -49,6 +50,7 @@ hooks.patch_worker_pool = lambda *args, **kwargs: lambda: None
     assert "1 to be mended." in done.stdout
 
 
+@pytest.mark.long
 def test_a_package_that_is_not_installed_is_no_problem(command):
     """Without psutil, as on a clean install, what needs it is a note that says what to install, and all is well."""
     done = command("doctor", before='import sys; sys.modules["psutil"] = None')
@@ -84,6 +86,7 @@ def test_missing_seam_is_a_problem_and_an_optional_one_is_not(monkeypatch):
     assert "absent  mlflow.no_such_module:name: is nice to have" in summary.details
 
 
+@pytest.mark.long
 def test_seams_are_shown_with_verbose(command):
     """``--verbose`` names each seam with its reason."""
     done = command("doctor", "--verbose")

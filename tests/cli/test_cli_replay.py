@@ -34,6 +34,7 @@ def test_replay_names_a_folder_that_is_none(command):
     assert "is not a folder" in re.sub(r"\s+", " ", done.stderr)
 
 
+@pytest.mark.long
 def test_replay_sends_a_spooled_trace_once(command, tmp_path):
     """What a store that was away has missed is counted by --dry-run, sent to the named store, and then gone."""
     spool = {"DSPY_MLFLOW_ASYNC_SPOOL": str(tmp_path / "spool")}
@@ -67,6 +68,7 @@ client.restore_experiment(experiment.experiment_id)
 """
 
 
+@pytest.mark.long
 def test_replay_of_dead_letters_says_first_what_it_would_send(command, tmp_path):
     """It lists the reasons; nobody there to agree is a refusal that says what to do; --yes sends, by --reason."""
     spool = {"DSPY_MLFLOW_ASYNC_SPOOL": str(tmp_path / "spool")}

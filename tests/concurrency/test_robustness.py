@@ -323,6 +323,7 @@ def _for_ever():
 
 
 @pytest.mark.timeout(600)  # seconds; the other tests share the machine
+@pytest.mark.long
 def test_nothing_grows():
     """After 10,000 calls of several kinds, nothing that the tracer holds has grown."""
     standing = set(threading.enumerate())
@@ -490,6 +491,7 @@ def requests_and_runs():
         requests_and_runs,
     ],
 )
+@pytest.mark.long
 def test_nothing_grows_where_calls_go_wrong(call_all, monkeypatch):
     """Each way in which a call can end, again and again, with everything switched on that follows it."""
     # pytest keeps what DSPy raises in a coroutine that is collected in another context, with all that it holds.

@@ -171,6 +171,7 @@ async def two_at_once(devset):
 
 
 @pytest.mark.parametrize("evaluate", [one, two_at_once])
+@pytest.mark.long
 async def test_memory(experiment, evaluate):
     """With 10,000 examples, what is in memory beside the results stays in proportion to the results."""
 

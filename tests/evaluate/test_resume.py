@@ -60,6 +60,7 @@ def _store(folder, empty):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.long
 def test_killed_and_resumed(whole, tmp_path, monkeypatch, _empty_store, store_uri, how):  # noqa: PT019 - the fixture is named so
     """Only what was not finished is run again, and the result is that of an uninterrupted evaluation."""
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import dspy
 import pytest
@@ -213,7 +214,9 @@ async def test_several_that_are_no_exceptions(error):
             while len(begun) < 3:
                 await anyio.lowlevel.checkpoint()
             try:
-                await anyio.sleep(0)  # the first raises here, and the others are cancelled, of which they make their own
+                await (
+                    anyio.lowlevel.checkpoint()
+                )  # the first raises here, and the others are cancelled, of which they make their own
             finally:
                 raise error(question)
 

@@ -22,6 +22,7 @@ def server(tmp_path, _empty_store, store_uri):
         mlflow.set_tracking_uri(store_uri)
 
 
+@pytest.mark.long
 def test_stop_and_resume(server, monkeypatch):
     """What a budget has left out is run by a resume, in the same runs."""
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mlflow.create_experiment("evaluations"))

@@ -136,6 +136,7 @@ async def test_a_resume_without_a_store_is_refused_at_once(away):
         await aevaluate_all({"one": Chain()}, devset=examples(), metric=is_right, resume="0" * 32)
 
 
+@pytest.mark.long
 async def test_a_store_that_is_away_is_said_at_once(away, caplog):
     """Without it, what is found waits; that it does is said before the first example runs, without MLflow's retries."""
     with caplog.at_level(logging.WARNING, "dspy_mlflow_async"):

@@ -532,6 +532,7 @@ async def test_what_fails_in_comparing(traces, runs, monkeypatch):
     assert "FINISHED" == runs()["evaluate_all"].info.status
 
 
+@pytest.mark.long
 async def test_ten_thousand_examples():
     """Bounded time for table and plot, and no more tasks than the limit."""
     most = 0

@@ -61,6 +61,7 @@ def log_of(folder):
 
 @pytest.mark.parametrize("how", ["warm", "cold"])
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+@pytest.mark.long
 def test_every_task_that_ended_arrives(worker, place, tmp_path, pool, how):  # noqa: F811
     """Warm or cold, the shutdown of each pool leaves no trace behind and nothing for anybody to do."""
     process, task = worker("--pool", pool, "--concurrency", "2")
@@ -73,6 +74,7 @@ def test_every_task_that_ended_arrives(worker, place, tmp_path, pool, how):  # n
     assert 0 == sum(info.records for info in export.spools())
 
 
+@pytest.mark.long
 def test_max_tasks_per_child(worker, place, tmp_path):  # noqa: F811
     """Processes that are replaced after each task lose nothing."""
     process, task = worker("--concurrency", "2", "--max-tasks-per-child", "1")
@@ -83,6 +85,7 @@ def test_max_tasks_per_child(worker, place, tmp_path):  # noqa: F811
     assert TASKS == len(set(pids)) == len(read(*place)), log_of(tmp_path)
 
 
+@pytest.mark.long
 def test_a_process_of_the_pool_that_is_killed(worker, place, tmp_path):  # noqa: F811
     """Celery's hard time limit and the kernel kill; the worker brings what the process had on the disk."""
     process, task = worker("--concurrency", "1")
@@ -96,6 +99,7 @@ def test_a_process_of_the_pool_that_is_killed(worker, place, tmp_path):  # noqa:
     assert process.poll() is None
 
 
+@pytest.mark.long
 def test_nothing_travels_with_a_message(worker, place):  # noqa: F811
     """A task is a trace of its own, with a root of its own, whatever is open where it is sent."""
     process, task = worker("--pool", "solo")

@@ -111,6 +111,7 @@ def test_flush_under_load_waits_for_what_had_ended(sqlite):
     assert stats.started == stats.stored
 
 
+@pytest.mark.long
 def test_flush_does_not_wait_for_what_overflows_meanwhile(make, monkeypatch):
     """What finds no room in memory goes to the disk, and is not what had ended when the flush began."""
     installed = make(max_waiting_bytes=40_000)

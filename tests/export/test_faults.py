@@ -703,6 +703,7 @@ def test_a_record_of_a_later_version_is_kept(sqlite):
     assert export.ExportStats(started=1, ended=1, stored=1) == export.stats()
 
 
+@pytest.mark.long
 def test_flush_returns_when_neither_the_store_nor_the_disk_takes_anything(make, server, small_disk, monkeypatch):
     """Also without a bound: there is nothing to wait for."""
     monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(small_disk / "spool"))
@@ -842,6 +843,7 @@ def test_connections_that_may_only_read_are_not_kept(sqlite):
         engine.dispose()  # what is left of them would fail the next test
 
 
+@pytest.mark.long
 def test_what_waits_weighs_what_it_takes(make):
     """The bound on memory is one of memory, not of texts alone."""
     installed = make()

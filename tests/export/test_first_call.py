@@ -30,6 +30,7 @@ def silent_server():
 
 
 @pytest.mark.parametrize("kind", ["healthy", "unopenable", "unreachable", "silent"])
+@pytest.mark.long
 def test_the_first_call_does_not_stop_the_loop(tmp_path, kind, request):
     """Whatever the store is like: neither the call nor the loop nor the end of it waits, and the trace is safe."""
     (tmp_path / "file.txt").write_text("no folder")

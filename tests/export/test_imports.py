@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "server"])
+@pytest.mark.long
 def test_threads_of_ours_import_nothing_once_warm(tmp_path, kind, request):
     """Calls and evaluations with runs go on while somebody holds the lock of MLflow's import hooks.
 

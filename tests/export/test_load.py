@@ -106,6 +106,7 @@ def results_of(answers):
     return results
 
 
+@pytest.mark.long
 def test_processes_with_one_spool_in_an_outage(make, server, proxy, tmp_path):
     """Two go on, one ends meanwhile, and replays meet them afterwards: nothing is lost, refused or done twice."""
     installed = make(uri=proxy.uri)

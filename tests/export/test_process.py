@@ -200,6 +200,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.long
 def test_two_programs_have_one_child(store_uri, spool_dir):
     """Who finds another's child at work needs none; when that is gone with its parent, the next one takes over."""
     experiment_id = mlflow.create_experiment(f"two-{os.urandom(4).hex()}")

@@ -639,6 +639,7 @@ assert export.stats().started == 62, export.stats()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.long
 def test_multiprocessing(place, tmp_path, method):
     """A child's traces are stored when it ends, though it leaves without ``atexit``."""
     script = tmp_path / "program.py"

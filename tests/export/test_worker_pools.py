@@ -48,6 +48,7 @@ def found(place):  # noqa: F811
 
 @pytest.mark.parametrize("end", ["closed", "terminated", "killed"])
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.long
 def test_a_pool_that_is_not_forked(worker_app, place, method, end):  # noqa: F811
     """Closed, its workers have stored everything; however else they end, it is at least on the disk."""
     context = multiprocessing.get_context(method)
@@ -74,6 +75,7 @@ def test_a_pool_that_is_not_forked(worker_app, place, method, end):  # noqa: F81
 
 
 @pytest.mark.parametrize("end", ["stopped", "recycled", "killed"])
+@pytest.mark.long
 def test_gunicorns_synchronous_workers(worker_app, place, tmp_path, end):  # noqa: F811
     """Told to stop, replaced after some requests, or killed for being too slow: what they answered is stored."""
     with socket.socket() as free:

@@ -111,6 +111,7 @@ def test_a_difference_is_wanted_in_the_listed_direction_alone(tmp_path, directio
     assert done.returncode == code
 
 
+@pytest.mark.long
 def test_what_ended_before_a_hanging_test_is_kept(tmp_path):
     """Its process is ended after the time given; the side that hangs is told, and no test that had ended is lost."""
     checkout(tmp_path, WAITS_WITH_US)
@@ -145,6 +146,7 @@ def test_what_ended_before_a_crash_is_kept(tmp_path):
     assert done.returncode == 1
 
 
+@pytest.mark.long
 def test_the_side_without_us_is_without_us(tmp_path):
     """A test that loads this package there fails, rather than compare ours with ours."""
     checkout(tmp_path, LOADS_US)

@@ -56,6 +56,7 @@ def plain(case):
     return case.status, case.score, case.examples, case.errors, case.first_error, case.input_tokens, case.output_tokens
 
 
+@pytest.mark.long
 def test_a_remote_evaluation_is_a_local_one(experiment, workers):
     """Scores, errors, tokens, runs, traces, feedback and table rows are those of an evaluation in this process."""
     autolog(silent=True)
@@ -86,6 +87,7 @@ def test_a_remote_evaluation_is_a_local_one(experiment, workers):
     assert metrics[0]["eval"] == metrics[1]["eval"]
 
 
+@pytest.mark.long
 def test_an_example_whose_process_is_killed_is_tried_again(experiment, workers, tmp_path, capsys):
     """A worker that is killed with examples in hand: each counts once, what is left is marked, and it is said once."""
     autolog(silent=True)

@@ -71,6 +71,7 @@ FATES = st.lists(st.tuples(*[st.sampled_from([LIVES, DIES, DIES_LATE])] * ATTEMP
 
 @settings(max_examples=30, deadline=None)
 @given(fates=FATES, workers=st.integers(1, 3), order=st.lists(st.integers(0, 50), min_size=1))
+@pytest.mark.long
 def test_each_call_ends_once_whatever_dies(fates, workers, order):
     """Each call gets one reply, or is lost by its third attempt, which had its worker for itself: so it is to blame."""
     numbers = itertools.cycle(order)

@@ -224,6 +224,7 @@ class FewShot(DSPyAlignmentOptimizer):
         return optimizer.compile(program, trainset=list(examples))
 
 
+@pytest.mark.long
 def test_alignment_of_a_judge_is_a_compile(runs, monkeypatch):
     """The optimizer behind ``judge.align`` has its run with scores by step; no trace is a stray."""
     answer = json.dumps({"result": "yes", "rationale": "because"})
@@ -308,6 +309,7 @@ def test_mlflows_check_of_a_prediction_silences_nobody_else(runs):
     assert "Gate.forward" not in names
 
 
+@pytest.mark.long
 def test_logging_a_model_silences_nobody_else(runs, tmp_path):
     """While ``log_model`` runs with an input example, another thread's calls are traced, and its own are not."""
     gate = Gate()

@@ -316,6 +316,7 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_any_interleaving(store_uri, tmp_path, monkeypatch):
     """Every run is there, with the parent, status, steps and metrics that the model expects, and no other is."""
     monkeypatch.setattr("dspy_mlflow_async.runs.artifacts.plot_of_series", lambda series: b"")

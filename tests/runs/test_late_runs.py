@@ -43,6 +43,7 @@ def check_whole(store, name="eval", score=50.0, count=2):
     return run
 
 
+@pytest.mark.long
 def test_away_at_the_start_and_back_in_the_middle(proxy):
     """The run is created when the store is back; it keeps its name, its start and its end, and gets its traces."""
     slow, store = proxy
@@ -109,6 +110,7 @@ def test_an_answer_that_was_lost(proxy):
     check_whole(store)
 
 
+@pytest.mark.long
 def test_fluent_calls_inside(proxy):
     """``mlflow.active_run()`` is there while the run is pending; once the store is back a fluent call goes to it."""
     slow, store = proxy
@@ -132,6 +134,7 @@ def test_fluent_calls_inside(proxy):
     assert 7.0 == check_whole(store).data.metrics["mine"]
 
 
+@pytest.mark.long
 def test_another_process_creates_it(proxy):
     """With ``export="process"`` the child creates the run; a fluent call waits for it, and finds it."""
     slow, store = proxy
@@ -184,6 +187,7 @@ def test_the_experiment_is_looked_up_later(proxy, monkeypatch):
     assert [("outer", "FINISHED", [("inner", "FINISHED", [])])] == Store(experiment.experiment_id).tree()
 
 
+@pytest.mark.long
 def test_evaluate_all(proxy):
     """The parent, its cases and the comparison arrive late, and the run can be resumed by either id."""
     slow, store = proxy
@@ -208,6 +212,7 @@ def test_evaluate_all(proxy):
     assert [50.0, 50.0] == [case.score for case in evaluate_all(resume=comparison.run_id).cases]
 
 
+@pytest.mark.long
 def test_a_cancelled_evaluation(proxy):
     """Cancelled while its run is pending: the run comes, and is KILLED."""
     slow, store = proxy
@@ -217,11 +222,12 @@ def test_a_cancelled_evaluation(proxy):
         has_begun.set()
         may_go_on.wait(TIMEOUT)
 
+    def ask(question):  # in a thread: the loop has to go on, in which it is cancelled
+        return Program(during)(question=question)
+
     async def main():
         async with anyio.create_task_group() as group:
-            group.start_soon(
-                lambda: dspy_mlflow_async.AsyncEvaluate(devset=devset("a", 1, 2), metric=exact).acall(Program(during))
-            )
+            group.start_soon(lambda: dspy_mlflow_async.AsyncEvaluate(devset=devset("a", 1, 2), metric=exact).acall(ask))
             await anyio.to_thread.run_sync(has_begun.wait, TIMEOUT)
             group.cancel_scope.cancel()
             may_go_on.set()
@@ -270,6 +276,7 @@ evaluate("a")
 """
 
 
+@pytest.mark.long
 def test_away_to_the_end_then_replay(server, monkeypatch, tmp_path):  # noqa: F811 - a fixture
     """The process ends while the store is away; ``replay`` creates the run, once, and everything in it."""
     with slow_store(server.uri) as slow, store_at(slow.uri, monkeypatch, tmp_path) as store:

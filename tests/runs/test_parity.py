@@ -219,6 +219,7 @@ SCENARIOS = [
 
 @pytest.mark.filterwarnings("ignore")  # as errors they make mlflow.log_table fail, which MLflow swallows
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.long
 def test_one_after_the_other_our_runs_are_mlflows(store_uri, tmp_path, monkeypatch, scenario):
     """The same runs, parents, params, metrics by step, tags, tables and artifacts as ``mlflow.dspy.autolog``'s."""
     monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
@@ -240,6 +241,7 @@ def test_one_after_the_other_our_runs_are_mlflows(store_uri, tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_the_evaluations_of_random_search_are_mlflows(store_uri, tmp_path, monkeypatch):
     """It calls other optimizers, whose arguments, data sets and programs MLflow logs over its own: not so here."""
     monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
@@ -312,6 +314,7 @@ def test_traces_of_evaluations_at_once_are_their_runs(store):
 
 
 @fails_with_mlflow
+@pytest.mark.long
 def test_compiles_at_once_have_steps_of_their_own(store):
     """MLflow's step counters are on its one callback object."""
     meetings = [Meeting(2) for _ in range(3)]

@@ -64,6 +64,7 @@ def http(server, monkeypatch, tmp_path):
 # --- the core part over HTTP --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_evaluation_over_http(http):
     """Score, table, artifacts, traces and feedback, through the server."""
     evaluate("a", 1, 2, num_threads=2)
@@ -109,6 +110,7 @@ def test_active_runs_over_http(http):
 
 
 @pytest.mark.parametrize("is_in_run", [False, True])
+@pytest.mark.long
 def test_a_slow_server(server, monkeypatch, tmp_path, is_in_run):
     """An evaluation asks few things of it, and what it has logged can be read as soon as it is over."""
     with (
@@ -137,6 +139,7 @@ def test_a_slow_server(server, monkeypatch, tmp_path, is_in_run):
     assert seconds < 0.2 * len(requests) + 3
 
 
+@pytest.mark.long
 def test_a_database_that_somebody_locks(store, caplog, monkeypatch):
     """The evaluation waits for it once, in all; when it is free again, everything arrives."""
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "true")  # else each trace waits, as is asked for
@@ -219,6 +222,7 @@ def test_a_server_that_hangs(monkeypatch, tmp_path, caplog):
     assert [25.0, 50.0, 75.0] == [float(re.search(r"scored ([\d.]+)", line)[1]) for line in said(caplog)]
 
 
+@pytest.mark.long
 def test_a_server_that_dies_in_the_middle(monkeypatch, tmp_path, caplog):
     """Killed while the program runs: same result, soon, one line with the score; restarted, everything arrives."""
     with (
@@ -308,6 +312,7 @@ def test_a_run_created_twice_is_deleted_until_it_is_gone(store, monkeypatch):
     assert [("eval", "FINISHED", [])] == store.tree()
 
 
+@pytest.mark.long
 def test_a_store_that_fails_is_asked_again(store, monkeypatch):
     """An error that is no refusal: the run is created a moment later, and the next evaluation has its run at once."""
     dspy_mlflow_async.autolog(log_evals=True, silent=True)

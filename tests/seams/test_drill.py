@@ -37,6 +37,7 @@ def drill(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the drill forks")
+@pytest.mark.long
 def test_programs_run_on_without_the_most_dangerous_names():
     """Each is taken away, and once more exchanged: results are right, traces stored, the loss said once and known."""
     done = drill(*DANGEROUS)

@@ -117,6 +117,7 @@ def test_baggage_travels_to_workers(traces):
     assert ["blue", "blue"] == seen
 
 
+@pytest.mark.long
 def test_a_remote_parent(stored):
     """Headers of another process: our spans are in its trace, below its span."""
     from mlflow.tracing import (
