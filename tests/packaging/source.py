@@ -199,23 +199,16 @@ def private_names():
 def reached_inside(path):
     """The private names of ours that a test reads, sets or patches, and that it does not define itself."""
     tree = parse(path)
-    asked = [
-        name for owner, name in _attributes(tree) if owner not in {"self", "cls"} and not owner.startswith("dspy.")
-    ]
-    asked += [
-        argument.value  # `monkeypatch.setattr(owner, "_name", ...)`
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        for argument in node.args[1:2]
-        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
-    ]
-    asked += [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == PACKAGE
-        for alias in node.names
-    ]
-    return sorted({name for name in asked if name in private_names()} - set(_defined_names(tree)))
+    asked = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in private_names():
+            owner = ast.unparse(node.value)
+            asked |= {node.attr} if owner not in {"self", "cls"} and not owner.startswith("dspy.") else set()
+        elif isinstance(node, ast.Call):  # `monkeypatch.setattr(owner, "_name", ...)`
+            asked |= {each.value for each in node.args[1:2] if isinstance(each, ast.Constant)}
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == PACKAGE:
+            asked |= {alias.name for alias in node.names}
+    return sorted(asked & private_names() - set(_defined_names(tree)))
 
 
 @functools.cache
