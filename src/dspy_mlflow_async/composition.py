@@ -272,6 +272,8 @@ def _replace_mlflow(*, silent: bool) -> None:
         change_callbacks(lambda present: [c for c in present if type(c) is not MlflowCallback])
         if not silent:
             logger.info("mlflow.dspy.autolog() was on; dspy-mlflow-async replaces it.")
+    elif "mlflow" not in _installation.patches:
+        turn_own_autolog_off()  # what it had patched is in place, and works again as soon as ours is noted as on
     _installation.patches.set("mlflow", _redirect_mlflow_autolog)
 
 

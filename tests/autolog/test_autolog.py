@@ -216,10 +216,16 @@ def test_silent(captured, caplog):
     assert [] == [record for record in caplog.records if record.name == "dspy_mlflow_async"]
 
 
-def test_its_patches_are_taken_out_too(captured):
-    """MLflow's patches of ``Evaluate.__call__`` and ``compile`` are gone: they swap the process's provider."""
+@pytest.mark.parametrize("is_off", [False, True])
+def test_its_patches_are_taken_out_too(captured, is_off):
+    """MLflow's patches of ``Evaluate.__call__`` and ``compile`` are gone: they swap the process's provider.
+
+    Also where it was switched off: it leaves them in place, and they work again once ours is noted as on.
+    """
     before = dspy.Evaluate.__call__, dspy.BootstrapFewShot.compile
     mlflow.dspy.autolog()
+    if is_off:
+        mlflow.dspy.autolog(disable=True)
     assert before != (dspy.Evaluate.__call__, dspy.BootstrapFewShot.compile)
     autolog()
 
