@@ -220,10 +220,12 @@ class TracingCallback(StatelessCallback):
         settings = self.settings
         if settings is None or _has_begun(call_id):
             return
-        evaluation = Evaluation.of_call(instance, inputs, settings)
+        evaluation, outer = Evaluation.of_call(instance, inputs, settings), frames.current()
         region = Region(isolated=True, suppressed=not settings.log_traces_from_eval)
         frame = frames.enter(call_id, region, evaluation=evaluation)
         region.enter()
+        if outer is not None and outer.compile is not None and outer.example is None:
+            evaluation.attempt(inputs.get("program"), outer.compile)
         metadata = inputs.get("callback_metadata") or {}
         if (settings.log_evals or metadata.get(ALWAYS_LOGGED)) and not metadata.get("disable_logging"):
             evaluation.open(instance, inputs, frame.compile)

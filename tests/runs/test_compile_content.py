@@ -70,7 +70,8 @@ def test_params_data_sets_program_and_plot(runs):
     expected = {"depth": "3", "kind": "greedy", "is_quick": "True", "budget": "20", "style": "fast"}
     assert expected == {key: params.get(key) for key in expected}
     assert "echo/one" == json.loads(params["lm_params"])["model"]
-    assert ["best_model.json", "scores.png", "trainset.json", "valset.json"] == runs.artifacts(run)
+    expected = ["best_model.json", "candidates.json", "program.mmd", "program.svg", "scores.png"]
+    assert [*expected, "trainset.json", "valset.json"] == runs.artifacts(run)
     assert markers("t", 3) == [row["question"] for row in runs.table(run, "trainset.json")]
     assert markers("v", 2) == [row["question"] for row in runs.table(run, "valset.json")]
     assert "@demo" == runs.json(run, "best_model.json")["answer"]["demos"][0]["question"]
@@ -128,7 +129,8 @@ def test_odd_optimizers_and_data_sets(runs):
     assert [(1, None), ("two", None), (None, 3)] == [
         (row.get("value"), row.get("three")) for row in runs.table(run, "trainset.json")
     ]
-    assert ["scores.png", "trainset.json"] == runs.artifacts(run)
+    expected = ["candidates.json", "program.mmd", "program.svg", "scores.png", "trainset.json"]
+    assert expected == runs.artifacts(run)
     assert {"eval": "50.0"} == tagged(run, "dspy.best_score.")
 
 
@@ -494,4 +496,5 @@ def test_labelled_few_shot_is_a_compile_too(runs):
     LabeledFewShot(k=1).compile(Program(), trainset=examples("a", 2))
 
     (run,) = runs.runs()
-    assert (["best_model.json", "trainset.json"], "1") == (runs.artifacts(run), run.data.params["k"])
+    expected = ["best_model.json", "candidates.json", "program.mmd", "program.svg", "trainset.json"]
+    assert (expected, "1") == (runs.artifacts(run), run.data.params["k"])

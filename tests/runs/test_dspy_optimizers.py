@@ -121,6 +121,27 @@ def _quiet(monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
 
 
+def assert_lineage(runs, run, keys):
+    """Each candidate's parents came before it, and its scores are those of the series and of the child runs."""
+    lineage = runs.json(run, "candidates.json")
+    candidates = {each["hash"]: each for each in lineage["candidates"]}
+    order = [*candidates]
+    assert run.data.tags["dspy.program_hash"] == lineage["result"]
+    assert {lineage["start"], lineage["result"]} <= {*order}
+    for each in lineage["candidates"]:
+        assert (each["hash"] == lineage["start"]) == (each["parents"] == [])
+        assert all(order.index(parent) < order.index(each["hash"]) for parent in each["parents"])
+    scores = [score for each in lineage["candidates"] for score in each["scores"]]
+    children = {child.info.run_id: child for child in runs.children(run).values()}
+    for key in keys - {"eval_sampling"}:
+        mine = [score for score in scores if score["key"] == key and score["step"] is not None]
+        assert runs.series(run, key) == sorted((score["step"], score["score"]) for score in mine)
+        for score in mine:
+            child = children.get(score["run_id"])
+            assert child is None or f"{key}_{score['step']}" == child.info.run_name
+            assert child is None or child.data.tags["dspy.program_hash"] in candidates
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_the_run_of_an_optimizer_holds(runs, name):
@@ -134,6 +155,8 @@ def test_what_the_run_of_an_optimizer_holds(runs, name):
     assert keys == {key for key in run.data.metrics if key.startswith("eval")} == set(tagged(run, "dspy.best_score."))
     assert {"best_model.json"} <= set(runs.artifacts(run))
     assert bool(keys) == ("scores.png" in runs.artifacts(run))
+    if name != "Ensemble":
+        assert_lineage(runs, run, keys)
     if is_augmented is not None:
         assert is_augmented == ("dspy.augmented_demos" in run.data.tags)
     children = runs.children(run)

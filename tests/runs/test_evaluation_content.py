@@ -26,7 +26,7 @@ def test_params_program_and_score(runs):
 
     run = runs.run("eval")
     assert 75.0 == run.data.metrics["eval"]
-    assert ["model.json", "result_table.json"] == runs.artifacts(run)
+    assert ["model.json", "program.mmd", "program.svg", "result_table.json"] == runs.artifacts(run)
     assert (
         "Given the fields `question`, produce the fields `answer`."
         == run.data.params["Program.answer.signature.instructions"]
@@ -449,7 +449,8 @@ def test_a_program_that_cannot_be_saved(runs, caplog):
     evaluate("a", program=Unsaved())
 
     run = runs.run("eval")
-    assert (["result_table.json"], "FINISHED", 50.0) == (runs.artifacts(run), run.info.status, run.data.metrics["eval"])
+    assert ["program.mmd", "program.svg", "result_table.json"] == runs.artifacts(run)
+    assert ("FINISHED", 50.0) == (run.info.status, run.data.metrics["eval"])
     assert "lm_params" in run.data.params
 
 

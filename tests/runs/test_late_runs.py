@@ -36,7 +36,7 @@ def check_whole(store, name="eval", score=50.0, count=2):
     """Assert that the run of ``name`` has all that an evaluation logs."""
     run = store.run(name)
     assert ("FINISHED", score) == (run.info.status, run.data.metrics["eval"])
-    assert ["model.json", "result_table.json"] == store.artifacts(run)
+    assert ["model.json", "program.mmd", "program.svg", "result_table.json"] == store.artifacts(run)
     assert {"lm_params", "Program.answer.signature.instructions"} <= set(run.data.params)
     assert "exact" == run.data.tags["dspy.metric"]
     assert count == len(store.table(run))

@@ -35,7 +35,7 @@ MORE_METRICS = {
     "lm_calls",
 }  # fmt: skip
 MORE_COLUMNS = {"trace_id", "error", "duration_seconds"}
-MORE_ARTIFACTS = {"scores.png"}
+MORE_ARTIFACTS = {"candidates.json", "program.mmd", "program.svg", "scores.png"}
 # MLflow gathers the optimizer's own params and then logs the arguments of compile alone, less those in **kwargs.
 MORE_PARAMS = {
     "max_rounds", "min_num_samples", "max_num_samples", "num_candidate_sets", "max_labeled_demos", "num_threads",
@@ -206,6 +206,7 @@ def less_our_additions(run):
         if isinstance(content, list)
         else content
         for path, content in run["artifacts"].items()
+        if path not in MORE_ARTIFACTS
     }
     kept["params"] = {key: value for key, value in run["params"].items() if key not in MORE_PARAMS}
     return kept

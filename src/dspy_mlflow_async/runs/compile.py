@@ -18,7 +18,9 @@ from dspy_mlflow_async.context import frame as frames
 from dspy_mlflow_async.guard import guarded
 from dspy_mlflow_async.runs import active_runs, artifacts, description, selection
 from dspy_mlflow_async.runs.datasets import TRAINING, VALIDATION, is_at_hand
+from dspy_mlflow_async.runs.feedback import metric_name
 from dspy_mlflow_async.runs.handle import FINISHED, RunHandle
+from dspy_mlflow_async.runs.lineage import Lineage, hash_of
 from dspy_mlflow_async.runs.usage import add_up
 from dspy_mlflow_async.seams.dspy import scores_by_program
 from dspy_mlflow_async.seams.mlflow_autolog import FLAVOR
@@ -108,11 +110,16 @@ class Compile:
         optimizer: The ``dspy.teleprompt.Teleprompter``.
         inputs: The arguments of ``compile`` by name.
         settings: What is stored goes by these.
+
+    Attributes:
+        run: Its run, or None where compiles are not logged.
+        lineage: The candidates that it tries, where it has a run.
     """
 
     def __init__(self, optimizer: Any, inputs: dict[str, Any], settings: Settings | None = None) -> None:
         self._door = Door.here(settings)
         self.run: RunHandle | None = None
+        self.lineage: Lineage | None = None
         self._optimizer = optimizer
         self._inputs = inputs
         self._block: active_runs.Block | None = None
@@ -136,6 +143,7 @@ class Compile:
             return
         self.run.door = self._door
         self._block = active_runs.Block(self.run.run)
+        self.lineage = Lineage(self._optimizer, self._inputs.get("student"))
         self._instructions = description.instructions_of(self._inputs.get("student"))
         self._arguments = artifacts.scalar_params(self._optimizer_params()) | artifacts.scalar_params(self._inputs)
         self.run.params(self._arguments)
@@ -174,14 +182,20 @@ class Compile:
         if self.run is None or not by_program:
             return
         trainset = self._inputs.get("trainset") or ()
+        series = [scores for _, scores in by_program]
         if len(by_program) == len(data) > 1:  # a copy of some program for each example, all at once
-            by_program = [[score for scores in by_program for score in scores]]
+            series = [[score for scores in series for score in scores]]
             key = "eval_sampling"
         else:
-            key = "eval_full" if len(by_program[0]) == len(trainset) else "eval_minibatch"
-        for scores in by_program:
+            key = "eval_full" if len(series[0]) == len(trainset) else "eval_minibatch"
+        steps = []
+        for scores in series:
             parent, step = self.begin_evaluation(key)
             self.end_evaluation(parent, key, step, round(100 * sum(scores) / len(scores), 2))
+            steps.append(step)
+        if self.lineage is not None:
+            metric = metric_name(getattr(self._optimizer, "metric", None))
+            self.lineage.sampled(by_program, key, metric, steps.__getitem__)
 
     def ledger(self, lm: Any, *, in_example: bool, is_judging: bool) -> Ledger:
         """Return the ledger of an LM call that begins now, by the role in which the optimizer calls it.
@@ -191,6 +205,8 @@ class Compile:
             in_example: Whether an evaluation works on an example here.
             is_judging: Whether its metric is at work.
         """
+        if not in_example and self.lineage is not None:
+            self.lineage.proposing()
         return self._lm_calls.ledger(lm, in_example=in_example, is_judging=is_judging)
 
     @guarded
@@ -203,10 +219,12 @@ class Compile:
             # One by one: what cannot be logged does not take the rest along.
             if status == FINISHED:
                 self._log(lambda: self._log_program(run, program))
+                self._log(lambda: run.show_program(program))
             self._log(lambda: run.params(artifacts.lm_params(self._door)))
             self._log(lambda: run.tags(self._summary(program)))
             self._log(lambda: run.metrics(self._lm_calls.metrics()))
             self._log(lambda: run.describe(self._described(program)))
+            self._log(lambda: self._log_lineage(run, program))
             for name, dataset in self._datasets(is_read_before=True):
                 self._log(functools.partial(run.dataset, name, _USES[name], dataset))
             for name in _USES:
@@ -232,6 +250,12 @@ class Compile:
         if state is not None:
             run.document("best_model.json", state)
 
+    def _log_lineage(self, run: RunHandle, program: Any) -> None:
+        if self.lineage is not None:
+            document = self.lineage.document(type(self._optimizer).__name__, program, self._door)
+            if document is not None:
+                run.later("candidates.json", document)
+
     def _datasets(self, *, is_read_before: bool) -> list[tuple[str, Any]]:
         """Return the data sets, by name, that are noted before the optimizer reads them, or after."""
         given = [(name, self._inputs.get(name)) for name in _USES]
@@ -248,7 +272,10 @@ class Compile:
 
     def _summary(self, program: Any) -> dict[str, Any]:
         """Name the optimizer, the best scores, and the demos that it has made."""
-        summary: dict[str, Any] = {"dspy.optimizer": type(self._optimizer).__name__}
+        summary: dict[str, Any] = {
+            "dspy.optimizer": type(self._optimizer).__name__,
+            "dspy.program_hash": hash_of(program),
+        }
         for key, (step, score) in self._scores.best().items():
             summary |= {f"dspy.best_score.{key}": score, f"dspy.best_step.{key}": step}
         if augmented := self._augmented_demos(program):

@@ -19,6 +19,7 @@ from dspy_mlflow_async.runs.datasets import EVALUATION, is_at_hand
 from dspy_mlflow_async.runs.example import Example
 from dspy_mlflow_async.runs.feedback import metric_name
 from dspy_mlflow_async.runs.handle import FINISHED, MAX_KEY_LENGTH, RunHandle
+from dspy_mlflow_async.runs.lineage import Trial, hash_of
 from dspy_mlflow_async.runs.results import Results, usage_of
 from dspy_mlflow_async.seams.dspy import program_and_metric, with_program_and_metric
 from dspy_mlflow_async.settings import Settings
@@ -57,27 +58,38 @@ class Postponed:
 POSTPONED: ContextVar[Postponed | None] = ContextVar("dspy_mlflow_async_postponed", default=None)
 
 
-class Candidate:
-    """One of the evaluations in a compile, by its step, which is counted when this is made.
+class Attempt:
+    """One of the evaluations in a compile: of a candidate of its optimizer, and, where it is logged, at a step.
 
     Args:
         compile: The compile.
         key: The metric key of the evaluation.
+        trial: What notes its score in the lineage of the compile, or None.
     """
 
-    def __init__(self, compile: Compile, key: str) -> None:  # noqa: A002 - DSPy's word
+    def __init__(self, compile: Compile, key: str, trial: Trial | None = None) -> None:  # noqa: A002 - DSPy's word
         self._compile = compile
         self._key = key
-        self._handle, self._step = compile.begin_evaluation(key)
+        self._trial = trial
+        self._handle: RunHandle | None = None
+        self._step: int | None = None
+        self._parent: Any = None
+
+    def count(self) -> None:
+        """Give it the next step: it is logged."""
+        self._handle, self._step = self._compile.begin_evaluation(self._key)
         self._parent = self._handle.run if self._handle is not None else active_runs.innermost()
 
     def open_run(self) -> RunHandle:
         """Create its run, below that of the compile."""
         return selection.create(f"{self._key}_{self._step}", parent=self._parent)
 
-    def end(self, score: float) -> None:
-        """Tell the compile its score."""
-        self._compile.end_evaluation(self._handle, self._key, self._step, score)
+    def end(self, score: float, run: RunHandle | None) -> None:
+        """Tell the compile its score, and in which run it stands."""
+        if self._step is not None:
+            self._compile.end_evaluation(self._handle, self._key, self._step, score)
+        if self._trial is not None:
+            self._trial.end(score, self._step, lambda: None if run is None else run.run_id)
 
 
 class NotedExamples:
@@ -108,7 +120,7 @@ class Evaluation:
         self._devset = devset if is_at_hand(devset) else None
         self.run: RunHandle | None = None
         self._examples = NotedExamples()
-        self._candidate: Candidate | None = None
+        self._attempt: Attempt | None = None
         self._postponed = POSTPONED.get()
         if self._postponed is not None:
             self._postponed.evaluation = self
@@ -128,6 +140,14 @@ class Evaluation:
             Door.here(settings),
         )
 
+    @guarded
+    def attempt(self, program: Any, compile: Compile) -> None:  # noqa: A002 - DSPy's word
+        """Note which candidate of a compile it evaluates, whether it is logged or not."""
+        if compile.lineage is None:
+            return
+        trial = compile.lineage.begin(program, self.key, metric_name(self.metric), self._devset, self.devset_size)
+        self._attempt = Attempt(compile, self.key, trial)
+
     # --- the run ------------------------------------------------------------------------------------------------
 
     @guarded
@@ -137,8 +157,10 @@ class Evaluation:
         The choice of the run, and its step, is made here and now, whenever the store is asked.
         """
         self._is_logged = True
-        self._candidate = None if compile is None else Candidate(compile, self.key)
-        found = selection.find_run(self.key) if self._candidate is None else self._candidate.open_run
+        if compile is not None:
+            self._attempt = self._attempt or Attempt(compile, self.key)
+            self._attempt.count()
+        found = selection.find_run(self.key) if self._attempt is None else self._attempt.open_run
         if isinstance(found, RunHandle):
             self.run = found
         threads = inputs.get("num_threads") or instance.num_threads or dspy.settings.num_threads
@@ -162,12 +184,14 @@ class Evaluation:
         state = artifacts.program_state(program)
         if state is not None:
             self.run.document("model.json", state)
+        self.run.show_program(program)
         self.run.params(artifacts.program_params(program) | artifacts.lm_params(self._door))
         self.run.tags(
             {
                 "dspy.metric": metric_name(self.metric),
                 "dspy.devset_size": self.devset_size,
                 "dspy.num_threads": threads,
+                "dspy.program_hash": hash_of(program),
             }
         )
 
@@ -198,8 +222,8 @@ class Evaluation:
         finally:
             if self.run is not None:
                 selection.close(self.run, status)
-            if self._candidate is not None and score is not None:
-                self._candidate.end(score)
+            if self._attempt is not None and score is not None:
+                self._attempt.end(score, self.run)
             self._report_gaps(score)
 
     def _log_results(self, run: RunHandle, outputs: Any, score: float | None) -> None:

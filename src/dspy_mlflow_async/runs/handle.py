@@ -15,8 +15,10 @@ from typing import Any, Literal
 from mlflow.entities import Metric, Param, RunTag
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.runs import drawing
 from dspy_mlflow_async.runs.artifacts import fonts_are_known, in_background, table_json
 from dspy_mlflow_async.runs.datasets import dataset_input
+from dspy_mlflow_async.runs.structure import structure
 from dspy_mlflow_async.seams.mlflow_runs import (
     MLFLOW_LOGGED_ARTIFACTS,
     MLFLOW_RUN_NOTE,
@@ -98,6 +100,7 @@ class RunHandle:
         self._process_id = os.getpid()
         self._monitor: Any = None
         self._tables: list[dict[str, str]] = []
+        self._later: list[tuple[str, bytes]] = []
         self._keys = _Keys()
         self._writer = export.run_writer(None)
         # What is logged keeps its order under the id that the run has now, should that be a stand-in.
@@ -169,6 +172,17 @@ class RunHandle:
         """Store ``content``, which shows nothing that has not passed the door, as the artifact ``path``."""
         self._writer.artifact(self.key, path, content)
 
+    def show_program(self, program: Any) -> None:
+        """Store a picture of a program's modules, predictors and signatures, for a page and for Markdown."""
+        rows = structure(program, self.door)
+        if rows:
+            self.later("program.svg", drawing.svg(rows, f"The program {rows[0].title}").encode())
+            self.later("program.mmd", drawing.mermaid(rows).encode())
+
+    def later(self, path: str, content: bytes) -> None:
+        """Store it as ``picture`` does, but when the run is over: nobody waits for the request that it takes."""
+        self._later.append((path, content))
+
     def plot(self, path: str, draw: Callable[[], bytes]) -> None:
         """Store a picture that is drawn now or, where Matplotlib has to look for fonts first, while nobody waits.
 
@@ -213,6 +227,8 @@ class RunHandle:
             self.settle()
             if was_pending and self.is_own and not self.is_pending:
                 remember_last_run(self.run_id)
+        while self._later:
+            self.picture(*self._later.pop())
         if monitor is not None and self.is_complete:
             monitor.join(1.0 if is_leaving else export.ASK_SECONDS)
 

@@ -145,16 +145,15 @@ def with_program_and_metric(
     )
 
 
-def scores_by_program(data: Any, results: Any) -> list[list[float]]:
-    """Return what a pool of ``SIMBA``'s has scored: one list for each program, in the order in which it was given them.
+def scores_by_program(data: Any, results: Any) -> list[tuple[Any, list[float]]]:
+    """Return what a pool of ``SIMBA``'s has scored: each program with its scores, in the order in which it was given.
 
     It gives ``dspy.Parallel`` pairs of a function over ``program`` and ``metric`` and an example, and gets back dicts.
     Source: ``dspy.teleprompt.simba_utils.wrap_program``. Any other pool gives an empty list.
     """
     if not isinstance(data, list) or not isinstance(results, list) or len(data) != len(results):
         return []
-    scores: list[list[float]] = []
-    last: Any = None
+    scores: list[tuple[Any, list[float]]] = []
     for pair, result in zip(data, results, strict=True):
         function = pair[0] if type(pair) is tuple and pair else None
         if type(function) is not types.FunctionType or type(result) is not dict:
@@ -164,8 +163,16 @@ def scores_by_program(data: Any, results: Any) -> list[list[float]]:
         if not {"program", "metric"} <= set(cells) or not isinstance(score, (int, float)):
             return []
         program = cells["program"].cell_contents
-        if program is not last:
-            scores.append([])
-            last = program
-        scores[-1].append(float(score))
+        if not scores or program is not scores[-1][0]:
+            scores.append((program, []))
+        scores[-1][1].append(float(score))
     return scores
+
+
+def index_in_search(program: Any) -> int | None:
+    """Return the number that ``SIMBA`` gives a program of its search; a copy that it changes has that of the original.
+
+    It counts the program that it was given as 0, and then each candidate when its batch is over.
+    """
+    index = getattr(program, "__dict__", {}).get("simba_idx")
+    return index if type(index) is int else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import dspy
@@ -138,6 +138,26 @@ def program_hash(predictor: Any) -> str:
         return _hash_of_instructions(instructions)
     texts = [without_addresses(text) for demo in demos for text in _texts_of_demo(demo)]
     return _hash_of(instructions, *texts)
+
+
+def hash_of_whole(hashes: Iterable[str]) -> str | None:
+    """Return what names a whole program: the hash of its only predictor, or one of those of all.
+
+    It is known of a trace, too, in which all of them were called.
+
+    Args:
+        hashes: ``program_hash`` of each predictor, in any order.
+
+    Returns:
+        Twelve hexadecimal digits, or None for a program without predictors.
+    """
+    distinct = sorted(set(hashes))
+    return _hash_of(*distinct) if len(distinct) > 1 else next(iter(distinct), None)
+
+
+def demo_hash(demo: Any) -> str:
+    """Twelve hexadecimal digits that name a demo by what is in it."""
+    return _hash_of(*(without_addresses(text) for text in _texts_of_demo(demo)))
 
 
 @functools.lru_cache(maxsize=256)
