@@ -20,6 +20,8 @@ RUN = [
         for name in ("celery", "commands", "concurrency", "getting-started", "langgraph", "testing")
     ),
 ]
+# Run in one process, the second on what the first has left in the store.
+AFTER = {"lineage": "harvest"}
 FIELD = re.compile(r"\[\[ ## (\w+) ## ]]")
 
 
@@ -34,12 +36,15 @@ def answer(body):
     return "\n\n".join(f"[[ ## {name} ## ]]\nan answer" for name in fields)
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*RUN, *(ROOT / "docs" / f"{name}.md" for name in AFTER)], ids=lambda page: page.stem)
 def test_code_runs(page, tmp_path):
     """The page's code runs as it stands, against an endpoint that answers everything."""
+    code = code_of(page)
+    if page.stem in AFTER:
+        code += "\n\n" + code_of(ROOT / "docs" / f"{AFTER[page.stem]}.md")
     with LocalEndpoint(answer) as endpoint:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code_of(page)],
+            [sys.executable, "-W", "ignore", "-c", code],
             cwd=tmp_path,
             env={
                 **os.environ,

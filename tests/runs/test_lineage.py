@@ -58,13 +58,13 @@ def _quiet(monkeypatch):
 def test_gepas_parents_are_found_as_gepa_says_them(runs, lineage_of, monkeypatch):
     """What is concluded from the batches is what GEPA's own result says, two predictors and merges included."""
     concluded = {}
-    follow = Lineage._follow
+    follow = Lineage.follow
 
     def note(self, program):
-        concluded.update({key: (each.parents, each.found_by) for key, each in self._candidates.items()})
+        concluded.update({key: (each.parents, each.found_by) for key, each in self.candidates.items()})
         follow(self, program)
 
-    monkeypatch.setattr(Lineage, "_follow", note)
+    monkeypatch.setattr(Lineage, "follow", note)
     optimizer = dspy.GEPA(
         metric=lambda gold, pred, trace=None, pred_name=None, pred_trace=None: dspy.Prediction(
             score=judge(gold, pred) and len(pred_trace or "x") > 0, feedback="more"

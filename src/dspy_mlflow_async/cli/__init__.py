@@ -22,9 +22,10 @@ COMMANDS = {
     "harvest": ("harvest", "harvest"),
     "replay": ("replay", "replay"),
     "report": ("report", "report"),
+    "which": ("lineage", "which"),
 }
 
-NEED_RUNS = ("audit", "demo", "gate", "harvest", "report")
+NEED_RUNS = ("audit", "demo", "gate", "harvest", "report", "which")
 
 
 def __getattr__(name: str) -> Any:

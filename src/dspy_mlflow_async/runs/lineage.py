@@ -40,7 +40,7 @@ BY_OPTIMIZER, BY_START, BY_BATCH, BY_MERGE, BY_LIKENESS = "optimizer", "start", 
 
 @dataclass(frozen=True, slots=True)
 class PredictorState:
-    """What an optimizer changes of a predictor, as it was when it was tried."""
+    """Instructions and demos of a predictor, which optimizers change, as they were when they were tried."""
 
     hash: str
     instructions: str
@@ -74,7 +74,7 @@ def _whole(predictors: Mapping[str, PredictorState]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What an evaluation said of a candidate.
+    """Score that an evaluation has given a candidate.
 
     Attributes:
         key: The series of the compile that it belongs to.
@@ -142,6 +142,10 @@ class Lineage:
     Args:
         optimizer: The ``dspy.teleprompt.Teleprompter``.
         student: The program as it came.
+
+    Attributes:
+        candidates: By hash, in the order in which they were first tried.
+        start: The hash of the program as it came, or None.
     """
 
     def __init__(self, optimizer: Any, student: Any) -> None:
@@ -150,7 +154,7 @@ class Lineage:
         self._is_reflective = "GEPA" in names
         self._begun = time.monotonic()
         self._lock = threading.Lock()
-        self._candidates: dict[str, Candidate] = {}
+        self.candidates: dict[str, Candidate] = {}
         self._batches: deque[tuple[int, str]] = deque(maxlen=_BATCHES)
         self._by_index: list[str] = []
         self._is_proposing = False
@@ -207,7 +211,7 @@ class Lineage:
     def score(self, hash_: str, score: Score) -> None:
         """Note a score of a candidate."""
         with self._lock:
-            found = self._candidates.get(hash_)
+            found = self.candidates.get(hash_)
             if found is not None and len(found.scores) < MAX_SCORES:
                 found.scores.append(score)
 
@@ -221,20 +225,20 @@ class Lineage:
             if self._is_proposing:
                 self._is_proposing = False
                 self._generation += 1
-            if hash_ not in self._candidates:
-                if len(self._candidates) >= MAX_CANDIDATES:
+            if hash_ not in self.candidates:
+                if len(self.candidates) >= MAX_CANDIDATES:
                     self._left_out += 1
                     return None
                 candidate = Candidate(predictors, self._generation, (), None, time.monotonic() - self._begun)
-                if self._candidates:
+                if self.candidates:
                     candidate.parents, candidate.found_by = self._parents(candidate, batch, index)
-                self._candidates[hash_] = candidate
+                self.candidates[hash_] = candidate
             if batch is not None:
                 self._batches.append((batch, hash_))
         return hash_
 
     def _parents(self, new: Candidate, batch: int | None, index: int | None) -> tuple[tuple[str, ...], str]:
-        first = next(iter(self._candidates))
+        first = next(iter(self.candidates))
         if index is not None and index < len(self._by_index):
             return (self._by_index[index],), BY_OPTIMIZER
         if self._is_from_start:
@@ -245,7 +249,7 @@ class Lineage:
             same = next((known for examples, known in reversed(self._batches) if examples == batch), None)
             if same is not None:
                 return (same,), BY_BATCH
-        earlier = [(key, each) for key, each in self._candidates.items() if each.generation < new.generation]
+        earlier = [(key, each) for key, each in self.candidates.items() if each.generation < new.generation]
         if not earlier:
             return (first,), BY_LIKENESS
         most = max(len(each.hashes & new.hashes) for _, each in earlier)
@@ -257,14 +261,14 @@ class Lineage:
         """Return the fewest candidates whose predictors make up all of a new one; none where they do not."""
         missing, parents = set(new.hashes), list[str]()
         while missing:
-            key, found = max(self._candidates.items(), key=lambda item: (len(item[1].hashes & missing), item[1].rank))
+            key, found = max(self.candidates.items(), key=lambda item: (len(item[1].hashes & missing), item[1].rank))
             if not found.hashes & missing:
                 return ()
             parents.append(key)
             missing -= found.hashes
         return tuple(parents)
 
-    def _follow(self, program: Any) -> None:
+    def follow(self, program: Any) -> None:
         """Take over which candidate came of which, where GEPA's result says it (``track_stats``)."""
         results = getattr(program, "detailed_results", None)
         candidates, parents = (getattr(results, name, None) for name in ("candidates", "parents"))
@@ -272,7 +276,7 @@ class Lineage:
             return
         hashes = [hash_of(each) for each in candidates]
         for hash_, places in zip(hashes, parents, strict=False):
-            known = self._candidates.get(hash_ or "")
+            known = self.candidates.get(hash_ or "")
             said = tuple(dict.fromkeys(key for place in places if place is not None and (key := hashes[place])))
             if known is not None and said and hash_ not in said:
                 known.parents, known.found_by = said, BY_OPTIMIZER
@@ -286,9 +290,9 @@ class Lineage:
             door: What is shown of instructions and demos passes it.
         """
         result = self._add(predictors_of(program))
-        guarded(self._follow)(program)
+        guarded(self.follow)(program)
         with self._lock:
-            candidates = dict(self._candidates)
+            candidates = dict(self.candidates)
         if not candidates:
             return None
         texts = _Texts(door)

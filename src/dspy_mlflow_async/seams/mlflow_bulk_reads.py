@@ -110,6 +110,33 @@ def count_traces(tracking_uri: str, experiment_ids: Sequence[str], since_ms: int
         return int(connection.execute(query).scalar_one())
 
 
+def traces_with_attribute(
+    tracking_uri: str, experiment_ids: Sequence[str], name: str, value: str, *, since_ms: int = 0
+) -> list[tuple[int, str]]:
+    """Return when these traces began, in milliseconds, and their ids: those that have a span with this attribute.
+
+    Args:
+        tracking_uri: The store, for which ``has_rows``.
+        experiment_ids: Which experiments.
+        name: The attribute's name.
+        value: Its value, a text of letters and digits.
+        since_ms: Leave out what began before, in milliseconds since the epoch.
+    """
+    from sqlalchemy import or_, select
+
+    info, span = _tables["SqlTraceInfo"].c, _tables["SqlSpan"].c
+    # A backslash stands where "_" does: in some databases it is none in a pattern.
+    texts = [span.content.like(f'%"{name}":{space}"_"{value}_""%') for space in ("", " ")]
+    query = (
+        select(info.timestamp_ms, info.request_id)
+        .where(info.experiment_id.in_(map(int, experiment_ids)), info.timestamp_ms >= since_ms)
+        .where(info.request_id.in_(select(span.trace_id).where(or_(*texts))))
+        .order_by(info.timestamp_ms, info.request_id)
+    )
+    with _get_store(tracking_uri).engine.connect() as connection:
+        return [(int(begun), str(trace_id)) for begun, trace_id in connection.execute(query)]
+
+
 def read_rows(
     tracking_uri: str,
     experiment_ids: Sequence[str] = (),

@@ -17,6 +17,7 @@ from dspy_mlflow_async.seams.mlflow_store import client_of
 
 PARENT = "mlflow.parentRunId"
 METRIC_TAG, SIZE_TAG, OPTIMIZER_TAG = "dspy.metric", "dspy.devset_size", "dspy.optimizer"
+PROGRAM_TAG = "dspy.program_hash"
 _PAGE, _TRACES_PER_PAGE = 1000, 100
 
 
@@ -198,6 +199,47 @@ class Store:
             return None
         table = json.loads(content)
         return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+    def document(self, facts: RunFacts, path: str) -> bytes | None:
+        """Return an artifact of a run, or None where it has none."""
+        return mlflow_artifact_reads.read(_Located(facts), path)
+
+    def runs_of_program(self, program_hash: str) -> set[str]:
+        """Return the runs that have evaluated a program, and those of compiles that have returned it, by our tag."""
+        found, token = set[str](), None
+        query = f"tags.`{PROGRAM_TAG}` = '{program_hash}'"
+        while True:
+            page = self.client.search_runs(self.experiment_ids, query, max_results=_PAGE, page_token=token)
+            found |= {run.info.run_id for run in page}
+            token = page.token
+            if not token:
+                return found
+
+    def traces_with_program(self, program_hash: str) -> list[tuple[int, str]]:
+        """Return the traces in which a predictor of this hash was called, oldest first, with when they began in ms."""
+        if self._has_rows:
+            return mlflow_bulk_reads.traces_with_attribute(
+                self.uri, self.experiment_ids, "program_hash", program_hash, since_ms=self.since_ms
+            )
+        found = []
+        for experiment_id in self.experiment_ids:
+            query = f"span.attributes.program_hash LIKE '%{program_hash}%'"
+            if self.since_ms:
+                query += f" AND attributes.timestamp_ms >= {self.since_ms}"
+            token = None
+            while True:
+                page = self.client.search_traces(
+                    locations=[experiment_id],
+                    filter_string=query,
+                    max_results=_TRACES_PER_PAGE,
+                    include_spans=False,
+                    page_token=token,
+                )
+                found += [(trace.info.request_time, trace.info.trace_id) for trace in page]
+                token = page.token
+                if not token:
+                    break
+        return sorted(found)
 
     def _with_spans(self, row: TraceRow) -> TraceRow:
         """Read the spans that a store keeps as an artifact."""

@@ -32,6 +32,10 @@ def report(
     json_: Annotated[bool, typer.Option("--json", help="Print the runs as JSON, for a program.")] = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print the runs as CSV, for a spreadsheet.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Put evaluations side by side, by example.")] = False,
+    lineage: Annotated[
+        bool,
+        typer.Option("--lineage", help="Show the candidates of compiles as a tree, with their scores."),
+    ] = False,
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many examples that differ to list.")] = 20,
     tracking_uri: ReadTrackingUri = None,
 ) -> None:
@@ -67,6 +71,8 @@ def report(
         _print_records([text.run_record(each, depth) for node in nodes for depth, each in node.walk()], as_json=json_)
     else:
         _show(console, nodes, changes, limit)
+        if lineage:
+            _show_lineages(console, nodes)
     if html is not None:
         _write(html, nodes, changes)
         typer.echo(printable(f"Written: {html}", one_line=True), err=json_ or csv_)
@@ -83,6 +89,17 @@ def _show(console: Console, nodes: list[Node], changes: Changes | None, limit: i
         console.print(text.run_table(node))
         for said in text.failures_of(node):
             console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_lineages(console: Console, nodes: list[Node]) -> None:
+    from dspy_mlflow_async.cli.console import complain
+    from dspy_mlflow_async.cli.lineage import reading, showing
+
+    found = [lineage for node in nodes for _, each in node.walk() if (lineage := reading.read(each.run)) is not None]
+    for each in found:
+        console.print(showing.tree(each))
+    if not found:
+        complain("report", "no run here holds the candidates of a compile")
 
 
 def _write(html: Path, nodes: list[Node], changes: Changes | None) -> None:

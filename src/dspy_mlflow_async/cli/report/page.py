@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from dspy_mlflow_async.cli.lineage import reading, showing
 from dspy_mlflow_async.cli.report.comparing import Changes
 from dspy_mlflow_async.cli.report.reading import COMPILE, EVALUATION, Node
 from dspy_mlflow_async.cli.report.text import failures_of, run_cells, score_text, shortened, summary_of
@@ -23,7 +24,8 @@ th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: left; v
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td:first-child { white-space: pre-wrap; }
 .FINISHED { color: #177a2b; } .FAILED { color: #b3261e; } .KILLED { color: #a06a00; }
-img { max-width: 100%; }
+img, svg { max-width: 100%; height: auto; }
+pre { white-space: pre-wrap; background: #f6f8fa; padding: .5em; }
 """
 _NUMBERS = {"score", "difference", "traces", "errors", "tokens", "cost $", "seconds"}
 
@@ -35,6 +37,7 @@ def page(nodes: Sequence[Node], changes: Changes | None) -> str:
         parts += [f"<h2>{escape(node.name)}</h2>", f"<p>Run {escape(node.run.info.run_id)}</p>", _runs(node)]
         parts += [f"<p>{escape(said)}</p>" for said in failures_of(node)]
         parts += [f'<img alt="{escape(title)}" src="{_as_uri(png)}">' for title, png in _plots(node)]
+        parts += _lineages(node)
     if changes is not None:
         parts += [f"<h2>{escape(summary_of(changes))}</h2>", _changes(changes)]
     title = escape(", ".join(node.name for node in nodes))
@@ -79,6 +82,12 @@ def _changes(changes: Changes) -> str:
             cells += f'<td class="number">{escape(score_text(score, error))}<br><small>{detail}</small></td>'
         lines.append(f"<tr><td>{escape(shortened(row.example, 300))}</td>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _lineages(node: Node) -> list[str]:
+    """Draw the candidates of each compile, with their differences."""
+    found = [reading.read(each.run) for _, each in node.walk() if each.kind == COMPILE]
+    return [showing.section(each) for each in found if each is not None]
 
 
 def _plots(node: Node) -> list[tuple[str, bytes]]:
