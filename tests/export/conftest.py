@@ -30,7 +30,7 @@ def settle():
     wait_until(lambda: not installing.closing(), 30)
     current = installing.installed()
     writers = {thread for thread in threading.enumerate() if thread.name == "dspy-mlflow-async-writer"}
-    for thread in writers - {queue.worker.thread for queue in (current.queues.values() if current else ())} - _stuck:
+    for thread in writers - {queue.worker.thread for queue in (current.queues.values() if current else ())} - {*_stuck}:
         thread.join(30)
         if thread.is_alive():  # in a request to a server that does not answer, of an earlier file's test
             _stuck.add(thread)
