@@ -1,6 +1,8 @@
 """The command ``gate``, on runs of real evaluations in a sqlite store."""
 
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from xml.etree import ElementTree as ET
 
 import dspy
@@ -13,7 +15,7 @@ from dspy_mlflow_async import aevaluate_all
 from dspy_mlflow_async.cli import app
 from dspy_mlflow_async.cli.gate.checks import FAILED, HELD, UNKNOWN, Baseline, Rules, Subject
 from dspy_mlflow_async.evaluate.statistics import paired_difference
-from echo import Chain
+from echo import TIMEOUT, Chain
 from mlflow_server import free_port
 
 
@@ -299,3 +301,33 @@ def test_a_mean_that_is_not_quite_its_number(gate):
     (check,) = Rules.of(maxima={"score": 0.3}).judge(Subject("a", {"score": 0.1 + 0.2}))
 
     assert HELD == check.verdict
+
+
+def test_a_server_that_hangs(gate, tmp_path, monkeypatch):
+    """One that says its version and then nothing more is waited for as long as ``--timeout`` says."""
+    released = threading.Event()
+
+    class Hangs(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path != "/version":
+                released.wait(TIMEOUT)
+            self.send_response(200 if self.path == "/version" else 404)
+            self.end_headers()
+            self.wfile.write(b"3.17.2")
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    before = mlflow.get_tracking_uri()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hangs) as server:
+        uri = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            code, output = gate("0" * 32, "--min", "score=1", "--timeout", "1", "--tracking-uri", uri)
+        finally:
+            mlflow.set_tracking_uri(before)
+            released.set()
+            server.shutdown()
+
+    assert (2, True) == (code, f"{uri} has not answered within 1 s; --timeout says how long to wait" in output)

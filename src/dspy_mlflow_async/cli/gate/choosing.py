@@ -66,7 +66,7 @@ class Runs:
         found = stored_runs.newest(1, self._experiments or None)
         if not found:
             raise ValueError(mask_uris(f"there is no run of an evaluation or a compile in {mlflow.get_tracking_uri()}"))
-        return reading.node_of(found[0])
+        return _read(found[0])
 
     def find(self, name: str) -> Node:
         """Return the run that is called so: by its id, its name, or ``RUN/CASE`` for a case of it.
@@ -92,7 +92,7 @@ class Runs:
             found = self._by_name(str(of.run.info.run_name), here, before=of.run)
             if found is None:
                 raise ValueError(f"there is no finished run called {of.name!r} before this one, to compare it with")
-            return reading.node_of(found)
+            return _read(found)
         parent = of if of.kind == EVALUATE_ALL else self._parent(of)
         if parent is not None and name in map(_case_name, parent.children):
             return _case_of(parent, name)
@@ -103,10 +103,10 @@ class Runs:
             return stored_runs.find_run(text) if _is_id(text) else search(text)
 
         if (run := look(name)) is not None:
-            return reading.node_of(run)
+            return _read(run)
         of, slash, case = name.rpartition("/")
         if slash and (run := look(of)) is not None:
-            return _case_of(reading.node_of(run), case)
+            return _case_of(_read(run), case)
         where = f"in {mlflow.get_tracking_uri()}" if what == "run" else "in its experiment; --experiment names another"
         raise ValueError(mask_uris(f"there is no {what} {name!r}, by id or by name, {where}"))
 
@@ -114,7 +114,7 @@ class Runs:
         run_id = node.run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         if run_id is None or stored_runs.CASE_TAG not in node.run.data.tags:
             return None
-        return reading.read(run_id)
+        return _read(stored_runs.find_run(run_id))
 
     def _by_name(self, name: str, experiments: Sequence[str], before: Any = None, other_than: Any = None) -> Any:
         """Return the newest run of a name; a finished one, and another than the one given, where one is given."""
@@ -137,6 +137,10 @@ class Runs:
         if len({run.info.experiment_id for run in found}) > 1:
             raise ValueError(f"several experiments have a run called {name!r}: choose by --experiment, or give its id")
         return found[0] if found else None
+
+
+def _read(run: Any) -> Node:
+    return reading.node_of(run, count_traces=False)
 
 
 def _is_id(name: str) -> bool:

@@ -143,16 +143,22 @@ def result_table(run: Any) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], plain(row), strict=True)) for row in table["data"]]
 
 
-def node_of(run: Any) -> Node:
-    """Read a run of MLflow's and all below it."""
-    children = [node_of(child) for child in stored_runs.children(run)]
+def node_of(run: Any, *, count_traces: bool = True) -> Node:
+    """Read a run of MLflow's and all below it.
+
+    Args:
+        run: The run.
+        count_traces: Whether the traces of evaluations are counted: there may be ten thousand, and a page has 500.
+    """
+    children = [node_of(child, count_traces=count_traces) for child in stored_runs.children(run)]
     kind = _kind(run)
     if kind == EVALUATE_ALL:
         children = _in_order(run, children)
     rows = result_table(run) if kind == EVALUATION else []
     failures = tuple(_failures(run, kind, rows))
     series = tuple(_series(run, kind, tuple(children), rows))
-    node = Node(run, kind, tuple(children), _traces(run), _score(run, kind), series, failures)
+    traces = _traces(run) if count_traces or kind in {RUN, COMPILE} else Traces()
+    node = Node(run, kind, tuple(children), traces, _score(run, kind), series, failures)
     if kind == EVALUATION:
         error = standard_error([*series]) if series else None
         node = replace(node, standard_error=error) if rows else _unfinished(node)
