@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from dspy_mlflow_async.requests.options import Show, call
+from dspy_mlflow_async.seams.mlflow_call_span import trace_number_of
 from dspy_mlflow_async.seams.mlflow_live import attributes_of, write
 from dspy_mlflow_async.seams.mlflow_spans import OpenSpan, SpanAttributeKey
 from dspy_mlflow_async.settings import Settings
@@ -60,7 +61,7 @@ class Preview:
     def _has(self, span: OpenSpan) -> bool:
         """Return whether the call is in the root's trace; an evaluation in the request makes traces of its own."""
         root = self._root
-        return root is not None and bool(span.otel.context.trace_id == root.context.trace_id)
+        return root is not None and span.trace_number == trace_number_of(root)
 
     def of_inputs(self, value: Any) -> str | None:
         """Return the text to show of the request's own inputs; None where there are none."""

@@ -27,6 +27,7 @@ _HANDLERS = "chooses a handler once per type, and ends what was begun when anoth
 _SETTINGS = "reads and changes DSPy's settings where dspy.configure would raise"
 _CONTEXT = "carries MLflow's current span, session and tags between threads and tasks"
 _SPANS = "begins and ends spans as MLflow does, with fewer steps"
+_CALLS = "makes the parts of a call's span only when somebody asks for them"
 _MEDIA = "finds pictures, recordings and files in the text of DSPy's types"
 _EXPORT = "hands MLflow the exporter that writes whole traces"
 _WRITE = "writes a trace as MLflow's own exporter does"
@@ -409,6 +410,21 @@ SEAMS: tuple[Seam, ...] = (
     Seam("opentelemetry.sdk.trace:TracerProvider._active_span_processor", _EXPORT, shape=".on_start"),
     Seam("opentelemetry.sdk.trace:SynchronousMultiSpanProcessor._span_processors", _EXPORT, shape=".__iter__"),
     Seam("opentelemetry.sdk.trace:ReadableSpan._attributes", _SPANS, shape=".get"),
+    *(
+        Seam(f"opentelemetry.sdk.trace:{name}", _CALLS, is_optional=True)
+        for name in (
+            *("ReadableSpan._name", "ReadableSpan._start_time", "Span._end_time", "Span._kind", "Span._new_events"),
+            *("Span._new_links", "Span._readable_span", "Span._status", "Tracer._instrumentation_scope"),
+            "Tracer._span_limits",
+        )
+    ),
+    Seam("opentelemetry.attributes:BoundedAttributes._immutable", _CALLS, is_optional=True),
+    Seam("opentelemetry.sdk.trace.sampling:ParentBased._root", _CALLS, is_optional=True),
+    Seam("opentelemetry.sdk.trace.sampling:ParentBased._local_parent_sampled", _CALLS, is_optional=True),
+    Seam("mlflow.tracing.sampling:_MlflowSampler", _CALLS, shape="(ratio)", is_optional=True),
+    Seam("mlflow.tracing.sampling:_MlflowSampler._default_ratio", _CALLS, is_optional=True),
+    Seam("mlflow.entities.span:LiveSpan._span", _CALLS, is_optional=True),
+    Seam(f"{_PROCESSOR}._trace_manager", _CAPTURE, shape=".get_trace"),
     Seam("opentelemetry.attributes:BoundedAttributes._dict", _SPANS, shape=".get", is_optional=True),
     Seam("opentelemetry.attributes:BoundedAttributes._lock", _SPANS, shape=".acquire", is_optional=True),
 )

@@ -17,8 +17,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from dspy_mlflow_async.seams.installed import has_runs
+from dspy_mlflow_async.seams.mlflow_call_span import is_root, trace_number_of, with_plain_span
 from dspy_mlflow_async.seams.mlflow_client import name_default_store
 from dspy_mlflow_async.seams.mlflow_experiment import experiment_of_trace
+from dspy_mlflow_async.seams.mlflow_live import register
 from dspy_mlflow_async.seams.patching import over
 
 
@@ -35,13 +37,14 @@ class _MemoryExporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         manager = InMemoryTraceManager.get_instance()
         for span in spans:
-            if span.parent is None:
-                self._ended_roots[span.context.trace_id] = True
+            if is_root(span):
+                self._ended_roots[trace_number_of(span)] = True
         # A span has ended before it comes here, so of two that end at once the later one finds the trace complete.
         for trace_id in tuple(self._ended_roots):
             if not _has_open_spans(manager, trace_id) and self._ended_roots.pop(trace_id, False):
                 popped = manager.pop_trace(trace_id)
                 if popped is not None:
+                    popped.trace.data.spans[:] = map(with_plain_span, popped.trace.data.spans)
                     self._keep(popped.trace)
         return SpanExportResult.SUCCESS
 
@@ -51,6 +54,27 @@ def _has_open_spans(manager: Any, otel_trace_id: int) -> bool:
     trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id)
     with manager.get_trace(trace_id) as trace:
         return trace is not None and any(span.end_time_ns is None for span in tuple(trace.span_dict.values()))
+
+
+class _MemoryProcessor(MlflowV3SpanProcessor):
+    """MLflow's processor, for the spans of calls that begin without the SDK's tracer, too."""
+
+    takes_calls = True
+
+    def call_started(self, span: Any) -> None:
+        """Take the span of a call that began."""
+        if not is_root(span):
+            trace_id = self._trace_manager.get_mlflow_trace_id_from_otel_id(span.trace_number)
+        else:
+            info = self._start_trace(span)
+            trace_id = None if info is None else info.trace_id
+        with self._trace_manager.get_trace(trace_id) as trace:
+            if trace is not None:
+                register(span, trace_id, trace)
+
+    def call_ended(self, span: Any) -> None:
+        """Take the span of a call that ended."""
+        self.on_end(span)
 
 
 def _take_default_experiment(processor: Any) -> None:
@@ -72,7 +96,7 @@ def memory_provider(keep: Callable[[Trace], None]) -> Iterator[None]:
     exchanged too. The provider that was there is neither flushed nor shut down.
     """
     unname = name_default_store()
-    processor = MlflowV3SpanProcessor(_MemoryExporter(keep), export_metrics=False)
+    processor = _MemoryProcessor(_MemoryExporter(keep), export_metrics=False)
     if not has_runs():
         _take_default_experiment(processor)
 

@@ -22,6 +22,13 @@ from opentelemetry.sdk.trace import Span, TracerProvider
 from opentelemetry.trace import format_span_id
 
 from dspy_mlflow_async.seams.listed import is_known, taken
+from dspy_mlflow_async.seams.mlflow_call_span import (
+    FEWEST_ATTRIBUTES,
+    CallSpan,
+    live_call_span,
+    number_of,
+    parent_number_of,
+)
 
 try:  # mlflow >= 3.12
     from mlflow.environment_variables import MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT
@@ -55,6 +62,12 @@ def write(span: Span, attributes: dict[str, str]) -> None:
 
     Where OpenTelemetry is told to limit attributes, or keeps them elsewhere, it does the work itself.
     """
+    if type(span) is CallSpan and len(span.recorded) + len(attributes) <= FEWEST_ATTRIBUTES:
+        span.recorded.update(attributes)
+        return
+    if type(span) is CallSpan and len(span.recorded) + len(attributes) <= FEWEST_ATTRIBUTES:
+        span.recorded.update(attributes)
+        return
     held = span._attributes
     if not isinstance(held, BoundedAttributes) or held.max_value_len is not None or not _has_open_dict:
         span.set_attributes(attributes)
@@ -68,20 +81,33 @@ def write(span: Span, attributes: dict[str, str]) -> None:
 
 def attributes_of(span: Any) -> Mapping[str, Any]:
     """Return the attributes of an OpenTelemetry span; to iterate over its own mapping copies them, under a lock."""
+    if type(span) is CallSpan:
+        return span.recorded
+    if type(span) is CallSpan:
+        return span.recorded
     held = span._attributes
     return held._dict if _has_open_dict and isinstance(held, BoundedAttributes) else held or {}
 
 
 def register(span: Span, trace_id: str, trace: Any) -> None:
     """Make MLflow know a span that began in ``trace``, as ``BaseMlflowSpanProcessor.on_start`` does."""
-    live = live_span(span, trace_id)
+    if type(span) is CallSpan:
+        trace.span_dict[format_span_id(span.number)] = live_call_span(span, trace_id)
+        return
+    if type(span) is CallSpan:
+        live = span.live = live_call_span(span, trace_id)
+    else:
+        live = span.__dict__[_LIVE] = live_span(span, trace_id)
+    span_id = format_span_id(number_of(span))
     with InMemoryTraceManager.get_instance()._lock:
-        trace.span_dict[format_span_id(span.context.span_id)] = live
-    span.__dict__[_LIVE] = live
+        trace.span_dict[span_id] = live
 
 
 def live_span_of(span: Span) -> LiveSpan | None:
-    """Return MLflow's span for one that is being recorded, without its trace manager; None where that must be asked."""
+    """Return MLflow's span for one that has begun, without its trace manager; None where that must be asked."""
+    if type(span) is CallSpan:
+        live, span.live = span.live, None  # lest one keeps the other alive
+        return live
     return span.__dict__.get(_LIVE)
 
 
@@ -123,30 +149,30 @@ def usage_spans_below(top: Span, trace_id: str, ours: Collection[int]) -> list[U
             span = live._span
             if span is top:
                 break
-            context = span.context
-            began[context.span_id] = span
-            if context.span_id not in ours and SpanAttributeKey.CHAT_USAGE in (span._attributes or ()):
+            number = number_of(span)
+            began[number] = span
+            if number not in ours and SpanAttributeKey.CHAT_USAGE in attributes_of(span):
                 found.append(span)
-    top_id = top.context.span_id
+    top_id = number_of(top)
     return [_usage_span(span) for span in found if span.end_time and _is_outermost(span, top_id, began)]
 
 
 def _is_outermost(span: Any, top_id: int, began: Mapping[int, Any]) -> bool:
     """Return whether the parents of a span lead to that one past no usage."""
-    while span is not None and span.parent is not None:
-        if span.parent.span_id == top_id:
+    while span is not None and (parent := parent_number_of(span)) is not None:
+        if parent == top_id:
             return True
-        span = began.get(span.parent.span_id)
-        if span is not None and SpanAttributeKey.CHAT_USAGE in (span._attributes or ()):
+        span = began.get(parent)
+        if span is not None and SpanAttributeKey.CHAT_USAGE in attributes_of(span):
             return False
     return False
 
 
 def _usage_span(span: Any) -> UsageSpan:
-    attributes = span._attributes
+    attributes = attributes_of(span)
     tokens, model = (json.loads(attributes.get(key) or "null") for key in _OF_USAGE)
     return UsageSpan(
-        span.context.span_id,
+        number_of(span),
         model if isinstance(model, str) else span.name,
         tokens if isinstance(tokens, dict) else {},
         span.start_time,

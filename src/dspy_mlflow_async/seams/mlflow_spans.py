@@ -23,7 +23,16 @@ from opentelemetry.sdk.trace import Span as OtelSpan
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_call_span import (
+    CallSpan,
+    CallTracer,
+    call_tracer,
+    is_root,
+    number_of,
+    trace_number_of,
+)
 from dspy_mlflow_async.seams.mlflow_live import (
+    attributes_of,
     computes_cost,
     is_isolated,
     live_span_of,
@@ -227,6 +236,16 @@ class OpenSpan:
         """MLflow's id of the trace, ``tr-`` and 32 hexadecimal digits."""
         return str(self.live.trace_id)
 
+    @property
+    def number(self) -> int:
+        """OpenTelemetry's id of the span."""
+        return number_of(self.otel)
+
+    @property
+    def trace_number(self) -> int:
+        """OpenTelemetry's id of the trace."""
+        return trace_number_of(self.otel)
+
 
 class Unsampled(NamedTuple):
     """Span that the sampler has left out: nothing below it is recorded either.
@@ -258,6 +277,7 @@ class _Tracer:
 
     def __init__(self) -> None:
         self._known: tuple[Any, Any] = (None, None)
+        self.calls: CallTracer | None = None  # of the one that was got last
 
     def get(self, *, is_isolated: bool) -> Any:
         wrapper = trace_provider.provider
@@ -269,7 +289,7 @@ class _Tracer:
             tracer = provider.get_tracer(__name__)
             if type(getattr(tracer, "id_generator", None)) is RandomIdGenerator:
                 tracer.id_generator = _SystemIds()
-            self._known = (provider, tracer)
+            self._known, self.calls = (provider, tracer), call_tracer(tracer) if is_isolated else None
         return tracer
 
 
@@ -313,20 +333,41 @@ def start_span(
         The span; what stands for it where the sampler left it out; None where MLflow records none here (tracing
         disabled, trace timed out).
     """
+    span = _call_span(name, where, parent) if tracer is None else None
+    if span is not None:
+        return _open(span, span_type, root, attributes)
     context = where.runtime if where.is_isolated else where.shared
     if parent is not None and where.span is not parent:
         context = otel.set_span_in_context(parent, context)
     span = (tracer or current_tracer(where)).start_span(name, context)
     if not span.is_recording():
         return Unsampled(span) if span.get_span_context().is_valid else None
+    return _open(span, span_type, root, attributes)
+
+
+def _call_span(name: str, where: TracingContext, parent: Any | None) -> CallSpan | None:
+    """Begin the span of a call in the place of MLflow's tracer; None where that must do so itself."""
+    if DISABLED.get() or not where.is_isolated or (parent is None and where.span is not INVALID_SPAN):
+        return None
+    tracer = _tracer.get(is_isolated=True)
+    calls = _tracer.calls
+    return calls.begin(name, parent) if calls is not None and calls.tracer is tracer else None
+
+
+def _open(span: Any, span_type: str, root: Any | None, attributes: dict[str, str]) -> OpenSpan | None:
     live = live_span_of(span) or _registered(span)
     if live is None:
         return None
-    attributes[SpanAttributeKey.SPAN_TYPE] = f'"{span_type}"'
+    attributes[SpanAttributeKey.SPAN_TYPE] = _quoted(span_type)
     write(span, attributes)
     if root is None:
-        root = span if span.parent is None else _root_of(live.trace_id, span)
+        root = span if is_root(span) else _root_of(live.trace_id, span)
     return OpenSpan(live, span, root, _level_of(span_type))
+
+
+@functools.lru_cache(maxsize=64)
+def _quoted(span_type: str) -> str:
+    return f'"{span_type}"'
 
 
 def _registered(span: Any) -> Any | None:
@@ -369,7 +410,7 @@ def finish_span(
     if span.level is not None:
         if event is not None:
             attributes[SpanAttributeKey.LOG_LEVEL] = _ERROR_LEVEL
-        elif SpanAttributeKey.LOG_LEVEL not in recording._attributes:  # the user may have set one
+        elif SpanAttributeKey.LOG_LEVEL not in attributes_of(recording):  # the user may have set one
             attributes[SpanAttributeKey.LOG_LEVEL] = span.level
     write(recording, attributes)
     if event is not None:

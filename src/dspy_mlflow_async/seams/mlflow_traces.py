@@ -21,6 +21,14 @@ from mlflow.utils.workspace_context import get_request_workspace
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_call_span import (
+    attachments_of,
+    is_call,
+    is_root,
+    is_sampled,
+    number_of,
+    trace_number_of,
+)
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, text_of
@@ -39,13 +47,17 @@ __all__ = [
     "finished_span",
     "generate_assessment_id",
     "is_evaluating",
+    "is_root",
+    "is_sampled",
     "manager_lock",
     "move_to_experiment",
+    "number_of",
     "peek_trace",
     "pop_trace",
     "restore_attachment",
     "restore_span",
     "trace_id_of",
+    "trace_number_of",
     "wants_async",
     "weigh",
     "workspace_of",
@@ -121,7 +133,7 @@ def move_to_experiment(operation: Any, experiment_id: str) -> None:
 
 def ended_root(trace: _Trace) -> ReadableSpan | None:
     """Return OpenTelemetry's root span of a trace, which MLflow's span keeps to itself; None while it is open."""
-    root = next((span for span in list(trace.span_dict.values()) if span.parent_id is None), None)
+    root = next((span for span in list(trace.span_dict.values()) if is_root(span._span)), None)
     return None if root is None or root.end_time_ns is None else root._span
 
 
@@ -134,15 +146,16 @@ def workspace_of(trace: _Trace | None) -> str | None:
 
 # What MLflow's and OpenTelemetry's objects for one span take without its texts, by tracemalloc on CPython 3.11.
 _SPAN_BYTES = 4_000
+_CALL_BYTES = 800  # the same for a span whose parts nobody has asked for
 
 
 def weigh(spans: Iterable[Any]) -> int:
     """Return about how many bytes these spans hold."""
     size = 0
     for span in spans:
-        size += _SPAN_BYTES
+        size += _CALL_BYTES if is_call(span._span) else _SPAN_BYTES
         size += sum(map(sys.getsizeof, tuple(attributes_of(span._span).values())))
-        for attachment in span._attachments.values():
+        for attachment in attachments_of(span).values():
             size += len(attachment.content_bytes)
     return size
 

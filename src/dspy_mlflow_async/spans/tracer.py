@@ -282,7 +282,7 @@ def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
         for key, value in scope.usage.attributes(outputs).items():
             attributes[key] = dump(value)
         if scope.ledger is not None and SpanAttributeKey.CHAT_USAGE in attributes:
-            scope.ledger.span_ids.append(scope.span.otel.context.span_id)
+            scope.ledger.span_ids.append(scope.span.number)
     return attributes
 
 

@@ -116,14 +116,14 @@ class TraceAssembler:
 
     def child_ended(self, span: ReadableSpan, uri: str) -> None:
         """Note that a child ended. Before its root has ended there is nothing to do."""
-        entry = self.entries.get(span.context.trace_id)
+        entry = self.entries.get(mlflow_traces.trace_number_of(span))
         if entry is None:
             self._stray_ended(span, uri)
         elif entry.inherited is not None:
-            if mlflow_traces.encode_span_id(span.context.span_id) not in entry.inherited:
+            if mlflow_traces.encode_span_id(mlflow_traces.number_of(span)) not in entry.inherited:
                 self._emit_span(span, entry.trace, entry.identity.uri, entry.identity.workspace)
         elif entry.ended_at is not None:
-            span_id = mlflow_traces.encode_span_id(span.context.span_id)
+            span_id = mlflow_traces.encode_span_id(mlflow_traces.number_of(span))
             if entry.is_late and span_id not in entry.trace.span_dict:  # it began before the trace was handed on
                 self._stray_ended(span, uri)
             if entry.children.ended(span_id):
@@ -174,12 +174,12 @@ class TraceAssembler:
 
     def _stray_ended(self, span: ReadableSpan, uri: str) -> None:
         """Take a span that is in no trace in flight: of a remote trace, or one that outlived the bound of its trace."""
-        otel_id = span.context.trace_id
+        otel_id = mlflow_traces.trace_number_of(span)
         old = self.recent.get(otel_id)
         trace_id = mlflow_traces.trace_id_of(otel_id)
         trace = mlflow_traces.peek_trace(trace_id) if trace_id else remote_traces.known_again(otel_id)
         if old is not None:
-            old.children.ended(mlflow_traces.encode_span_id(span.context.span_id))
+            old.children.ended(mlflow_traces.encode_span_id(mlflow_traces.number_of(span)))
             if not old.sampling.is_discarded:
                 self._emit_late(old, span)
         elif trace is not None:
@@ -202,7 +202,7 @@ class TraceAssembler:
         )
 
     def _emit_span(self, span: ReadableSpan, trace: Any, uri: str, workspace: str | None) -> None:
-        live = trace.span_dict.pop(mlflow_traces.encode_span_id(span.context.span_id), None)
+        live = trace.span_dict.pop(mlflow_traces.encode_span_id(mlflow_traces.number_of(span)), None)
         spans = [live or mlflow_traces.finished_span(span)]
         self._counters.take_remote_span()
         operation = SpansOperation(
@@ -214,7 +214,7 @@ class TraceAssembler:
             experiment_id=mlflow_traces.experiment_of(trace) or mlflow_experiment.experiment_of_trace(span, uri),
         )
         self._outlet.emit(uri, operation, mlflow_traces.is_evaluating() or not mlflow_traces.wants_async())
-        remote_traces.span_ended(span.context.trace_id)
+        remote_traces.span_ended(mlflow_traces.trace_number_of(span))
 
     # --- handing on ---
 

@@ -74,10 +74,10 @@ class WholeTraceExporter(mlflow_processor.SpanExporter):
             processor: Where the span comes from; None where somebody calls the exporter directly.
         """
         assembler = self.pipeline.assembler
-        if span.parent is not None:
+        if not mlflow_traces.is_root(span):
             assembler.child_ended(span, self.uri)
             return
-        otel_id = span.context.trace_id
+        otel_id = mlflow_traces.trace_number_of(span)
         entry = assembler.entries.get(otel_id)
         if entry is None:  # begun before we were installed, or exported twice
             trace_id = mlflow_traces.trace_id_of(otel_id)
@@ -114,7 +114,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
     def trace_started(self, root: Span, info: Any) -> None:
         """Follow a trace that MLflow has begun."""
         if not self._pipeline.is_closed:
-            self._follow(root.context.trace_id, info.trace_id)
+            self._follow(mlflow_traces.trace_number_of(root), info.trace_id)
 
     @guarded
     def _follow(self, otel_id: int, trace_id: str) -> None:
@@ -131,14 +131,29 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         else:
             self._child_started(span, parent_context)
 
+    @property
+    def takes_calls(self) -> bool:
+        """Return whether spans of calls may begin and end here without the SDK's tracer."""
+        return type(self) is WholeTraceProcessor and not (self._pipeline.is_closed or self.records_metrics)
+
+    def call_started(self, span: Any) -> None:
+        """Take the span of a call that began without the SDK's tracer."""
+        if mlflow_traces.is_root(span):
+            self._root_started(span)
+        else:
+            self._child_started(span, None)
+
     def _root_started(self, span: Span) -> None:
         info = self.start_trace(span)
-        trace = None if info is None else mlflow_traces.peek_trace(info.trace_id)
+        if info is None:
+            return
+        entry = self._pipeline.assembler.entries.get(mlflow_traces.trace_number_of(span))
+        trace = mlflow_traces.peek_trace(info.trace_id) if entry is None else entry.trace
         if trace is not None:
             register(span, info.trace_id, trace)
 
     def _child_started(self, span: Span, parent_context: Context | None) -> None:
-        assembler, otel_id = self._pipeline.assembler, span.context.trace_id
+        assembler, otel_id = self._pipeline.assembler, mlflow_traces.trace_number_of(span)
         entry = assembler.entries.get(otel_id)
         if entry is None or assembler.may_be_evicted(entry):
             self._before_child(span)
@@ -148,11 +163,11 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
             return
         register(span, entry.identity.trace_id, entry.trace)
         if entry.ended_at is not None:
-            assembler.child_started(otel_id, span.context.span_id)
+            assembler.child_started(otel_id, mlflow_traces.number_of(span))
 
     @guarded
     def _before_child(self, span: Span) -> None:
-        self._pipeline.assembler.before_child(span.context.trace_id)
+        self._pipeline.assembler.before_child(mlflow_traces.trace_number_of(span))
 
     def on_end(self, span: ReadableSpan) -> None:
         """Take a span that ended."""
@@ -162,6 +177,10 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         if gc_deferred.waiting:
             gc_deferred.take_up()
         self._end(span)
+
+    def call_ended(self, span: Any) -> None:
+        """Take the span of a call that ended; it was sampled."""
+        self.on_end(span)
 
     def _end(self, span: ReadableSpan) -> None:
         if self._pipeline.is_closed:
@@ -177,7 +196,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
 
     @guarded
     def _take(self, span: ReadableSpan) -> None:
-        if span.context.trace_flags.sampled:
+        if mlflow_traces.is_sampled(span):
             self.span_exporter.take(span, self)
 
 
