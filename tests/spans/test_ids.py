@@ -1,5 +1,6 @@
 """Ids of spans and traces: they are no business of the program's random numbers."""
 
+import multiprocessing
 import random
 
 import dspy
@@ -44,3 +45,27 @@ def test_a_seed_repeats_no_trace(program, traces):
     spans = [span.span_id for trace in traces for span in trace.data.spans]
     assert 4 == len(set(ids)) == len(ids)
     assert len(set(spans)) == len(spans)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+def test_forked_processes_make_ids_of_their_own(program, traces):
+    """Children of one process, and the process itself, make no id twice, whatever state they have in common."""
+
+    def send_ids(writer):
+        program(question="@child")
+        writer.send([span.span_id for span in traces[-1].data.spans])
+
+    program(question="@parent")
+    context = multiprocessing.get_context("fork")
+    found = []
+    for _ in range(2):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=send_ids, args=(writer,))
+        process.start()
+        found.append(reader.recv() if reader.poll(30) else [])
+        process.join(30)
+    program(question="@parent")
+    found.append([span.span_id for span in traces[-1].data.spans])
+
+    assert [4, 4, 4] == list(map(len, found))
+    assert 12 == len({span_id for ids in found for span_id in ids})

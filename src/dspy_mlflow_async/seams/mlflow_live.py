@@ -65,9 +65,6 @@ def write(span: Span, attributes: dict[str, str]) -> None:
     if type(span) is CallSpan and len(span.recorded) + len(attributes) <= FEWEST_ATTRIBUTES:
         span.recorded.update(attributes)
         return
-    if type(span) is CallSpan and len(span.recorded) + len(attributes) <= FEWEST_ATTRIBUTES:
-        span.recorded.update(attributes)
-        return
     held = span._attributes
     if not isinstance(held, BoundedAttributes) or held.max_value_len is not None or not _has_open_dict:
         span.set_attributes(attributes)
@@ -83,17 +80,12 @@ def attributes_of(span: Any) -> Mapping[str, Any]:
     """Return the attributes of an OpenTelemetry span; to iterate over its own mapping copies them, under a lock."""
     if type(span) is CallSpan:
         return span.recorded
-    if type(span) is CallSpan:
-        return span.recorded
     held = span._attributes
     return held._dict if _has_open_dict and isinstance(held, BoundedAttributes) else held or {}
 
 
 def register(span: Span, trace_id: str, trace: Any) -> None:
     """Make MLflow know a span that began in ``trace``, as ``BaseMlflowSpanProcessor.on_start`` does."""
-    if type(span) is CallSpan:
-        trace.span_dict[format_span_id(span.number)] = live_call_span(span, trace_id)
-        return
     if type(span) is CallSpan:
         live = span.live = live_call_span(span, trace_id)
     else:

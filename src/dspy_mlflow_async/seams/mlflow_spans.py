@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping
-from random import SystemRandom
+from random import Random
 from typing import Any, NamedTuple
 
 import mlflow.tracing.provider as trace_provider
@@ -257,19 +258,22 @@ class Unsampled(NamedTuple):
     otel: Any
 
 
-class _SystemIds(IdGenerator):
-    """Ids from the system's random numbers, as OpenTelemetry's own are from those of ``random``.
+# Random numbers of our own: a program that seeds those of ``random``, from which OpenTelemetry makes ids, would draw
+# others while it is traced, and overwrite its traces when it is run again. To ask the system for each would let go of
+# the interpreter each time, and a caller then waits until the writer lets go of it.
+_random = Random()  # noqa: S311 - ids are no secrets
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.seed)
 
-    A program that seeds those would draw others while it is traced, and overwrite its traces when it is run again.
-    """
 
-    _bits = SystemRandom().getrandbits
+class _OwnIds(IdGenerator):
+    """Ids from random numbers of our own, which the system has seeded."""
 
     def generate_span_id(self) -> int:
-        return self._bits(64) or self.generate_span_id()
+        return _random.getrandbits(64) or self.generate_span_id()
 
     def generate_trace_id(self) -> int:
-        return self._bits(128) or self.generate_trace_id()
+        return _random.getrandbits(128) or self.generate_trace_id()
 
 
 class _Tracer:
@@ -288,7 +292,7 @@ class _Tracer:
             provider = wrapper.get()
             tracer = provider.get_tracer(__name__)
             if type(getattr(tracer, "id_generator", None)) is RandomIdGenerator:
-                tracer.id_generator = _SystemIds()
+                tracer.id_generator = _OwnIds()
             self._known, self.calls = (provider, tracer), call_tracer(tracer) if is_isolated else None
         return tracer
 
