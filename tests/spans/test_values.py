@@ -299,3 +299,32 @@ class Counted(pydantic.RootModel[int]):
 def test_models_that_are_no_mappings(value, shown):
     """What ``model_dump`` gives, as MLflow stores it, and not its characters one by one."""
     assert shown == Plain(10_000)(value)
+
+
+def test_equal_attributes_of_other_types(traces):
+    """What is equal to an attribute of an earlier call, and is not the same, is stored as what it is."""
+    values = [1, True, 1.0, 0.0, -0.0, False, 0, "1", None, "sk-" + "a1" * 24, {1: 2}]
+    for value in values:
+        with dspy.context(lm=EchoLM(seed=value)):
+            dspy.Predict("question -> answer")(question="@a")
+
+    found = [span.attributes["seed"] for trace in traces for span in trace.data.spans if "seed" in span.attributes]
+    assert [*map(repr, values[:9]), repr("[masked]"), repr({"1": 2})] == list(map(repr, found))
+
+
+def test_a_hook_sees_the_attributes_of_each_call(captured):
+    """What a hook has seen in one call it sees again in the next."""
+    seen = []
+
+    def redact(value):
+        seen.append(value)
+        return value
+
+    autolog(silent=True, redact=redact)
+    counts = []
+    for _ in range(2):
+        dspy.Predict("question -> answer")(question="@a")
+        counts.append(sum(1 for value in seen if type(value) is str and value == "echo/one"))
+
+    assert 2 == len(captured)
+    assert 0 < counts[0] == counts[1] - counts[0]

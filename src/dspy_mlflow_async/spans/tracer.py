@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,7 @@ from dspy_mlflow_async.spans.serialize import dump
 from dspy_mlflow_async.spans.usage import Ledger
 
 _OK = Status(StatusCode.OK)
+_KEPT = 4096  # characters of a text whose JSON is kept for other calls
 _OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
 
 
@@ -263,11 +265,46 @@ def _enclosing(frame: frames.Frame | None) -> SpanScope | None:
 def _attributes(description: Description, settings: Settings) -> dict[str, str]:
     if not description.attributes:
         return {}
-    plain = Door(settings).plain(secrets=description.has_secrets)
-    shown = plain(description.attributes)
+    given = description.attributes
+    marks = None if settings.redact is not None else _marks(given)
+    if marks is None:
+        return _encoded(given, settings, description.has_secrets)
+    return _encoded_before(tuple(given.items()), marks, settings, description.has_secrets).copy()
+
+
+def _encoded(given: Mapping[str, Any], settings: Settings, has_secrets: bool) -> dict[str, str]:
+    plain = Door(settings).plain(secrets=has_secrets)
+    shown = plain(given)
     if not isinstance(shown, dict):  # the user's hook has replaced them as a whole
-        shown = dict.fromkeys(description.attributes, shown)
+        shown = dict.fromkeys(given, shown)
     return {key: plain.encode(value) for key, value in shown.items()}
+
+
+def _marks(given: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return what tells values apart that are equal; None where there is another than short texts and numbers."""
+    marks: list[Any] = []
+    for key, value in given.items():
+        kind = type(value)
+        if type(key) is not str:
+            return None
+        if kind is float:
+            marks.append(repr(value))  # 0.0 is -0.0
+        elif kind is bool or kind is int or value is None or (kind is str and len(value) <= _KEPT):
+            marks.append(kind)  # 1 is True
+        else:
+            return None
+    return tuple(marks)
+
+
+# A predictor and an LM have the same attributes in each of their calls, and traces that wait share their texts.
+@functools.lru_cache(maxsize=256)
+def _encoded_before(
+    items: tuple[tuple[str, Any], ...],
+    marks: tuple[Any, ...],  # noqa: ARG001 - for the cache
+    settings: Settings,
+    has_secrets: bool,
+) -> dict[str, str]:
+    return _encoded(dict(items), settings, has_secrets)
 
 
 def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
