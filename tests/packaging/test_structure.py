@@ -33,6 +33,7 @@ ROOMS = (
 BESIDE = {
     "export": {"guard", "printable", "seams", "settings", "workers"},
     "seams": {"seams"},
+    "server": {"export", "seams"},
     "fallback": {"guard", "seams"},
     "guard": {"printable"},
     "printable": set(),
@@ -60,6 +61,7 @@ CALLED_BY_OTHERS = {
     "pytest_plugin:pytest_runtest_call": "pytest",
     "requests.record:lm_calls_left_out": "users",
     "seams.mlflow_processor:_should_enable_async_logging": "MLflow, of its exporter",
+    "seams.mlflow_server:log_spans_async": "MLflow, of a store",
     "spans.bounds:MARK_BYTES": "who measures what is stored: docstrings and tests speak of it",
     "spans.secret_patterns:RULES": "the page on masking, which a test compares with it",
 }

@@ -40,6 +40,8 @@ _EXPERIMENT = "tells the experiment of a trace without opening the store in the 
 _PRICES = "prices a span without importing LiteLLM in the writer's thread"
 _ROWS = "writes complete traces to a SQL store as rows"
 _FORK = "keeps a forked process from inheriting held locks and open connections"
+_WHOLE = "sends many whole traces in one request to a server that takes them"
+_SERVER = "lets an mlflow server take many whole traces in one request"
 _ROWS_AND_AUDIT = "writes complete traces to a SQL store as rows, and lets the audit read many at once"
 
 SEAMS: tuple[Seam, ...] = (
@@ -334,6 +336,34 @@ SEAMS: tuple[Seam, ...] = (
     # MLflow, requests
     Seam(f"{_UTILS}:generate_mlflow_trace_id_from_otel_trace_id", _SCOPE, shape="(otel_trace_id)"),
     Seam("opentelemetry.sdk.trace:TracerProvider._tracers", _SCOPE, shape=".values", is_optional=True),
+    # MLflow, whole traces
+    Seam("mlflow.protos.service_pb2:TraceInfoV3", _WHOLE, shape=".FromString", is_feature=True),
+    Seam(
+        "mlflow.store.tracking.rest_store:RestStore.log_spans", _WHOLE, shape="(self, location, spans)", is_feature=True
+    ),
+    Seam(
+        "mlflow.utils.rest_utils:http_request",
+        _WHOLE,
+        shape="(host_creds=, endpoint=, method=, extra_headers=, data=)",
+        is_feature=True,
+    ),
+    # MLflow, in the processes of a server
+    Seam("mlflow.server.otel_api:export_traces", _SERVER, shape="(request=)", is_optional=True),
+    Seam("mlflow.server.otel_api:_get_tracking_store", _SERVER, shape="()", is_optional=True),
+    Seam("mlflow.server.handlers:_drop_blocked_trace_tags", _SERVER, shape="(tags)", is_optional=True),
+    Seam("mlflow.utils.import_hooks:register_post_import_hook", _SERVER, shape="(hook, name)", is_optional=True),
+    Seam("mlflow.utils.uri:extract_db_type_from_uri", _SERVER, shape="(uri)", is_optional=True),
+    Seam("mlflow.store.db.utils:create_sqlalchemy_engine", _SERVER, shape="(uri)", is_optional=True),
+    Seam(
+        "mlflow.tracking._tracking_service.utils:_get_sqlalchemy_store",
+        _SERVER,
+        shape="(uri, artifact_uri)",
+        is_optional=True,
+    ),
+    Seam("mlflow.tracking._model_registry.utils:_get_sqlalchemy_store", _SERVER, shape="(uri)", is_optional=True),
+    Seam(
+        "mlflow.tracking._workspace.registry:_get_sqlalchemy_workspace_store", _SERVER, shape="(uri)", is_optional=True
+    ),
     # MLflow, runs
     Seam(
         f"{_FLUENT}:_active_run_stack",

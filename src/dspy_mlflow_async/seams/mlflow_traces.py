@@ -46,6 +46,7 @@ __all__ = [
     "experiment_of",
     "finished_span",
     "generate_assessment_id",
+    "has_attachments",
     "is_evaluating",
     "is_root",
     "is_sampled",
@@ -54,6 +55,7 @@ __all__ = [
     "number_of",
     "peek_trace",
     "pop_trace",
+    "resource_of",
     "restore_attachment",
     "restore_span",
     "trace_id_of",
@@ -197,6 +199,17 @@ def complete_metadata(trace: Any, texts: Sequence[str] | None = None) -> None:
     set_request_response_preview(trace.info, trace.data)
     spans = trace.data.spans
     add_sizes(trace.info, spans, list(map(text_of, spans)) if texts is None else texts)
+
+
+def has_attachments(spans: Iterable[Any]) -> bool:
+    """Return whether any of these spans has files beside it, which go where only the store's answer says."""
+    return any(span._attachments for span in spans)
+
+
+def resource_of(spans: Sequence[Any]) -> frozenset[tuple[str, Any]]:
+    """Return the attributes of what made these spans; MLflow sends those of the first span alone."""
+    resource = spans[0]._span.resource if spans else None
+    return frozenset() if resource is None else frozenset(resource.attributes.items())
 
 
 def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: list[Any] | None) -> Span:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dspy_mlflow_async.export.operations import Operation, SpansOperation, TraceOperation
+from dspy_mlflow_async.seams.mlflow_traces import resource_of
 
 
 def is_late(operation: Any) -> bool:
@@ -52,3 +53,12 @@ def by_experiment(operations: Sequence[Any]) -> Iterable[tuple[str, list[Any]]]:
     for operation in operations:
         groups.setdefault(operation.experiment_id or "0", []).extend(operation.spans)
     return groups.items()
+
+
+def by_request(operations: Sequence[Any]) -> Iterable[list[Any]]:
+    """Group operations whose spans a server takes in one request, which is of one experiment and of one resource."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for operation in operations:
+        key = (operation.experiment_id, operation.workspace, resource_of(operation.spans))
+        groups.setdefault(key, []).append(operation)
+    return groups.values()

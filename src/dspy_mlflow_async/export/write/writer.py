@@ -14,10 +14,11 @@ from mlflow.tracing.constant import TraceMetadataKey, TraceSizeStatsKey
 
 from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
 from dspy_mlflow_async.export.write import fork_gate, late_runs, prepare
-from dspy_mlflow_async.export.write.batches import by_experiment, grouped, is_late, is_shared
+from dspy_mlflow_async.export.write.batches import by_experiment, by_request, grouped, is_late, is_shared
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, blocked_by, cannot_write_now, classify, is_away
 from dspy_mlflow_async.export.write.row_writer import row_writer
 from dspy_mlflow_async.export.write.run_operations import write_runs
+from dspy_mlflow_async.export.write.whole_traces import WholeTraces
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_http, mlflow_store, mlflow_traces
 from dspy_mlflow_async.workers import map_concurrently
 
@@ -57,6 +58,7 @@ class Writer:
         self._is_server = uri.startswith(("http:", "https:"))
         self._gate = contextlib.nullcontext() if self._is_server else fork_gate.writes
         self._lanes = _LANES if self._is_server else 1
+        self._whole = WholeTraces()
 
     @property
     def client(self) -> mlflow_store.TracingClient:
@@ -153,6 +155,8 @@ class Writer:
             return [Outcome(operation, classify(error, statuses), error) for operation in good]
         if not self.takes_batches:
             return self._one_by_one(good, self._write_spans_first, statuses)
+        if self._is_server and self.takes_spans:
+            return self._send_whole(good, statuses)
         if self._is_server or not self.takes_spans:
             return self._starts_then_spans(good, statuses)
         shared = [operation for operation in good if is_shared(operation)]
@@ -225,19 +229,27 @@ class Writer:
             self._finish(operation, info)
         return True
 
+    def _send_whole(self, operations: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
+        """Send whole traces together to a server that takes them, and the rest as every server takes it."""
+        outcomes = self._whole.write(self.client, operations, statuses)
+        for outcome in outcomes:
+            operation: Any = outcome.operation
+            if outcome.verdict is Verdict.STORED and operation.prompts:
+                with mlflow_store.workspace_scope(operation.workspace):
+                    self._finish(operation, operation.info)
+        decided = {id(outcome.operation) for outcome in outcomes}
+        left = [operation for operation in operations if id(operation) not in decided]
+        if left and (away := next((o for o in outcomes if o.verdict is Verdict.AWAY), None)) is not None:
+            return outcomes + [Outcome(operation, Verdict.AWAY, away.error) for operation in left]
+        return outcomes + (self._starts_then_spans(left, statuses) if left else [])
+
     def _starts_then_spans(self, operations: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         outcomes, infos = self._start_all(operations)
-        groups: dict[tuple[str | None, str | None], list[int]] = {}
-        for index, operation in enumerate(operations):
-            if index not in outcomes:
-                groups.setdefault((operation.experiment_id, operation.workspace), []).append(index)
-        for indexes in groups.values():
-            for index, outcome in zip(
-                indexes,
-                self._log_group([operations[i] for i in indexes], [infos.get(i) for i in indexes], statuses),
-                strict=True,
-            ):
-                outcomes[index] = outcome
+        indexes = {id(operation): index for index, operation in enumerate(operations)}
+        for group in by_request([operation for index, operation in enumerate(operations) if index not in outcomes]):
+            started = [infos.get(indexes[id(operation)]) for operation in group]
+            for operation, outcome in zip(group, self._log_group(group, started, statuses), strict=True):
+                outcomes[indexes[id(operation)]] = outcome
         return [outcomes[index] for index in range(len(operations))]
 
     def _start_all(self, operations: Sequence[Any]) -> tuple[dict[int, Outcome], dict[int, Any]]:
@@ -277,8 +289,8 @@ class Writer:
 
     def _start(self, operation: TraceOperation) -> Any:
         """Start a trace, and return it as it is stored, or as it was sent where nobody asks for more."""
-        has_files = not self.takes_spans or any(span._attachments for span in operation.spans)
-        return mlflow_store.start_trace(self.client, operation.info, reads_answer=has_files)
+        reads_answer = not self.takes_spans or mlflow_traces.has_attachments(operation.spans)
+        return mlflow_store.start_trace(self.client, operation.info, reads_answer=reads_answer)
 
     def _log_group(
         self, operations: Sequence[Any], infos: Sequence[Any], statuses: list[mlflow_http.Status]
