@@ -38,7 +38,7 @@ NAMES = {
     "audit": "measure what an audit of a store of many traces costs (--traces 100000)",
     "faults": "try what may go wrong, and show where every trace is (two to three minutes; --long for hours)",
     "ui": "look at MLflow's pages in a headless Chromium, and save the pictures of the docs",
-    "tour": "execute the notebook of the examples in a kernel, and keep its outputs (half a minute)",
+    "tour": "execute the notebook of the examples in a kernel, and keep its outputs (a minute)",
     "rows": "compare stores written as rows with stores written by MLflow, for each version of it (--postgres)",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import execnet
 import mlflow
 import pytest
 import source
+
+from dspy_mlflow_async.evaluate import summary
 
 PLUGIN = "dspy_mlflow_async.pytest_plugin"
 # Pytest finds it by itself where the wheel is installed; a tree on the path has no entry points.
@@ -38,6 +40,11 @@ def exact(example, prediction, trace=None):
 how = {"devset": devset, "metric": exact}
 """
 INI = "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+ONE_TEST = """
+@pytest.mark.evaluate(min={"score": 0.8})
+async def test_it(evaluation):
+    await evaluation.acall(Program(3), **how)
+"""
 _numbers = itertools.count()
 
 
@@ -46,17 +53,18 @@ def run(tmp_path, store_uri, monkeypatch, capsys):
     """A function that runs tests by pytest, in this process, and gives the exit code and what it prints."""
     monkeypatch.setenv("DSPY_MLFLOW_ASYNC_SPOOL", str(tmp_path / "spool"))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.setattr(summary, "plot_of_cases", lambda *_: b"png")  # half of the time; nobody looks at it here
     experiment_id = mlflow.create_experiment(tmp_path.name, artifact_location=(tmp_path / "artifacts").as_uri())
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment_id)
     (tmp_path / "pytest.ini").write_text(INI)
 
-    def call(code, *arguments):
+    def call(code, *arguments, plugins=()):
         file = tmp_path / f"test_of_a_user_{next(_numbers)}.py"
         file.write_text(HEAD + code)
         capsys.readouterr()
         options = ["-c", tmp_path / "pytest.ini", "--rootdir", tmp_path, "--import-mode=importlib", "--strict-markers"]
         options += [*LOAD, "-p", "no:cacheprovider", "-p", "no:timeout", *arguments]
-        return pytest.main([str(each) for each in (*options, file)]), capsys.readouterr().out
+        return pytest.main([str(each) for each in (*options, file)], list(plugins)), capsys.readouterr().out
 
     return call
 
@@ -152,22 +160,31 @@ def test_of_somebody_else():
 
 def test_not_worse_than_the_run_before(run):
     """A mark compares with a run in the store, and shows which examples differ."""
-    test = """
-@pytest.mark.evaluate(not_worse_than="main", certain=True)
-def test_it(evaluation):
-    evaluation(Program({right}), run_name="{name}", **how)
-"""
-    nothing = run(test.format(right=4, name="first"))
-    run(test.format(right=4, name="main"))
-    same = run(test.format(right=4, name="pr 1"))
-    worse = run(test.format(right=2, name="pr 2"))
+    code, printed = run("""
+against_main = pytest.mark.evaluate(not_worse_than="main", certain=True)
 
-    assert (1, True) == (nothing[0], "there is no other finished run 'main'" in nothing[1])
-    assert 0 == same[0], same[1]
-    assert 1 == worse[0]
-    assert re.search(r"pr 2/Program +score +not worse than Program of .* -50.0 points .* FAILED", worse[1])
-    assert "2 of 4 examples differ" in worse[1]
-    assert "answer=something else" in worse[1]
+@against_main
+def test_first(evaluation):
+    evaluation(Program(), run_name="first", **how)
+
+def test_main(evaluation):
+    evaluation(Program(), run_name="main", **how)
+
+@against_main
+def test_same(evaluation):
+    evaluation(Program(), run_name="pr 1", **how)
+
+@against_main
+def test_worse(evaluation):
+    evaluation(Program(2), run_name="pr 2", **how)
+""")
+
+    assert 1 == code
+    assert "2 failed, 2 passed" in printed
+    assert "there is no other finished run 'main'" in printed
+    assert re.search(r"pr 2/Program +score +not worse than Program of .* -50.0 points .* FAILED", printed)
+    assert "2 of 4 examples differ" in printed
+    assert "answer=something else" in printed
 
 
 def test_a_failed_case(run):
@@ -216,22 +233,25 @@ def test_a_suite_without_evaluations_pays_nothing(tmp_path):
     assert f"imported ['dspy_mlflow_async', '{PLUGIN}']" in done.stdout
 
 
-def test_under_xdist(tmp_path):
-    """Workers send home what a failed test has evaluated, async tests included."""
-    (tmp_path / "pytest.ini").write_text(f"{INI}pythonpath = {Path(__file__).parents[1]}\n")
-    (tmp_path / "test_it.py").write_text(
-        HEAD
-        + """
-@pytest.mark.evaluate(min={"score": 0.8})
-async def test_it(evaluation):
-    await evaluation.acall(Program(3), **how)
-"""
-    )
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    done = subprocess_of_pytest(
-        tmp_path, "-n", "1", MLFLOW_TRACKING_URI=uri, DSPY_MLFLOW_ASYNC_SPOOL=str(tmp_path / "s")
-    )
+class Sending:
+    """Sends each report as xdist's workers do, and takes what arrives."""
 
-    assert 1 == done.returncode, done.stdout + done.stderr
-    assert "Program: score is 0.75 ± 0.25, and must be ≥ 0.8" in done.stdout
-    assert re.search(r"question=@e-3, answer=@e-3 +answer=something else +0$", done.stdout, re.MULTILINE)
+    def pytest_configure(self, config):
+        self.config = config
+        self.arrived = []
+
+    def pytest_runtest_logreport(self, report):
+        hook = self.config.hook
+        data = execnet.loads(execnet.dumps(hook.pytest_report_to_serializable(config=self.config, report=report)))
+        self.arrived.append(hook.pytest_report_from_serializable(config=self.config, data=data))
+
+
+def test_what_xdist_sends(run):
+    """What a failed test has evaluated can be sent home by a worker; `python3 run.py tour` has a real one do it."""
+    sending = Sending()
+    run(ONE_TEST, plugins=[sending])
+    (report,) = [each for each in sending.arrived if each.when == "call"]
+
+    assert "Program: score is 0.75 ± 0.25, and must be ≥ 0.8" in report.longreprtext
+    assert "question=@e-3" in dict(report.sections)["Captured evaluation call"]
+    assert 75.0 == dict(report.user_properties)["evaluation.Program.score"]
