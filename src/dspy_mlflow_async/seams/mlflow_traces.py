@@ -212,6 +212,21 @@ def resource_of(spans: Sequence[Any]) -> frozenset[tuple[str, Any]]:
     return frozenset() if resource is None else frozenset(resource.attributes.items())
 
 
+def otel_of(span: Span) -> ReadableSpan:
+    """Return OpenTelemetry's span below one of MLflow's."""
+    return span._span
+
+
+def attachments_of(span: Span) -> dict[str, Any]:
+    """Return what was attached to a span, by id."""
+    return span._attachments
+
+
+def over(otel_span: ReadableSpan, span: Span) -> Span:
+    """Return a span like ``span`` over another one of OpenTelemetry's."""
+    return restore_span(otel_span, span._attachments, getattr(span, "_links", None))
+
+
 def restore_span(otel_span: ReadableSpan, attachments: dict[str, Any], links: list[Any] | None) -> Span:
     """Make a span from its parts; ``Span.from_dict`` differs between versions and loses attachments."""
     span = Span(otel_span)

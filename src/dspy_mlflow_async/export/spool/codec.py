@@ -194,7 +194,7 @@ def _sayable(value: float) -> float | str:
 
 
 def _encode_spans(operation: TraceOperation | SpansOperation) -> dict[str, Any]:
-    resource = operation.spans[0]._span.resource if operation.spans else None
+    resource = mlflow_traces.otel_of(operation.spans[0]).resource if operation.spans else None
     return {
         "spans": [_encode_span(span) for span in operation.spans],
         "resource": dict(resource.attributes) if resource else {},
@@ -205,9 +205,9 @@ def _encode_spans(operation: TraceOperation | SpansOperation) -> dict[str, Any]:
 
 
 def _encode_span(span: Any) -> dict[str, Any]:
-    otel = span._span
+    otel, attachments = mlflow_traces.otel_of(span), mlflow_traces.attachments_of(span)
     context, parent, status = otel.context, otel.parent, otel.status
-    record = {
+    record: dict[str, Any] = {
         "name": otel.name,
         "trace_id": f"{context.trace_id:032x}",
         "span_id": f"{context.span_id:016x}",
@@ -223,9 +223,9 @@ def _encode_span(span: Any) -> dict[str, Any]:
         record["links"] = [
             [f"{x.context.trace_id:032x}", f"{x.context.span_id:016x}", dict(x.attributes or {})] for x in otel.links
         ]
-    if span._attachments:
+    if attachments:
         record["attachments"] = [
-            [a.id, a.content_type, base64.b64encode(a.content_bytes).decode()] for a in span._attachments.values()
+            [a.id, a.content_type, base64.b64encode(a.content_bytes).decode()] for a in attachments.values()
         ]
     return record
 

@@ -75,7 +75,7 @@ def _clean_span(span: Any) -> tuple[Any, str]:
     text = text_of(span)
     if _is_clean_json(text):
         return span, text
-    otel = span._span
+    otel = mlflow_traces.otel_of(span)
     if (
         all(map(_is_clean, (otel.attributes or {}).values()))
         and _is_clean(otel.name)
@@ -97,7 +97,7 @@ def _clean_span(span: Any) -> tuple[Any, str]:
         end_time=otel.end_time,
         status=Status(status.status_code, clean(status.description)) if status.description else status,
     )
-    span = mlflow_traces.restore_span(repaired, span._attachments, getattr(span, "_links", None))
+    span = mlflow_traces.over(repaired, span)
     return span, text_of(span)
 
 
