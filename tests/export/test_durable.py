@@ -84,7 +84,7 @@ def test_nobody_waits_for_a_sync_that_began_after_his_own(tmp_path, slow_disk):
     written = segments.Spool(tmp_path / "spool", "uri")
 
     def put(key):
-        written.put(b"{}", key=key, counted=1, durable=True)
+        written.put(b"{}", key=key, counted=1, sync=True)
 
     with ThreadPoolExecutor(16) as pool:
         first = pool.submit(put, "first")
@@ -141,7 +141,7 @@ def test_many_callers_share_few_syncs(tmp_path, slow_disk):
     written = segments.Spool(tmp_path / "spool", "uri")
 
     def put(key):
-        written.put(b"{}", key=key, counted=1, durable=True)
+        written.put(b"{}", key=key, counted=1, sync=True)
 
     with ThreadPoolExecutor(64) as pool:
         for number in range(8):

@@ -100,7 +100,7 @@ def test_a_segment_stays_open_while_somebody_waits_for_the_disk(tmp_path, monkey
         sync_file(handle)
 
     monkeypatch.setattr(segments, "sync_file", slow_sync)
-    first = written.put(b"[]", key="first", counted=1, durable=True)
+    first = written.put(b"[]", key="first", counted=1, sync=True)
     other.join(20)
     written.close()
 
