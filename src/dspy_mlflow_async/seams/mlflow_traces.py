@@ -217,11 +217,6 @@ def otel_of(span: Span) -> ReadableSpan:
     return span._span
 
 
-def attachments_of(span: Span) -> dict[str, Any]:
-    """Return what was attached to a span, by id."""
-    return span._attachments
-
-
 def over(otel_span: ReadableSpan, span: Span) -> Span:
     """Return a span like ``span`` over another one of OpenTelemetry's."""
     return restore_span(otel_span, span._attachments, getattr(span, "_links", None))

@@ -27,6 +27,7 @@ from dspy_mlflow_async.export.operations import (
 )
 from dspy_mlflow_async.export.write.late_runs import is_stand_in
 from dspy_mlflow_async.seams import mlflow_traces
+from dspy_mlflow_async.seams.mlflow_call_span import attachments_of
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
 VERSION = 2
@@ -205,7 +206,7 @@ def _encode_spans(operation: TraceOperation | SpansOperation) -> dict[str, Any]:
 
 
 def _encode_span(span: Any) -> dict[str, Any]:
-    otel, attachments = mlflow_traces.otel_of(span), mlflow_traces.attachments_of(span)
+    otel, attachments = mlflow_traces.otel_of(span), attachments_of(span)
     context, parent, status = otel.context, otel.parent, otel.status
     record: dict[str, Any] = {
         "name": otel.name,
