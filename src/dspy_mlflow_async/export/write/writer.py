@@ -20,6 +20,7 @@ from dspy_mlflow_async.export.write.row_writer import row_writer
 from dspy_mlflow_async.export.write.run_operations import write_runs
 from dspy_mlflow_async.export.write.whole_traces import WholeTraces
 from dspy_mlflow_async.seams import mlflow_experiment, mlflow_http, mlflow_store, mlflow_traces
+from dspy_mlflow_async.seams.mlflow_call_span import attachments_of
 from dspy_mlflow_async.workers import map_concurrently
 
 # Bounds of one request to a server. MLflow's own default (120 s, 7 retries) would hold up everything behind it.
@@ -377,7 +378,7 @@ class Writer:
             return
         attachments: dict[str, Any] = {}
         for span in operation.spans:
-            attachments.update(span._attachments)
+            attachments.update(attachments_of(span))
         with contextlib.suppress(Exception):
             if attachments:
                 mlflow_store.upload_attachments(self.client, info, attachments)
