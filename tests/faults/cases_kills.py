@@ -1,6 +1,7 @@
 """Processes that are killed: the program itself, the child that writes for it, a notebook's kernel."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -8,6 +9,9 @@ import random
 import signal
 import time
 
+import sqlalchemy
+
+from faults.audit import Row, connect, read_tables
 from faults.harness import TESTS, case, needs, wait_until
 
 
@@ -65,6 +69,72 @@ def drain(bench):
     child.go()
     is_flushed, stats = child.end(240)
     yield bench.audit(place, said=[stats], note=f"{len(killed)} kills", faults=_unless(is_flushed))
+
+
+@case
+def workers(bench):
+    """Of an evaluation on two worker processes these are killed, then the program; a resume ends it. Both stores."""
+    for store in ("sqlite", "server"):
+        place = getattr(bench, store)(f"workers killed, {store}")
+        size, rounds = bench.size(120, 2_000), bench.rounds(2, long=20)
+        notes, parent = place.folder / "judged", None
+        notes.touch()
+        for number in range(rounds):
+            bench.say(f"{place.case}: {number + 1} of {rounds}")
+            child = bench.start(place, "programs.on_workers", size=size, notes=str(notes), resume=parent)
+            _wait_for_judged(child, notes, number * size // (rounds + 1) + 5)
+            victims = [each for each in child.children() if "remote.processes" in " ".join(each.cmdline())]
+            assert len(victims) == 2, [each.cmdline() for each in child.children()]
+            victims[number % 2].kill()
+            _wait_for_judged(child, notes, (number + 1) * size // (rounds + 1))
+            child.kill()
+            parent = parent or _first_run(place)
+        child = bench.start(place, "programs.on_workers", size=size, notes=str(notes), resume=parent)
+        given, _ = child.end(600)
+        faults = bench.replay(place)
+        yield dataclasses.replace(
+            _row_of_evaluation(place, size, given, faults), note=f"{rounds} kills of a worker, {rounds} of the program"
+        )
+
+
+def _wait_for_judged(child, notes, count):
+    def has_come():
+        assert child.process.poll() is None, child.last_words()
+        return notes.stat().st_size >= count
+
+    wait_until(has_come, 180)
+
+
+def _first_run(place):
+    """The run of the whole comparison: it is made first."""
+    with connect(place.database) as connection:
+        query = "SELECT run_uuid FROM runs WHERE experiment_id = :id ORDER BY start_time, run_uuid"
+        runs = connection.execute(sqlalchemy.text(query), {"id": int(place.experiment_id)}).scalars().all()
+        parents = "SELECT value FROM tags WHERE key = 'mlflow.parentRunId'"
+        known = set(connection.execute(sqlalchemy.text(parents)).scalars())
+    return next((run for run in runs if run in known), runs[0])
+
+
+def _row_of_evaluation(place, size, given, faults):
+    """Each example counts once: its trace is whole and has its feedback; what else there is is marked as lost."""
+    found = read_tables(place.database, place.experiment_id)
+    with connect(place.database) as connection:
+        query = "SELECT request_id FROM trace_tags WHERE key = 'dspy_mlflow_async.lost'"
+        lost = set(connection.execute(sqlalchemy.text(query)).scalars())
+    ids = given["ids"]
+    whole = {each for each in ids if each in found and found[each].spans == 4 and not found[each].orphans}
+    whole = {each for each in whole if found[each].feedback["NotesRight"] == 1}
+    told = [given["status"], given["score"], given["examples"], given["errors"]]
+    faults = [*faults, *([] if told == ["finished", 100.0, size, 0] else [f"the evaluation says {told}"])]
+    faults += [f"{len(lost & set(ids))} that count are marked as lost"] if lost & set(ids) else []
+    return Row(
+        place.case,
+        made=size,
+        stored=len(whole),
+        lost=len(set(ids) - whole),
+        doubled=len(ids) - len(set(ids)) + len(set(found) - set(ids) - lost),
+        faults=tuple(faults),
+    )
 
 
 def _unless(is_flushed):

@@ -52,6 +52,46 @@ def until_told(program):
     return dspy_mlflow_async.flush(FLUSH_SECONDS)
 
 
+def rest(marker):
+    """Take as long as an LM that is quick."""
+    time.sleep(0.3)
+
+
+class NotesRight:
+    """A metric that leaves a byte for each example that it has judged."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, example, prediction, trace=None):
+        with Path(self.path).open("ab") as file:
+            file.write(b".")
+        return example.answer == prediction.answer
+
+
+def on_workers(program, size, notes, resume=None):
+    """Evaluates on two worker processes, of which any may be killed. Gives what became of it, and its traces' ids."""
+    from echo import EchoLM
+
+    mlflow.set_experiment(experiment_id=program.experiment_id)
+    devset = [dspy.Example(question=f"@e-{n}", answer=f"@e-{n}").with_inputs("question") for n in range(size)]
+    with dspy.context(lm=EchoLM(during=rest)):
+        comparison = dspy_mlflow_async.evaluate_all(
+            {"one": dspy.Predict("question -> answer")},
+            devset=devset,
+            metric=NotesRight(notes),
+            workers=2,
+            max_concurrency=8,
+            resume=resume,
+            display_progress=False,
+        )
+    case = comparison["one"]
+    assert dspy_mlflow_async.flush(FLUSH_SECONDS)
+    table = mlflow.artifacts.load_dict(f"runs:/{case.run_id}/result_table.json")
+    ids = [row[table["columns"].index("trace_id")] for row in table["data"]]
+    return {"status": case.status, "score": case.score, "examples": case.examples, "errors": case.errors, "ids": ids}
+
+
 def in_turns(program, turns, text="@x", feedback=None):
     """One turn after the other: meet the case, call, flush. Gives what each `flush()` returned.
 
