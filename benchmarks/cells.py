@@ -41,7 +41,7 @@ class Cell:
         latency_ms: What the LM takes to answer, over HTTP; 0 is an LM in this process.
         store: "sqlite", "server" (a real ``mlflow server`` over sqlite), "sink" (keeps nothing, costs nothing) or
             "held" (a sink that takes nothing until the window is over).
-        groups: Evaluations or optimizers at once.
+        groups: Evaluations or optimizers at once; worker processes, where these evaluate.
         step: For a series: calls between two marks.
         logs: Further settings of autolog that are on.
         contestants: Ids of those that take part.
@@ -167,6 +167,21 @@ def full() -> list[Cell]:
         Cell("async-evaluate", "evaluate-64", "evaluate", 64, latency_ms=200, contestants=(OFF, OURS)),
         Cell("async-evaluate", "async-64", "async-evaluate", 64, latency_ms=200, contestants=(OFF, OURS)),
         Cell("async-evaluate", "async-1000", "async-evaluate", 1000, latency_ms=200, contestants=(OFF, OURS)),
+        Cell("workers", "threads", "evaluate", 32, seconds=120, latency_ms=200, contestants=(OURS,)),
+        Cell("workers", "tasks", "async-evaluate", 32, seconds=120, latency_ms=200, contestants=(OURS,)),
+        *(
+            Cell(
+                "workers",
+                f"processes-{count}",
+                "workers",
+                32,
+                seconds=120,
+                latency_ms=200,
+                groups=count,
+                contestants=(OURS,),
+            )
+            for count in (1, 2, 4)
+        ),
     ]
 
 
@@ -253,6 +268,7 @@ def quick() -> list[Cell]:
             contestants=(OURS,),
         ),
         Cell("async-evaluate", "async-64", "async-evaluate", 64, calls=64, latency_ms=200, contestants=(OURS,)),
+        Cell("workers", "processes-1", "workers", 8, calls=16, latency_ms=20, contestants=(OURS,)),
     ]
     return [
         *(dataclasses.replace(cell, is_timed=False, timeout=240) for cell in small),

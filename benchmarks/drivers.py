@@ -226,10 +226,23 @@ async def _with_lag(main: Callable[[], Any], lags: list[float]) -> None:
 
 def in_async_evaluate(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
     """Our ``AsyncEvaluate``, which needs no tracer."""
+    return _evaluate_async(cell, program, question, calls)
+
+
+def on_workers(cell: Cell, program: dspy.Module, question: str, calls: int) -> Driven:
+    """The same, with ``groups`` worker processes that evaluate, each with its share of the examples in flight.
+
+    A call ends when each of them has stored its traces, so that the first, which is the warm-up's, waits for their
+    imports. Their CPU is that of child processes.
+    """
+    return _evaluate_async(cell, program, question, calls, workers=cell.groups)
+
+
+def _evaluate_async(cell: Cell, program: dspy.Module, question: str, calls: int, **options: Any) -> Driven:
     from dspy_mlflow_async import AsyncEvaluate
 
     devset = [dspy.Example(question=question).with_inputs("question") for _ in range(calls)]
-    evaluate = AsyncEvaluate(devset=devset, metric=metric, max_concurrency=cell.workers, display_progress=False)
+    evaluate = AsyncEvaluate(devset=devset, metric=metric, max_concurrency=cell.workers, **options)
     driven = Driven(calls)
 
     async def main() -> None:
@@ -287,6 +300,7 @@ DRIVERS: dict[str, Callable[[Cell, dspy.Module, str, int], Driven]] = {
     "evaluate": in_evaluate,
     "tasks": in_tasks,
     "async-evaluate": in_async_evaluate,
+    "workers": on_workers,
     "evaluations": in_evaluations,
     "optimizers": in_optimizers,
 }

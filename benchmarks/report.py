@@ -97,6 +97,8 @@ def _times(results: Results) -> list[str]:
         tables.series(results),
         "## Evaluations",
         tables.throughput(results, results.axis("async-evaluate")),
+        "### In threads, in tasks and in worker processes",
+        tables.workers(results, results.axis("workers")),
         "## Threads left behind",
         tables.threads_left(results),
     ]

@@ -122,6 +122,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         installed.flush()
     stored = meters.read()
     peak = meters.peak_memory()
+    there = meters.memory_of_children() if cell.driver == "workers" else None
     server = _server_cpu(spec) - server
 
     if contestant.id == PROCESS and stored.cpu_children == 0:
@@ -134,6 +135,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "expected": driven.calls if contestant.stores and not is_hot_only else 0,
         "cpu_server_us": None if spec.server_pid is None or is_hot_only else server * 1e6 / driven.calls,
         "memory_peak_mib": max(0, peak - memory) / 2**20,
+        "memory_children_mib": None if there is None else there / 2**20,
         "memory_waiting_mib": waiting,
         "threads_left": {} if is_hot_only else _threads_left(threads),
         "report": report,

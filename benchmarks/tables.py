@@ -311,6 +311,25 @@ def throughput(results: Results, cells: Sequence[CellResult]) -> str:
     return table(head, rows) if rows else NOT_MEASURED
 
 
+def workers(results: Results, cells: Sequence[CellResult]) -> str:
+    """Evaluations in this process and in others: examples a second until stored, CPU of both sides, and memory."""
+    rows = [
+        [
+            cell.name,
+            spread(cell.spread(each, lambda sample: sample["calls"] / sample["stored_wall_s"])),
+            spread(cell.spread(each, lambda sample: sample["cpu_stored_us"] / 1000)),
+            spread(cell.spread(each, lambda sample: sample["cpu_children_us"] / 1000)),
+            spread(cell.spread(each, "memory_peak_mib")),
+            spread(cell.spread(each, lambda sample: sample.get("memory_children_mib"))),
+            found(cell, each),
+        ]
+        for cell in cells
+        for each in results.sorted(cell.contestants)
+    ]
+    there = ["CPU ms an example, in workers", "peak MiB", "MiB of all workers", "whole traces found"]
+    return table(["evaluation", "examples a second", "CPU ms an example, here", *there], rows) if rows else NOT_MEASURED
+
+
 def series(results: Results) -> str:
     """What a call cost at the beginning and at the end of a long run."""
     rows = []
