@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.cli.lineage.origins import Origin
 
 _MAX_CHANGE = 90  # characters of what has changed, in a line
+_MAX_SCORES = 3  # of a candidate, in a line
 _MAX_PARTS = 500  # candidates of which a page shows the differences
 _LOW, _HIGH = (255, 235, 233), (201, 240, 211)  # colours of the lowest and the highest score
 
@@ -103,15 +104,16 @@ def _title(lineage: Lineage) -> str:
 
 
 def _note(lineage: Lineage, candidate: Candidate) -> str:
-    scores = [
-        f"{score.value:g} {score.key}{'' if score.step is None else f' {score.step}'}" for score in candidate.scores
-    ]
-    shown = ", ".join(scores[-3:])
-    if len(scores) > 3:  # noqa: PLR2004 - as many as a line takes
-        shown = f"… {shown}"
-    role = "result" if candidate.hash == lineage.result else "start" if candidate.hash == lineage.start else ""
+    """Return the scores, those on most examples first, and what part a candidate has."""
+    scores = sorted(candidate.scores, key=lambda score: (-score.examples, -score.value))
+    steps = ["" if score.step is None else f" {score.step}" for score in scores]
+    shown = [f"{score.value:g} {score.key}{step}" for score, step in zip(scores, steps, strict=True)][:_MAX_SCORES]
+    if len(scores) > _MAX_SCORES:
+        shown.append(f"and {len(scores) - _MAX_SCORES} more")
+    parts = (("start", candidate.hash == lineage.start), ("result", candidate.hash == lineage.result))
+    roles = [role for role, is_one in parts if is_one]
     also = f"also of {', '.join(candidate.parents[1:])}" if len(candidate.parents) > 1 else ""
-    return "  ".join(filter(None, (shown, role, also)))
+    return "  ".join(filter(None, (", ".join(shown), ", ".join(roles), also)))
 
 
 def _colour(candidate: Candidate, scores: Sequence[float]) -> str:
