@@ -204,7 +204,7 @@ def with_plain_span(still: MlflowSpan) -> MlflowSpan:
     if type(still._span) is not CallSpan:
         return still
     plain = MlflowSpan(still._span._readable_span())
-    plain._attachments, plain._links = still._attachments, still._links
+    plain.__dict__.update((name, still.__dict__[name]) for name in ("_attachments", "_links") if name in still.__dict__)
     return plain
 
 
