@@ -6,6 +6,7 @@ manager then parses one of them back to learn the trace's id: a third of what a 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -180,6 +181,18 @@ _OF_USAGE = (SpanAttributeKey.CHAT_USAGE, getattr(SpanAttributeKey, "MODEL", "ml
 # ``os.environ`` encodes a name and raises KeyError for each look; what it keeps is a dict.
 _encode = getattr(os.environ, "encodekey", str)
 _environment = getattr(os.environ, "_data", os.environ)
+
+
+@functools.cache
+def _encoded(name: str) -> Any:
+    return _encode(name)
+
+
+def is_in_environment(name: str) -> bool:
+    """Return whether an environment variable is set."""
+    return _encoded(name) in _environment
+
+
 _USE_DEFAULT = _encode("MLFLOW_USE_DEFAULT_TRACER_PROVIDER")
 _PROPAGATE = _encode("MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT")
 

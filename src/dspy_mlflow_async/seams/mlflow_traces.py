@@ -5,7 +5,6 @@ For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 
 from __future__ import annotations
 
-import os
 import sys
 import uuid
 from collections.abc import Iterable, Sequence
@@ -30,7 +29,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
     trace_number_of,
 )
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
-from dspy_mlflow_async.seams.mlflow_live import attributes_of
+from dspy_mlflow_async.seams.mlflow_live import attributes_of, is_in_environment
 from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, text_of
 
 __all__ = [
@@ -162,11 +161,14 @@ def weigh(spans: Iterable[Any]) -> int:
     return size
 
 
+_is_async_by_default = bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.default)
+
+
 def wants_async() -> bool:
     """Decide as ``MlflowV3SpanExporter._should_enable_async_logging`` of 3.17; 3.11 is synchronous by default."""
-    if MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set():
+    if is_in_environment("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"):
         return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get())
-    return bool(MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.get()) and not is_in_notebook_of_databricks()
+    return _is_async_by_default and not is_in_notebook_of_databricks()
 
 
 def is_evaluating() -> bool:
@@ -178,7 +180,7 @@ def displays() -> bool:
     """Return whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
     if "IPython" in sys.modules and get_display_handler is not None and not type(get_display_handler()).disabled:
         return bool(sys.modules["IPython"].get_ipython())
-    return "IS_IN_DB_MODEL_SERVING_ENV" in os.environ
+    return is_in_environment("IS_IN_DB_MODEL_SERVING_ENV")
 
 
 def display(trace: Any) -> None:

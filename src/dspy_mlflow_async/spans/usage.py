@@ -265,14 +265,18 @@ class ModuleUsage:
         if not self.ledger.is_settled:
             return {}
         entries = [usage for _, usage in self.ledger.entries]
-        if not token_usage(entries):
+        tokens = token_usage(entries)
+        if not tokens:
             entries += _tracked_by_dspy(outputs)
-        tokens = token_usage([*entries, *others])
+        if others or not tokens:
+            tokens = token_usage([*entries, *others])
         return {SpanAttributeKey.CHAT_USAGE: tokens} if tokens else {}
 
     def _count_others(self) -> list[Usage]:
         """Usage of the LM calls that other integrations have recorded below, each counted once."""
         spans = usage_spans_below(self._span.otel, self._span.trace_id, frozenset(self.ledger.span_ids))
+        if not spans:
+            return []
         # An LM that DSPy tells nothing of may have reported to DSPy what another integration has recorded, too.
         heard = [] if self._tracker is None else [token_usage([usage]) for usage in self._tracker.entries]
         counted: list[Usage] = []
