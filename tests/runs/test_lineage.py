@@ -8,10 +8,13 @@ import dspy
 import mlflow
 import pytest
 from dspy.teleprompt import Teleprompter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runtools import Candidates, Program, devset, evaluate
 from test_compile_content import examples, judge, roots, scripted
 
 import dspy_mlflow_async
+from dspy_mlflow_async.cli.lineage import reading
 from dspy_mlflow_async.runs import drawing
 from dspy_mlflow_async.runs import lineage as lineages
 from dspy_mlflow_async.runs.lineage import Lineage, hash_of
@@ -173,6 +176,33 @@ def test_evaluations_inside_an_example_are_no_candidates(runs, lineage_of):
     Candidates([("a", 1)], program=Judging).compile(Judging(), trainset=devset("t", 1, 1))
 
     assert [hash_of(Program())] == [each["hash"] for each in lineage_of()["candidates"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["GEPA", "MIPROv2", "COPRO", "Mine"]),
+    tried=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.booleans()), max_size=12),
+)
+def test_any_search_is_a_tree(kind, tried):
+    """Whatever is tried in whatever order: each program stands once, below one that was tried before it."""
+    lineage = Lineage(type(kind, (Teleprompter,), {})(), Two())
+    batches = [examples("a", 1), examples("b", 1), examples("c", 1)]
+    for draft, answer, batch, has_asked in tried:
+        if has_asked:
+            lineage.proposing()
+        program = changed(changed(Two(), "draft", f"D{draft}."), "answer", f"A{answer}.")
+        lineage.begin(program, "eval", None, batches[batch], 1).end(float(draft), None, lambda: None)
+
+    read = reading.Lineage.of(lineage.document(kind, None, Door()))
+    walked = list(read.walk())
+    order = [*read.candidates]
+    assert len({(draft, answer) for draft, answer, _, _ in tried}) + 1 == len(order) == len(walked)
+    assert {*order} == {candidate.hash for _, candidate in walked}
+    assert [0] == [depth for depth, candidate in walked if not candidate.parents]
+    for candidate in read.candidates.values():
+        assert all(order.index(parent) < order.index(candidate.hash) for parent in candidate.parents)
+        assert candidate.hash == read.start or read.changes(candidate)
+    assert len(tried) == sum(len(candidate.scores) for candidate in read.candidates.values())
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
