@@ -193,7 +193,7 @@ def _run(root: Path, mode: str, group: list[str], options: argparse.Namespace) -
     with tempfile.TemporaryDirectory() as folder:
         lines, output = Path(folder) / "lines.json", Path(folder) / "output.txt"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
-        command += ["-p", f"autolog_{mode}", "-p", "line_per_test", f"--lines={lines}"]
+        command += ["-p", "no:dspy_mlflow_async", "-p", f"autolog_{mode}", "-p", "line_per_test", f"--lines={lines}"]
         command += ["--continue-on-collection-errors", f"--timeout={options.test_timeout:g}", *group]
         command += ["-k", options.select] if options.select else []
         with output.open("wb") as written:
