@@ -61,6 +61,7 @@ async def stop(service):
     assert -15 == await asyncio.to_thread(service.exit_code), service.log[-3000:]
 
 
+@pytest.mark.long
 async def test_broken_off_streams_are_cancelled(endpoint, store, tmp_path):
     """Each client that leaves a stream of 64 MB after its first bytes, and none that takes it all."""
     with running(tmp_path, SERVICE, environment(tmp_path, endpoint, store)) as service:
@@ -142,6 +143,7 @@ def tokens(trace):
     return sum(span.get_attribute("mlflow.chat.tokenUsage")["total_tokens"] for span in calls), len(calls)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("calling")
 @pytest.mark.parametrize("last", ["the caller", "the service"])
 @pytest.mark.parametrize("is_module", [True, False])
@@ -179,6 +181,7 @@ async def test_the_totals_of_a_callers_trace_are_those_of_all_its_calls(
     assert len(trace.data.spans) == json.loads(trace.info.trace_metadata["mlflow.trace.sizeStats"])["num_spans"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["connection", "message"])
 @pytest.mark.parametrize("how", ["abort", "close"])
 async def test_websocket_clients_that_leave(endpoint, waiting, store, tmp_path, mode, how):

@@ -136,6 +136,7 @@ def test_what_pickles_without_us_pickles_with_us(tmp_path):
     assert 0 == done.returncode, done.stderr[-3000:]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_pickles_load_where_the_package_is_absent(pickles):
     """Programs, adapters, LMs and saved models load and answer there; our tracer is MLflow's own callback there."""
@@ -145,6 +146,7 @@ def test_pickles_load_where_the_package_is_absent(pickles):
     assert "MlflowCallback,MlflowCallback False" == done.stdout.split("\n")[-2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_pickles_are_traced_by_us_where_the_package_is(pickles):
     """Where it can be imported they are our tracers again."""

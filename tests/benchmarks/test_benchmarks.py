@@ -536,6 +536,7 @@ def test_tiny_run():
     ] == watcher.told
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_sample_that_fails_is_recorded_with_its_error():
     """It is tried again, and then stands in the results with its traceback; the run goes on."""

@@ -130,6 +130,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", audit_cases.FAULTY, ids=lambda case: case.__name__)
 def test_what_mlflows_own_leaves(theirs, case):
     """Fragments, lost feedback, shared steps, strays and traces under another's run are found, and nothing else."""

@@ -52,6 +52,7 @@ def write(connection, rowid, content):
     connection.execute("UPDATE spans SET content = ? WHERE rowid = ?", (json.dumps(content), rowid))
 
 
+@pytest.mark.long
 def test_good_store_has_no_problems(store):
     """Nothing is found where nothing is wrong."""
     assert [] == store().problems

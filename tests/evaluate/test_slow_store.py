@@ -42,6 +42,7 @@ def slow(server, store_uri, monkeypatch):
         mlflow.tracing.reset()
 
 
+@pytest.mark.long
 def test_a_real_server_is_known(server):
     """Before anything is spent a server is asked who it is."""
     assert reachability.Reached(version=mlflow.__version__) == reachability.look(server.uri)
@@ -97,6 +98,7 @@ async def all_at_once():
     return await aevaluate_all({"a": Chain(), "b": Chain()}, devset=examples(), metric=is_right, display_progress=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("evaluate", "runs"),
     [
@@ -121,6 +123,7 @@ async def test_the_loop_goes_on(slow, evaluate, runs):
     assert 0 == turns.missed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("evaluate", "requests"), [(alone, 1), (all_at_once, 1), (all_at_once, 2)])
 async def test_cancelled_while_it_is_opened(slow, evaluate, requests):
     """The store is about to create the run: it ends KILLED, and nothing has run in it."""

@@ -15,6 +15,7 @@ def arrived(installed, ids):
     return {trace_id: len(trace.data.spans) for trace_id, trace in installed.read().items()} == dict.fromkeys(ids, 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "page",
     [
@@ -49,6 +50,7 @@ def test_a_success_that_is_not_mlflows_stores_nothing(make, proxy, page):
     assert 4 == export.stats().stored
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "page",
     [

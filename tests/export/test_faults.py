@@ -55,6 +55,7 @@ def arrived(installed, ids):
     return set(ids) == set(traces) and {4} == {len(trace.data.spans) for trace in traces.values()}
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_and_comes_back(make, server):
     """Traces and run results of an outage are kept on disk and sent in the background when it is over."""
     installed = make(uri=server.uri)
@@ -102,6 +103,7 @@ def test_pauses_leave_the_programs_random_numbers_alone():
     assert expected == seen
 
 
+@pytest.mark.long
 def test_a_server_that_is_down_at_start(make, server):
     """What it takes is asked when it is there: spans go where they belong, in batches, and not into artifacts."""
     installed = make(uri=server.uri)
@@ -323,6 +325,7 @@ def test_headers_and_proxies_are_found_out_once_for_a_batch(make, server, monkey
     assert set(ids) <= set(installed.read())
 
 
+@pytest.mark.long
 def test_a_server_that_keeps_no_spans(make, tmp_path):
     """Files behind a server: it says so when it is given spans, and gets them as artifacts."""
     with mlflow_server(tmp_path, str(tmp_path / "mlruns")) as server:
@@ -746,6 +749,7 @@ def test_flush_asks_for_itself(sqlite, monkeypatch):
     assert arrived(sqlite, ids)
 
 
+@pytest.mark.long
 def test_new_options_during_an_outage(make, server):
     """What waits goes on waiting in the same place, in order, and is counted when it arrives."""
     installed = make(uri=server.uri)

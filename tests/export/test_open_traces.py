@@ -119,6 +119,7 @@ def begin(body, place):  # noqa: F811
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ENDS)
 def test_what_had_ended_is_shown_at_the_end(place, name):  # noqa: F811
     """However a program ends in the middle of a trace, the spans that had ended are in the store, and that is said."""
@@ -181,6 +182,7 @@ def test_a_trace_that_may_be_left_out_is_not_shown(sqlite):
     assert {} == sqlite.read()
 
 
+@pytest.mark.long
 def test_what_was_not_shown_since_the_store_was_away_is_shown_later(make, server):
     """A view of an open trace takes no place on the disk during an outage; the next flush shows all of it."""
     installed = make(uri=server.uri)

@@ -50,6 +50,7 @@ def arrived(installed, ids):
     return set(ids) == set(traces) and {4} == {len(trace.data.spans) for trace in traces.values()}
 
 
+@pytest.mark.long
 def test_many_threads_lose_nothing(make, server):
     """Whole traces with right totals, from many callers, and feedback with them."""
     installed = make(uri=server.uri)
@@ -90,6 +91,7 @@ def test_text_that_postgresql_does_not_take(make, server):
     assert (1, 0, 0) == (export.stats().stored, export.stats().dead, export.stats().dropped)
 
 
+@pytest.mark.long
 def test_a_database_that_is_cut_off_in_the_middle(make, server, postgres):
     """The server answers with errors while its database is away; everything is there afterwards, once."""
     installed = make(uri=server.uri)

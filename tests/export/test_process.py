@@ -72,6 +72,7 @@ def test_an_open_trace_becomes_visible(make):
     assert 2 == len(installed.read()[root.trace_id].data.spans)
 
 
+@pytest.mark.long
 def test_the_child_is_killed(process_mode):
     """Another takes its place, and everything is there once."""
     ids = [call() for _ in range(5)]
@@ -88,6 +89,7 @@ def test_the_child_is_killed(process_mode):
     assert 165 == export.stats().stored
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["durable", ""])
 def test_the_program_is_killed(store_uri, tmp_path, what):
     """The child brings what had ended to the store, and ends; `durable` is for power cuts."""
@@ -151,6 +153,7 @@ def test_a_refusal_in_the_child_is_counted_here(process_mode):
     assert 1 == sum(info.dead for info in export.spools())
 
 
+@pytest.mark.long
 def test_flush_does_not_wait_for_a_store_that_is_away(make, server):
     """The child says that it has found nobody there, and finds what comes back as soon as somebody flushes."""
     installed = make(uri=server.uri, mode="process")

@@ -419,6 +419,7 @@ def place(store_uri, request):
     return store_uri, experiment_id
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "end", ["", "raise ValueError", "sys.exit(3)", "import asyncio; asyncio.run(asyncio.sleep(0))"]
 )
@@ -468,6 +469,7 @@ def test_sigterm(place, handler):
     assert set(ids) == set(read(*place))
 
 
+@pytest.mark.long
 def test_no_thread_of_ours_is_at_work_when_python_is_taken_down(make, proxy):
     """What writes to a slow store comes to its end first: a daemon that is ended where it stands can crash Python."""
     installed = make(uri=proxy.uri)

@@ -103,6 +103,7 @@ def write(uri, operations, *, is_whole):
     return {outcome.operation.key: outcome.verdict for outcome in outcomes}, whole
 
 
+@pytest.mark.long
 def test_whole_traces_are_stored_as_one_by_one(server, traces):
     """Row by row and field by field: metadata, request ids, previews, tags, assessments, spans, totals."""
     expected, none = write(server.uri, traces, is_whole=False)

@@ -102,6 +102,7 @@ def noted(folder):
     return {line for file in folder.iterdir() if file.is_file() for line in file.read_text().split()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_what_a_worker_left_arrives(place, tmp_path, end):  # noqa: F811
     """A forked worker writes ahead to the disk, and the process that it came from brings it to the store."""
@@ -177,6 +178,7 @@ def test_a_process_that_was_no_fork_does_not_write_ahead(place):  # noqa: F811
     assert 0 == process.returncode
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("handler", ["default", "user", "ignored"])
 def test_signals_that_end_a_process(place, name, handler):  # noqa: F811

@@ -30,6 +30,7 @@ def done(tmp_path_factory):
     bench.close()
 
 
+@pytest.mark.long
 def test_a_program_that_nothing_happens_to(done):
     """What was called is stored, and the row says so."""
     bench, place, stats = done
@@ -40,6 +41,7 @@ def test_a_program_that_nothing_happens_to(done):
     assert 0 == code_of([row])
 
 
+@pytest.mark.long
 def test_counters_that_say_something_else(done):
     """What `stats()` says is compared with what is found, and must add up."""
     bench, place, stats = done
@@ -108,6 +110,7 @@ def test_a_span_twice_and_a_trace_taken_away(done):
     assert 1 == code_of([row])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("spoil", "code"), [("lose", 1), ("double", 1), (None, 0)])
 def test_the_command(tmp_path, spoil, code):
     """It ends with 1 and names the row where a trace was lost or doubled, and with 0 where none was."""

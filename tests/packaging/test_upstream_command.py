@@ -158,6 +158,7 @@ def test_the_side_without_us_is_without_us(tmp_path):
     assert done.returncode == 1
 
 
+@pytest.mark.long
 def test_a_selection_without_a_difference_is_a_success(tmp_path):
     """With -k, only the tests selected are compared."""
     checkout(tmp_path)
@@ -168,6 +169,7 @@ def test_a_selection_without_a_difference_is_a_success(tmp_path):
     assert done.returncode == 0
 
 
+@pytest.mark.long
 def test_tests_that_never_pass_compare_nothing(tmp_path):
     """Where all fail without us, that nothing differs says nothing; why they do is said."""
     checkout(tmp_path)

@@ -82,6 +82,7 @@ PIECES = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
 @pytest.mark.parametrize(
     "begin", ["", '("token", "x"', "token='", "token=(", "-----BEGIN RSA PRIVATE KEY-----\n", "sk-"]
