@@ -322,13 +322,21 @@ class Bench:
         return child
 
     def replay(self, place, *arguments, timeout=300):
-        """Let whoever still writes come to its end, then send what is left; gives what the command complains of."""
-        wait_until(lambda: not any(info.in_use for info in export.spools(place.spool)), timeout)
+        """Let whoever still writes come to its end, then send what is left; gives what the command complains of.
+
+        The writing child of a program that was killed may have been about to begin: it then has files that the command
+        leaves to it, and which are the command's only where the child does not end its work.
+        """
         command = [sys.executable, "-c", "from dspy_mlflow_async.cli import main; main()", "replay", *arguments]
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, env=place.environment, timeout=timeout
-        )
-        return [f"replay ended with {done.returncode}: {done.stdout[-500:]}"] if done.returncode else []
+        while True:
+            wait_until(lambda: not any(info.in_use for info in export.spools(place.spool)), timeout)
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, env=place.environment, timeout=timeout
+            )
+            if done.returncode:
+                return [f"replay ended with {done.returncode}: {done.stdout[-500:]}"]
+            if "to a process that is running" not in done.stdout:
+                return []
 
     # --- the row ---
 
