@@ -92,9 +92,9 @@ def workers(bench):
         child = bench.start(place, "programs.on_workers", size=size, notes=str(notes), resume=parent)
         given, _ = child.end(600)
         faults = bench.replay(place)
-        yield dataclasses.replace(
-            _row_of_evaluation(place, size, given, faults), note=f"{rounds} kills of a worker, {rounds} of the program"
-        )
+        row = _row_of_evaluation(place, size, given, faults)
+        note = f"{rounds} kills of a worker, {rounds} of the program"
+        yield dataclasses.replace(row, note=note, seconds=bench.seconds)
 
 
 def _wait_for_judged(child, notes, count):

@@ -340,13 +340,17 @@ class Bench:
 
     # --- the row ---
 
+    @property
+    def seconds(self):
+        """How long the row has taken so far."""
+        return time.monotonic() - self._began
+
     def audit(self, place, *, said=(), note="", faults=(), **expected):
         """The row of a place, as it is now."""
         if self.options.spoil is not None:
             SPOILS[self.options.spoil](place)
         row = audit(place.case, place.database, place.experiment_id, place.ledger, place.spool, said=said, **expected)
-        seconds = time.monotonic() - self._began
-        return dataclasses.replace(row, note=note, seconds=seconds, faults=(*row.faults, *faults))
+        return dataclasses.replace(row, note=note, seconds=self.seconds, faults=(*row.faults, *faults))
 
 
 def ask(server_uri, path, **body):
