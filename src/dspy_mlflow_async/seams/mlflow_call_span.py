@@ -312,6 +312,11 @@ def parent_number_of(span: Any) -> int | None:
     return None if span.parent is None else span.parent.span_id
 
 
+def resource_of_span(span: Any) -> Any:
+    """Return what OpenTelemetry says of the maker of a span; None where it says nothing."""
+    return span.begun_by.tracer.resource if type(span) is CallSpan else span.resource
+
+
 def is_call(span: Any) -> bool:
     """Return whether a span is one of a call whose parts are made when they are asked for."""
     return type(span) is CallSpan

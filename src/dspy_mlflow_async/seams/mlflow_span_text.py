@@ -6,20 +6,27 @@ For the export room. Checked on mlflow 3.11.1, 3.12.0, 3.17.2 and 3.18.0.
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any, NamedTuple
 
 from mlflow.entities import Span, Trace, TraceData
 from mlflow.tracing import constant
-from mlflow.tracing.constant import TraceMetadataKey
-from mlflow.tracing.utils import encode_span_id
+from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, format_span_id
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_call_span import (
+    number_of,
+    parent_number_of,
+    resource_of_span,
+    trace_number_of,
+)
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
 __all__ = ["SpanRecord", "add_sizes", "record_of", "text_of"]
@@ -65,19 +72,25 @@ class SpanRecord(NamedTuple):
 def record_of(span: Span) -> SpanRecord:
     """Return the facts of an immutable span."""
     otel = span._span
-    parent, resource = otel.parent, otel.resource
+    parent, resource, attributes = parent_number_of(otel), resource_of_span(otel), attributes_of(otel)
+    type_text = attributes.get(SpanAttributeKey.SPAN_TYPE)
     return SpanRecord(
-        encode_span_id(otel.context.span_id),
-        None if parent is None else encode_span_id(parent.span_id),
+        format_span_id(number_of(otel)),
+        None if parent is None else format_span_id(parent),
         otel.name,
-        span.span_type,
+        _simple_text(type_text) or span.span_type,
         otel.status.status_code.name,
         otel.start_time,
         otel.end_time,
-        attributes_of(otel),
+        attributes,
         bool(otel.events or getattr(span, "_links", None)),
         {} if resource is None else resource.attributes,
     )
+
+
+def _simple_text(text: Any) -> str | None:
+    """Return the text in a JSON text that escapes nothing; None for any other."""
+    return text[1:-1] if type(text) is str and text[:1] == '"' and "\\" not in text else None
 
 
 def text_of(span: Span, attributes: Mapping[str, Any] | None = None) -> str:
@@ -89,8 +102,9 @@ def text_of(span: Span, attributes: Mapping[str, Any] | None = None) -> str:
     """
     otel = span._span
     if not (otel.events or getattr(span, "_links", None)):
-        parent, status = otel.parent, otel.status
-        template = _template(otel.kind, status.status_code, parent is not None, bool(status.description))
+        status = otel.status
+        has_parent = parent_number_of(otel) is not None
+        template = _template(otel.kind, status.status_code, has_parent, bool(status.description))
         if template is not None:
             own = attributes_of(otel) if attributes is None else attributes
             return template.fill(otel, own if type(own) is dict else dict(own))
@@ -117,11 +131,11 @@ class _Template(NamedTuple):
 
 
 def _values(otel: Any, attributes: dict[str, Any]) -> tuple[str, ...]:
-    context, parent, end = otel.context, otel.parent, otel.end_time
+    parent, end = parent_number_of(otel), otel.end_time
     return (
-        base64.b64encode(context.trace_id.to_bytes(16, "big")).decode(),
-        base64.b64encode(context.span_id.to_bytes(8, "big")).decode(),
-        "" if parent is None else base64.b64encode(parent.span_id.to_bytes(8, "big")).decode(),
+        base64.b64encode(trace_number_of(otel).to_bytes(16, "big")).decode(),
+        base64.b64encode(number_of(otel).to_bytes(8, "big")).decode(),
+        "" if parent is None else base64.b64encode(parent.to_bytes(8, "big")).decode(),
         _encode(otel.name),
         str(otel.start_time),
         "null" if end is None else str(end),
@@ -193,7 +207,7 @@ def add_sizes(info: Any, spans: Sequence[Span], texts: Sequence[str]) -> None:
 
 def _add_sizes(info: Any, texts: Sequence[str]) -> None:
     sizes = sorted(map(_escaped_length, texts))
-    total = sum(sizes) + len(Trace(info, TraceData([])).to_json()) + (len(sizes) - 1) * 2
+    total = sum(sizes) + _length_of_rest(info) + (len(sizes) - 1) * 2
     keys = TraceSizeStatsKey
     statistics = {
         keys.TOTAL_SIZE_BYTES: total,
@@ -205,6 +219,59 @@ def _add_sizes(info: Any, texts: Sequence[str]) -> None:
     }
     info.trace_metadata[TraceMetadataKey.SIZE_STATS] = json.dumps(statistics)
     info.trace_metadata[TraceMetadataKey.SIZE_BYTES] = str(total)
+
+
+def _length_of_rest(info: Any) -> int:
+    """Return how long the JSON of a trace is without its spans."""
+    location, metadata, tags = info.trace_location, info.trace_metadata, info.tags
+    texts = [info.trace_id, *metadata.values(), *tags.values()]
+    if (
+        info.assessments
+        or location.mlflow_experiment is None
+        or info.execution_duration is None
+        or any(len(text) > _UNCUT for text in texts)
+    ):
+        return len(Trace(info, TraceData([])).to_json())
+    others = tuple(getattr(info, name) for name in _OPTIONAL)
+    fixed = _length_of_fixed(
+        (str(location.type), location.mlflow_experiment.experiment_id, info.state, info.request_time % 1000 == 0),
+        (tuple(metadata), tuple(tags)),
+        tuple(text is not None for text in others),
+    )
+    texts += [text for text in others if text is not None]
+    return fixed + len(str(info.execution_duration)) + sum(len(encode_basestring_ascii(text)) for text in texts)
+
+
+# Beyond it MLflow cuts metadata and tags; and what a trace may have besides.
+_UNCUT = 200
+_OPTIONAL = ("request_preview", "response_preview", "client_request_id")
+
+
+@functools.lru_cache(maxsize=256)
+def _length_of_fixed(sort: tuple[str, str, Any, bool], keys: tuple[tuple[str, ...], ...], has: tuple[bool, ...]) -> int:
+    """Return how long the JSON of a trace is without its spans and the texts that differ from trace to trace.
+
+    Args:
+        sort: The kind of its place, its experiment, its state, and whether it began at a whole second.
+        keys: Of its metadata, and of its tags.
+        has: Which of the texts in `_OPTIONAL` it has.
+    """
+    from mlflow.entities import TraceInfo
+    from mlflow.entities.trace_location import TraceLocation
+
+    _, experiment_id, state, is_whole_second = sort
+    sample = TraceInfo(
+        trace_id="x",
+        trace_location=TraceLocation.from_experiment_id(experiment_id),
+        request_time=1_000 if is_whole_second else 1_001,
+        state=state,
+        execution_duration=1,
+        trace_metadata=dict.fromkeys(keys[0], "x"),
+        tags=dict.fromkeys(keys[1], "x"),
+        **{name: "x" for name, is_there in zip(_OPTIONAL, has, strict=True) if is_there},
+    )
+    texts = 1 + len(keys[0]) + len(keys[1]) + sum(has)
+    return len(Trace(sample, TraceData([])).to_json()) - len("1") - texts * len('"x"')
 
 
 def _escaped_length(text: str) -> int:
@@ -225,15 +292,24 @@ def adds_same_sizes() -> bool:
         kind, code = SpanKind.INTERNAL, StatusCode.ERROR
         spans = [_sample(number, kind, code, number > 1, True) for number in (1, 2)]
         spans += [_sample(number, kind, code, True, True, **more) for number in (3, 4)]
-        mine, theirs = (_sample_info() for _ in range(2))
-        _add_sizes(mine, list(map(text_of, spans)))
-        add_size_stats_to_trace_metadata(Trace(theirs, TraceData(spans)))
-        return bool(mine.trace_metadata and mine.trace_metadata == theirs.trace_metadata)
+        texts = list(map(text_of, spans))
+        infos: tuple[dict[str, Any], ...] = ({}, {"execution_duration": 12}, {"execution_duration": 9, "tags": _ODD})
+        return all(_adds_same(texts, spans, info) for info in infos)
     except Exception:  # noqa: BLE001 - a future MLflow may do anything; then its own function is used
         return False
 
 
-def _sample_info() -> Any:
+_ODD = {"a": "x\ny", "é": "ü"}
+
+
+def _adds_same(texts: Sequence[str], spans: Sequence[Span], info: Mapping[str, Any]) -> bool:
+    mine, theirs = (_sample_info(**info) for _ in range(2))
+    _add_sizes(mine, texts)
+    add_size_stats_to_trace_metadata(Trace(theirs, TraceData(list(spans))))
+    return bool(mine.trace_metadata and mine.trace_metadata == theirs.trace_metadata)
+
+
+def _sample_info(**more: Any) -> Any:
     from mlflow.entities import TraceInfo, TraceState
     from mlflow.entities.trace_location import TraceLocation
 
@@ -243,4 +319,5 @@ def _sample_info() -> Any:
         request_time=1,
         state=TraceState.OK,
         request_preview="é",
+        **copy.deepcopy(more),
     )

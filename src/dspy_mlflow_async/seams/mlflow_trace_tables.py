@@ -162,14 +162,9 @@ class TraceTables:
         column = self.tables["info"].c.request_id
         return set(session.execute(sqlalchemy.select(column).where(column.in_(trace_ids))).scalars())
 
-    def insert(self, session: Any, rows: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """Insert rows, by the names of the tables. The trace comes before what refers to it."""
-        import sqlalchemy
-
-        connection = session.connection()
-        for name in _TABLES:
-            if rows.get(name):
-                connection.execute(sqlalchemy.insert(self.tables[name]), rows[name])
+    def ordered(self, rows: Mapping[str, Sequence[dict[str, Any]]]) -> list[tuple[Any, Sequence[dict[str, Any]]]]:
+        """Return tables and the rows for each, from those by our names. The trace comes before what refers to it."""
+        return [(self.tables[name], rows[name]) for name in _TABLES if rows.get(name)]
 
     def artifact_tag(self, trace_id: str, location: str) -> dict[str, Any]:
         """Return the row of the tag that says where a trace's artifacts go."""

@@ -14,6 +14,7 @@ from mlflow.entities import Span
 from mlflow.entities.trace_location import TraceLocation
 from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
 from mlflow.tracing.attachments import Attachment
+from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.trace_manager import InMemoryTraceManager, _Trace
 from mlflow.tracing.utils import encode_span_id
 from mlflow.utils.workspace_context import get_request_workspace
@@ -26,6 +27,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
     is_root,
     is_sampled,
     number_of,
+    parent_number_of,
     trace_number_of,
 )
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
@@ -36,7 +38,6 @@ __all__ = [
     "InMemoryTrace",
     "adopt_trace",
     "aggregate_cost_from_spans",
-    "aggregate_usage_from_spans",
     "complete_metadata",
     "display",
     "displays",
@@ -59,6 +60,7 @@ __all__ = [
     "restore_span",
     "trace_id_of",
     "trace_number_of",
+    "usage_of_trace",
     "wants_async",
     "weigh",
     "workspace_of",
@@ -201,6 +203,18 @@ def complete_metadata(trace: Any, texts: Sequence[str] | None = None) -> None:
     set_request_response_preview(trace.info, trace.data)
     spans = trace.data.spans
     add_sizes(trace.info, spans, list(map(text_of, spans)) if texts is None else texts)
+
+
+def usage_of_trace(spans: Sequence[Any]) -> dict[str, int] | None:
+    """Add up the usage of a trace's spans, as MLflow does: below a span that bears some it is in that one's already.
+
+    Where the one root bears the sum, the others are not looked at.
+    """
+    numbers = {number_of(span._span) for span in spans}
+    tops = [span for span in spans if parent_number_of(span._span) not in numbers]
+    if len(tops) == 1 and attributes_of(tops[0]._span).get(SpanAttributeKey.CHAT_USAGE, "null") != "null":
+        spans = tops
+    return aggregate_usage_from_spans(spans)  # type: ignore[no-any-return]
 
 
 def has_attachments(spans: Iterable[Any]) -> bool:

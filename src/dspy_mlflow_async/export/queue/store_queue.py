@@ -32,9 +32,10 @@ logger = logging.getLogger("dspy_mlflow_async")
 BATCH_OPERATIONS = 32
 _BATCH_BYTES = 8 * 2**20
 # How long the writer rests after a batch at the most, in seconds: it rests as long as the batch took, so that the
-# program that is being watched gets the interpreter at least half of the time. It does not once somebody flushes, or
-# half of the memory is full.
+# program that is being watched gets the interpreter at least half of the time. It does not once somebody flushes, half
+# of the memory is full, or more waits than a burst leaves: what a program that never pauses puts off, it pays later.
 _LONGEST_REST = 0.5
+_BURST = 8 * BATCH_OPERATIONS
 _ADOPT_EVERY = 60.0
 
 
@@ -138,7 +139,8 @@ class StoreQueue:
             self._notify()
             if not did_something:
                 break
-            self.worker.rest(min(time.monotonic() - began, _LONGEST_REST))
+            if len(self.pending) < _BURST:
+                self.worker.rest(min(time.monotonic() - began, _LONGEST_REST))
         self._notify()
 
     def _notify(self) -> None:

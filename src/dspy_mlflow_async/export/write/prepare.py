@@ -45,14 +45,14 @@ def _prepare_spans(operation: TraceOperation | SpansOperation) -> list[str]:
                 total(info, operation.spans)
             if operation.spans:
                 mlflow_traces.complete_metadata(Trace(info, TraceData(list(operation.spans))), texts)
-                _clean_info(info)  # the previews are new
+                _clean_texts(info)  # the previews are new
     operation.prepared = True
     return texts
 
 
 def total(info: Any, spans: Any) -> None:
     """Write the usage and cost of these spans into the trace."""
-    if usage := mlflow_traces.aggregate_usage_from_spans(spans):
+    if usage := mlflow_traces.usage_of_trace(spans):
         info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
     if computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
         info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
@@ -114,11 +114,15 @@ def _is_clean_json(text: str) -> bool:
 def _clean_info(info: Any) -> None:
     info.trace_metadata = _clean_value(dict(info.trace_metadata))
     info.tags = _clean_value(dict(info.tags))
+    info.assessments = [_clean_assessment(assessment) for assessment in info.assessments]
+    _clean_texts(info)
+
+
+def _clean_texts(info: Any) -> None:
     for name in ("request_preview", "response_preview", "client_request_id"):
         value = getattr(info, name)
         if isinstance(value, str):
             setattr(info, name, clean(value))
-    info.assessments = [_clean_assessment(assessment) for assessment in info.assessments]
 
 
 def _clean_value(value: Any) -> Any:

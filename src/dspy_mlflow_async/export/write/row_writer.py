@@ -204,6 +204,8 @@ def _operations(traces: Sequence[Any], experiment_id: str) -> list[TraceOperatio
 
 def _insert(tables: TraceTables, session: Any, made: Sequence[TraceRows]) -> dict[int, str]:
     """Insert the rows of traces that are new; returns where the artifacts of each go, by the `id` of its operation."""
+    from dspy_mlflow_async.export.write.many_rows import insert_rows  # it needs SQLAlchemy, as an open store does
+
     one = made[0].operation.key
     locations = tables.artifact_locations(session, {rows.operation.info.experiment_id for rows in made}, one)
     present = tables.present(session, [rows.operation.info.trace_id for rows in made])
@@ -217,7 +219,9 @@ def _insert(tables: TraceTables, session: Any, made: Sequence[TraceRows]) -> dic
         for name, some in rows.tables.items():
             rows_by_table.setdefault(name, []).extend(some)
         rows_by_table["tags"].append(tables.artifact_tag(trace_id, place))
-    tables.insert(session, rows_by_table)
+    connection = session.connection()
+    for table, some in tables.ordered(rows_by_table):
+        insert_rows(connection, table, some)
     return stored
 
 
