@@ -214,7 +214,8 @@ def usage_of_trace(spans: Sequence[Any]) -> dict[str, int] | None:
     tops = [span for span in spans if parent_number_of(span._span) not in numbers]
     if len(tops) == 1 and attributes_of(tops[0]._span).get(SpanAttributeKey.CHAT_USAGE, "null") != "null":
         spans = tops
-    return aggregate_usage_from_spans(spans)  # type: ignore[no-any-return]
+    usage: dict[str, int] | None = aggregate_usage_from_spans(spans)
+    return usage
 
 
 def has_attachments(spans: Iterable[Any]) -> bool:

@@ -220,8 +220,8 @@ def _insert(tables: TraceTables, session: Any, made: Sequence[TraceRows]) -> dic
             rows_by_table.setdefault(name, []).extend(some)
         rows_by_table["tags"].append(tables.artifact_tag(trace_id, place))
     connection = session.connection()
-    for table, some in tables.ordered(rows_by_table):
-        insert_rows(connection, table, some)
+    for table, own in tables.ordered(rows_by_table):
+        insert_rows(connection, table, own)
     return stored
 
 
