@@ -1,4 +1,4 @@
-"""Rows reach a database by few statements, and a writer that falls behind does not rest."""
+"""Rows reach a database by few statements, and what is reckoned of a trace is what MLflow reckons."""
 
 import json
 import random
@@ -13,10 +13,8 @@ from mlflow.tracing import utils as tracing_utils
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext
-from stores import TOKENS, call
+from stores import TOKENS
 
-from dspy_mlflow_async import export
-from dspy_mlflow_async.export.queue.worker import Worker
 from dspy_mlflow_async.export.write.many_rows import insert_rows
 from dspy_mlflow_async.seams import mlflow_traces
 from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, text_of
@@ -163,30 +161,3 @@ def test_usage_of_a_trace_is_mlflows_sum(usages, seed, orphans):
     chance.shuffle(spans)
 
     assert tracing_utils.aggregate_usage_from_spans(spans) == mlflow_traces.usage_of_trace(spans)
-
-
-def test_a_writer_that_falls_behind_does_not_rest(sqlite, monkeypatch):
-    """What a program that never pauses would put off it pays as it goes; after a burst the writer takes its time."""
-    worker = sqlite.queue.worker
-    waiting = []
-    rest = Worker.rest
-
-    def noted(self, seconds):
-        if self is worker:
-            waiting.append(export.stats().waiting)
-            seconds = 0
-        rest(self, seconds)
-
-    worker.is_paused = True
-    monkeypatch.setattr(Worker, "rest", noted)
-    for _ in range(400):
-        call(children=0)
-    worker.is_paused = False
-    worker.wake()
-    while export.stats().waiting:
-        worker.thread.join(0.05)
-
-    lingered, *rested = waiting
-    assert lingered > 300
-    assert rested
-    assert max(rested) < 256

@@ -100,6 +100,8 @@ class StoreQueue:
         else:
             self.overflow.put(operation)
         self.worker.wake()
+        if len(self.pending) > _BURST:
+            self.worker.give_turn()
 
     def _write_ahead(self, operation: Operation) -> None:
         if not self.overflow.is_partial(operation):

@@ -12,6 +12,8 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 # How long the first of a batch waits for others, in seconds, unless somebody waits for it.
 _LINGER = 0.5
+# How long a caller lets go of the interpreter, in seconds: as long as a thread takes to wake up.
+_TURN = 0.00005
 
 
 class Worker:
@@ -33,6 +35,7 @@ class Worker:
         self._stop = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._is_at_work = False
         self.is_paused = False
 
     @property
@@ -70,6 +73,16 @@ class Worker:
         self._hurry.set()
         self._wake.set()
 
+    def give_turn(self) -> None:
+        """Let the thread have the interpreter, from a caller's, where it is at work.
+
+        A thread that waits for the interpreter asks for it once nobody has let go of it for 5 ms. A program that lets
+        go of it for a microsecond now and then, as DSPy does for each id that it makes, is never asked, and takes it
+        back before the other has woken up: that would never have its turn.
+        """
+        if self._is_at_work:
+            time.sleep(_TURN)
+
     def take_time(self) -> None:
         """End the hurry."""
         self._hurry.clear()
@@ -77,7 +90,9 @@ class Worker:
     def rest(self, seconds: float) -> None:
         """Wait, in the thread, unless somebody is in a hurry."""
         if not self._hurry.is_set():
+            self._is_at_work = False
             self._hurry.wait(seconds)
+        self._is_at_work = True
 
     def pause(self, seconds: float) -> None:
         """Wait, in the thread, whoever is in a hurry; not at the end."""
@@ -90,6 +105,7 @@ class Worker:
 
     def _run(self) -> None:
         while not self.is_stopped:
+            self._is_at_work = False
             self._wake.wait(self._next_wait())
             self.rest(_LINGER)
             self._wake.clear()
