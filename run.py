@@ -29,7 +29,7 @@ NAMES = {
     "lowest": "run the tests on the lowest supported versions of DSPy and MLflow",
     "clean": "try a clean install: doctor, an evaluation, its report, the demo",
     "light": "run what applies with mlflow-tracing alone, against a server of another environment",
-    "ray": "evaluate on a local Ray cluster, and follow a propagated function there",
+    "ray": "evaluate on a local Ray cluster and over two machines, which are network namespaces (Linux, as root)",
     "dask": "evaluate on a local Dask cluster",
     "newest": "run the tests on the newest DSPy and MLflow, pre-releases too",
     "drill": "take the private names of DSPy and MLflow away, one by one, and see that a program runs on",
@@ -42,6 +42,7 @@ NAMES = {
     "rows": "compare stores written as rows with stores written by MLflow, for each version of it (--postgres)",
     "upstream": "run the tests of DSPy and MLflow in a folder with tracing on and off, and compare",
 }
+CHECKS = {"ui": "tests/ui/chromium.py"}  # what pip cannot install, asked for before minutes of installing
 NO_PIP = """\
 This Python has no pip: {python}
 Give it one, then run the same command again:
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> int:
         _say(f"This is Python {sys.version_info[0]}.{sys.version_info[1]}; going on with {python}.")
         return subprocess.call([python, str(Path(__file__).resolve()), *arguments])
     name, rest = arguments[0], arguments[1:]
+    if name in CHECKS and subprocess.call([python, str(HERE / CHECKS[name])]) != 0:
+        return 1
     tox = _tox()
     if tox is None:
         return 1

@@ -97,6 +97,17 @@ def test_run_py_explains_itself():
     assert all(name in done.stdout for name in ("demo", "test", "lint", "typing", "lowest", "bench"))
 
 
+def test_run_py_asks_for_chromium_before_it_installs_anything(tmp_path):
+    """``run.py ui`` on a machine without a browser says so at once, in one sentence."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "ui"], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PATH": str(tmp_path), "DSPY_MLFLOW_ASYNC_CHROMIUM": str(tmp_path / "chromium")},
+    )  # fmt: skip
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert re.fullmatch(r"There is no Chromium: install it .*apt-get install -y chromium.*\.\n", done.stderr)
+
+
 def test_run_py_keeps_out_of_the_way_of_tox(monkeypatch):
     """``run.py`` and a ``tox run`` beside it, of another Python perhaps, have environments of their own."""
     spec = importlib.util.spec_from_file_location("run_py", ROOT / "run.py")

@@ -119,7 +119,6 @@ def devset():
 def ours():
     dspy_mlflow_async.autolog(log_evals=True, log_compiles=True, silent=True)
     found = {"experiment": mlflow.set_experiment("Capitals").experiment_id}
-    asyncio.run(serve(with_middleware=True))
     signature = dspy.Signature("question -> answer", "Answer the question.")
     comparison = dspy_mlflow_async.evaluate_all(
         {"direct": dspy.Predict(signature), "reasoned": dspy.ChainOfThought(signature)},
@@ -128,6 +127,7 @@ def ours():
     found |= {"comparison": comparison.run_id, "cases": {name: comparison[name].run_id for name in comparison}}
     optimizer = dspy.COPRO(metric=right, breadth=3, depth=2)
     optimizer.compile(dspy.Predict(signature), trainset=devset(), eval_kwargs={"num_threads": 2})
+    asyncio.run(serve(with_middleware=True))  # last, so that its requests stand first in the list of traces
     assert dspy_mlflow_async.flush(60)
     found["compile"] = next(
         run.info.run_id
@@ -140,9 +140,9 @@ def ours():
 def theirs():
     mlflow.dspy.autolog(log_evals=True, silent=True)
     found = {"experiment": mlflow.set_experiment("Capitals, by mlflow.dspy.autolog").experiment_id}
-    asyncio.run(serve(with_middleware=False))
     evaluate = dspy.Evaluate(devset=devset(), metric=right, num_threads=4, display_progress=False)
     evaluate(dspy.Predict("question -> answer"), callback_metadata={"metric_key": "direct"})
+    asyncio.run(serve(with_middleware=False))
     mlflow.flush_trace_async_logging()
     return found
 
