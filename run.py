@@ -102,14 +102,21 @@ def _tox() -> Path | None:
         return None
     _say(f"Installing tox into {folder.relative_to(HERE)} ...")
     # --target touches neither the system's packages nor the user's, so PEP 668 has no objection.
-    command = [*pip, "install", "--quiet", "--disable-pip-version-check", "--target", str(folder), TOX]
+    # Into a folder of its own, which is whole when it gets its name: another run.py may be doing the same.
+    new = folder.with_name(f"{folder.name}-{os.getpid()}")
+    command = [*pip, "install", "--quiet", "--disable-pip-version-check", "--target", str(new), TOX]
     if subprocess.call(command, env=_environment()) != 0:
+        shutil.rmtree(new, ignore_errors=True)
         _fail(
             "pip could not install tox; its own words are above. Most often the package index cannot be reached:\n"
             "check the network, or point pip to your mirror with PIP_INDEX_URL=https://.../simple, and run again."
         )
         return None
-    stamp.write_text(TOX, encoding="utf-8")
+    (new / stamp.name).write_text(TOX, encoding="utf-8")
+    try:
+        new.rename(folder)
+    except OSError:  # the other one was faster
+        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 

@@ -108,11 +108,40 @@ def test_run_py_asks_for_chromium_before_it_installs_anything(tmp_path):
     assert re.fullmatch(r"There is no Chromium: install it .*apt-get install -y chromium.*\.\n", done.stderr)
 
 
+def test_run_py_may_begin_twice_at_once(monkeypatch, tmp_path):
+    """Two of them that install tox do not write into one folder: the second takes what the first has made."""
+    run_py = load_run_py()
+    monkeypatch.setattr(run_py, "HERE", tmp_path)
+    monkeypatch.setattr(run_py.os, "getpid", lambda: len(made))
+    made = []
+
+    def pip(command, **_):
+        if "--target" in command:
+            target = Path(command[command.index("--target") + 1])
+            made.append(target)
+            if len(made) == 1:
+                assert run_py._tox() is not None  # the other one, which is faster
+            target.mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(run_py.subprocess, "call", pip)
+    folder = run_py._tox()
+
+    assert run_py.TOX == (folder / "complete.txt").read_text(encoding="utf-8")
+    assert folder not in made
+    assert [folder] == list(folder.parent.iterdir())
+
+
+def load_run_py():
+    spec = importlib.util.spec_from_file_location("run_py", ROOT / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_run_py_keeps_out_of_the_way_of_tox(monkeypatch):
     """``run.py`` and a ``tox run`` beside it, of another Python perhaps, have environments of their own."""
-    spec = importlib.util.spec_from_file_location("run_py", ROOT / "run.py")
-    run_py = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run_py)
+    run_py = load_run_py()
     called = []
     monkeypatch.setattr(run_py.subprocess, "call", lambda command, **_: called.append(command) or 0)
     run_py._run(Path("tox"), "lint", ["src"])
