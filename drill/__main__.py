@@ -1,4 +1,4 @@
-"""The command: ``python -m drill [NAME ...] [--jobs N] [--sample]``. One line for each case, and a sum."""
+"""The command: ``python -m drill [NAME ...] [--jobs N] [--folder FOLDER]``. One line for each case, and a sum."""
 
 from __future__ import annotations
 
