@@ -571,7 +571,8 @@ def test_since_and_run(good):
     with contextlib.closing(sqlite3.connect(good.removeprefix("sqlite:///"))) as connection:
         (run_id,) = connection.execute(
             "select t.value from tags t join runs r on r.run_uuid = t.value "
-            "where t.key = 'mlflow.parentRunId' order by r.start_time desc"
+            "where t.key = 'mlflow.parentRunId' and r.experiment_id = ? order by r.start_time desc",
+            (Broken(connection).experiment,),
         ).fetchone()
     store = Store(good, run_id=run_id)
 

@@ -18,7 +18,7 @@ from dspy_mlflow_async.spans import secret_texts
 from dspy_mlflow_async.spans.outcome import failure_of
 from dspy_mlflow_async.spans.secret_names import mask_in_text
 from dspy_mlflow_async.spans.secret_patterns import TOKENS
-from dspy_mlflow_async.spans.secret_texts import masked
+from dspy_mlflow_async.spans.secret_texts import masked, may_hold_secrets
 from dspy_mlflow_async.spans.serialize import Plain
 
 SOURCE = Path(dspy_mlflow_async.__file__).parent
@@ -28,6 +28,7 @@ NOISE = 0.004  # seconds of CPU
 
 SEARCHES = {
     "contents": masked,
+    "parts of contents": may_hold_secrets,
     "names": mask_in_text,
     "an object's text": lambda text: Plain(2**20, secrets=True)(Shown(text)),
     "a text": Plain(2**30),
@@ -295,6 +296,7 @@ LINEAR = {
     "spans.secret_texts._HOOK": BOUNDED,
     "spans.secret_texts._KEY_LINE": BOUNDED,
     "spans.secret_texts._OPTION": "begins with a blank, which its repetitions do not take",
+    "spans.secret_texts._OPTION_NAME": BOUNDED,
     "spans.secret_texts._PREFIX": PLAIN,
     "spans.secret_texts._TOKEN_REST": "takes what is masked, so that it is not searched again",
     "spans.secret_texts._USER_INFO": BOUNDED,

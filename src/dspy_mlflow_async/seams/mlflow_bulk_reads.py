@@ -156,15 +156,16 @@ def read_rows(
     """
     from sqlalchemy import or_, select
 
-    info = _tables["SqlTraceInfo"].c
+    table = _tables["SqlTraceInfo"]
+    info = table.c
     engine = _get_store(tracking_uri).engine
-    query = select(_tables["SqlTraceInfo"]).order_by(info.timestamp_ms, info.request_id).limit(batch)
+    names = [name for name in _INFO if name in info]
+    query = select(*(info[name] for name in names)).order_by(info.timestamp_ms, info.request_id).limit(batch)
     if trace_ids is not None:
         for begin in range(0, len(trace_ids), batch):
             with engine.connect() as connection:
                 wanted = list(trace_ids[begin : begin + batch])
-                infos = connection.execute(query.where(info.request_id.in_(wanted))).mappings().all()
-                yield from _whole(connection, infos)
+                yield from _whole(connection, names, query.where(info.request_id.in_(wanted)))
         return
     query = query.where(info.experiment_id.in_(map(int, experiment_ids)), info.timestamp_ms >= since_ms)
     last: tuple[int, str] | None = None
@@ -175,27 +176,27 @@ def read_rows(
             page = query.where(info.timestamp_ms >= last[0], is_later)
         # A connection for each page: nobody who writes waits for one who reads on.
         with engine.connect() as connection:
-            infos = connection.execute(page).mappings().all()
-            found = _whole(connection, infos)
+            found = _whole(connection, names, page)
         yield from found
-        if len(infos) < batch:
+        if len(found) < batch:
             return
-        last = infos[-1]["timestamp_ms"], infos[-1]["request_id"]
+        last = found[-1].start_ms, found[-1].trace_id
 
 
-def _whole(connection: Any, infos: Sequence[Any]) -> list[TraceRow]:
+def _whole(connection: Any, names: Sequence[str], query: Any) -> list[TraceRow]:
+    infos = [dict(zip(names, values, strict=True)) for values in _rows(connection, query)]
     ids = [info["request_id"] for info in infos]
     spans: dict[str, list[SpanRow]] = {each: [] for each in ids}
     tags: dict[str, dict[str, str]] = {each: {} for each in ids}
     metadata: dict[str, dict[str, str]] = {each: {} for each in ids}
     assessments: dict[str, list[AssessmentRow]] = {}
-    for trace_id, *rest in _select(connection, "SqlSpan", "trace_id", ids, _SPAN):
-        spans[trace_id].append(SpanRow(*rest))
+    make = SpanRow._make
+    for values in _select(connection, "SqlSpan", "trace_id", ids, _SPAN):
+        spans[values[0]].append(make(values[1:]))
     for table, into in (("SqlTraceTag", tags), ("SqlTraceMetadata", metadata)):
         for trace_id, key, value in _select(connection, table, "request_id", ids, ("key", "value"), _UNREAD):
             into[trace_id][key] = value or ""
-    for trace_id, *values in _select(connection, "SqlAssessments", "trace_id", ids, _ASSESSMENT):
-        *said, is_valid = values
+    for trace_id, *said, is_valid in _select(connection, "SqlAssessments", "trace_id", ids, _ASSESSMENT):
         if is_valid:
             assessments.setdefault(trace_id, []).append(_assessment(*said))
     return [
@@ -204,6 +205,10 @@ def _whole(connection: Any, infos: Sequence[Any]) -> list[TraceRow]:
     ]
 
 
+_INFO = (
+    *("request_id", "experiment_id", "timestamp_ms", "execution_time_ms", "status", "client_request_id"),
+    *("session_id", "trace_name", *_TOKENS),
+)
 _SPAN = ("span_id", "parent_span_id", "name", "type", "start_time_unix_nano", "end_time_unix_nano", "content")
 _ASSESSMENT = (
     *("name", "assessment_type", "value", "error", "source_type", "source_id", "rationale", "run_id", "span_id"),
@@ -220,7 +225,12 @@ def _select(
     query = select(columns[key], *(columns[name] for name in names)).where(columns[key].in_(ids))
     if unread:
         query = query.where(columns.key.not_in(unread))
-    found: Sequence[Any] = connection.execute(query).all()
+    return _rows(connection, query)
+
+
+def _rows(connection: Any, query: Any) -> Sequence[Any]:
+    """Return what a query finds, as the database's driver gives it: SQLAlchemy's rows cost as much as the database."""
+    found: Sequence[Any] = connection.execute(query).cursor.fetchall()
     return found
 
 

@@ -93,8 +93,13 @@ def values(data: bytes, lowered: bytes) -> Iterator[Span]:
                 yield span
 
 
-def _value_at(data: bytes, sign: int) -> Span | None:
-    """The secret behind the ``=`` or ``:`` at ``sign``, if there is one."""
+def may_name_values(data: bytes, lowered: bytes) -> bool:
+    """Return whether the name of a secret stands before a sign, whatever is behind it."""
+    return any(_name_at(data, found.start()) is not None for found in _NAMED.finditer(lowered))
+
+
+def _name_at(data: bytes, sign: int) -> tuple[str, re.Match[bytes], bytes] | None:
+    """The name of a secret before the ``=`` or ``:`` at ``sign``, where it stands backwards, and what it stands in."""
     before = data[max(sign - 80, 0) : sign]
     named = _NAME_BACKWARDS.match(before[::-1])
     if named is None:
@@ -103,8 +108,15 @@ def _value_at(data: bytes, sign: int) -> Span | None:
     if before[: len(before) - named.end()].endswith(b"\\") and name[0] in "nrt":  # an escape in the text of a text
         name = name[1:]
     name = name.lstrip("-.")
-    if not (is_secret(name) or name.lower() in _SIGNATURES):
+    return (name, named, before) if is_secret(name) or name.lower() in _SIGNATURES else None
+
+
+def _value_at(data: bytes, sign: int) -> Span | None:
+    """The secret behind the ``=`` or ``:`` at ``sign``, if there is one."""
+    known = _name_at(data, sign)
+    if known is None:
         return None
+    name, named, before = known
     is_assigned = data[sign] == ord("=")
     behind = sign + 1
     following = data[behind : behind + 2]

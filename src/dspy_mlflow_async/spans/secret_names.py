@@ -52,7 +52,7 @@ _TOKENS_THAT_ARE_NONE = frozenset({
     "prompt", "reasoning", "remaining", "sep", "special", "start", "stop", "sub", "suffix", "text", "thinking", "total",
     "unk", "used", "vision", "word",
 })  # fmt: skip
-_LONGEST = 64  # characters; what is longer is no name
+LONGEST_NAME = 64  # characters; what is longer is no name
 
 _HINTS = (
     "key",
@@ -79,12 +79,12 @@ def is_secret(key: str) -> bool:
 
     ``max_tokens`` does not.
     """
-    return len(key) <= _LONGEST and _names_secret(key)
+    return len(key) <= LONGEST_NAME and _names_secret(key)
 
 
 @functools.lru_cache(maxsize=4096)  # of short keys: longer ones are the program's data, and may be large
 def _names_secret(key: str) -> bool:
-    if not _may_name_a_secret(key):
+    if not may_name_a_secret(key):
         return False
     name = _NO_WORD.sub("_", _HUMP.sub("_", key)).strip("_").lower()
     if name in _WHOLE or name in _ONE_WORD or name.replace("_", "") in _RUN_TOGETHER:
@@ -98,7 +98,8 @@ def _names_secret(key: str) -> bool:
     return last != "token" or before not in _TOKENS_THAT_ARE_NONE
 
 
-def _may_name_a_secret(text: str) -> bool:
+def may_name_a_secret(text: str) -> bool:
+    """Return whether a text has a word in it without which none names a secret."""
     lowered = text.lower()
     return any(hint in lowered for hint in _HINTS)
 
@@ -106,7 +107,7 @@ def _may_name_a_secret(text: str) -> bool:
 def names_secret(name: object) -> bool:
     """Return whether the first of a pair names a secret. It need not be a text: header names may be bytes (ASGI)."""
     if type(name) is bytes:
-        return len(name) <= _LONGEST and is_secret(name.decode("latin-1"))
+        return len(name) <= LONGEST_NAME and is_secret(name.decode("latin-1"))
     return type(name) is str and is_secret(name)
 
 
@@ -134,7 +135,7 @@ def mask_in_text(text: str) -> str:
     Args:
         text: What ``str`` made of an object, such as ``Client(url='http://x', api_key='sk-1')``.
     """
-    if not _may_name_a_secret(text):
+    if not may_name_a_secret(text):
         return text
     parts: list[str] = []
     done = looked = 0

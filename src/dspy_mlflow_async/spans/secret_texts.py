@@ -22,6 +22,7 @@ from dspy_mlflow_async.spans.secret_assignments import (
     is_value,
     looks_random,
     may_have_values,
+    may_name_values,
     values,
 )
 from dspy_mlflow_async.spans.secret_names import MASK, is_secret
@@ -91,6 +92,31 @@ def _spans(data: bytes) -> list[Span]:
     if b" -" in data or data[:1] == b"-":
         spans += _options(data)
     return spans
+
+
+def may_hold_secrets(text: str) -> bool:
+    """Return False only where ``mask`` masks nothing, in whatever text this part of it stood between two quotes.
+
+    Cheaper, and less precise: the name of a secret is enough, whatever follows. Many parts are looked at at once where
+    a quote and ``=`` follow each, as what stands behind a part may be a value.
+    """
+    data = text.encode("ascii", "replace")
+    lowered = data.lower()
+    if may_have_values(lowered) and may_name_values(data, lowered):
+        return True
+    runs = data.translate(_RUN_CHARACTERS)
+    return (
+        (_RUN in runs and _has_any(_tokens(data, runs)))
+        or (b"://" in data and _has_any(_addresses(data)))
+        or (b"bearer" in lowered and _has_any(_credentials(data, lowered, b"bearer", looks_random)))
+        or (b"basic" in lowered and _has_any(_credentials(data, lowered, b"basic", _is_basic)))
+        or b"-----BEGIN " in data
+        or (b" -" in data and any(_may_be_option(found) for found in _OPTION_NAME.finditer(data)))
+    )
+
+
+def _has_any(spans: Iterator[Span]) -> bool:
+    return next(spans, None) is not None
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -212,6 +238,12 @@ def _end_of_lines(data: bytes, begin: int) -> int:
 
 _OPTION = re.compile(rb"--(?P<name>[A-Za-z][\w\-]{1,62}) {1,4}(?P<quote>[\"']?)(?P<value>[^\s\"'`]{4,4096})")
 _USER_OPTION = re.compile(rb"(?:-u|--user)[ =]{1,4}[\"']?[^\s:\"']{1,128}:(?!//)(?P<value>[^\s\"'`]{3,512})")
+
+_OPTION_NAME = re.compile(rb"(?<![^ ])(?:--(?P<name>[A-Za-z][\w\-]{1,62}) |(?:-u|--user)[ =])")
+
+
+def _may_be_option(found: re.Match[bytes]) -> bool:
+    return found["name"] is None or found["name"] == b"user" or is_secret(found["name"].decode())
 
 
 def _options(data: bytes) -> Iterator[Span]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from dspy_mlflow_async.cli.audit.call_checks import Calls
+from dspy_mlflow_async.cli.audit.content_checks import Contents
 from dspy_mlflow_async.cli.audit.findings import Audit
 from dspy_mlflow_async.cli.audit.run_checks import Runs
 from dspy_mlflow_async.cli.audit.store import Store
@@ -34,10 +35,11 @@ def audit(
         examples: How many examples of each kind are kept.
         progress: Told how many traces have been looked at.
     """
-    result, calls, runs = Audit(examples), Calls(), Runs(store, idle_seconds)
+    result, contents, calls, runs = Audit(examples), Contents(), Calls(), Runs(store, idle_seconds)
     for row in store.traces():
         trace = Trace(row)
         result.add(check(trace, idle_seconds=idle_seconds, marker=marker))
+        result.add(contents.check(trace))
         result.add(calls.check(trace))
         result.add(runs.note(trace))
         result.traces += 1

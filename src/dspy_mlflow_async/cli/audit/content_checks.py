@@ -9,14 +9,16 @@ from typing import Any
 
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
 from dspy_mlflow_async.cli.audit.traces import Span, Trace, found, parse
-from dspy_mlflow_async.spans.secret_names import MASK, is_secret
-from dspy_mlflow_async.spans.secret_texts import mask
+from dspy_mlflow_async.spans.secret_names import LONGEST_NAME, MASK, is_secret, may_name_a_secret
+from dspy_mlflow_async.spans.secret_texts import mask, may_hold_secrets
 
 _CUT = re.compile(r"\[cut: (?:\d+ of )?\d+ \w+\]")
+_CUT_BEGINS = "[cut: "
 _NAMED_SECRETS = ("CHAT_MODEL", "LLM", "TOOL")  # spans whose arguments may be credentials by name, as in masking
 _SHORTEST_SECRET = 6
 _NO_SECRETS = (f'"{MASK}"', '""', "null", '"None"', "true", "false")
 _KEPT = 8192  # characters of the texts of which it is remembered what they show
+_REMEMBERED, _LONGEST_REMEMBERED = 20_000, 1000  # parts of texts that hold nothing, and their characters
 # MLflow's own, and ours: they hold no text of a program's.
 _PLAIN = frozenset(
     {
@@ -26,19 +28,48 @@ _PLAIN = frozenset(
 )
 
 
-def check(trace: Trace) -> Iterator[Finding]:
-    """Yield the places of secrets, never themselves, and the spans with values that were cut."""
-    for place, value in (*trace.row.tags.items(), *trace.row.metadata.items()):
-        if mask(value) != value:
-            yield found(Kind.SECRET, trace, f"tag or metadata {place}")
-    for said in trace.row.assessments:
-        if any(True for _ in _secrets([said.value, said.rationale], "", by_name=False)):
-            yield found(Kind.SECRET, trace, f"feedback {said.name}")
-    for span in trace.spans:
-        yield from _span(trace, span)
+class Contents:
+    """Search for what no trace should show, which remembers what it has found harmless.
+
+    Prompts, signatures and names of fields are the same in many traces. So texts are looked at in parts, which quotes
+    separate: what a part may show, whatever stands beside it, is asked once. Only texts with a part that may show
+    something are read as a whole.
+    """
+
+    def __init__(self) -> None:
+        self._harmless: set[str] = set()
+        self._suspicious: set[str] = set()
+
+    def check(self, trace: Trace) -> Iterator[Finding]:
+        """Yield the places of secrets, never themselves, and the spans with values that were cut."""
+        for place, value in (*trace.row.tags.items(), *trace.row.metadata.items()):
+            if mask(value) != value:
+                yield found(Kind.SECRET, trace, f"tag or metadata {place}")
+        for said in trace.row.assessments:
+            if any(True for _ in _secrets([said.value, said.rationale], "", by_name=False)):
+                yield found(Kind.SECRET, trace, f"feedback {said.name}")
+        to_read = self._suspicious_of(trace.parts)
+        if to_read or trace.says_more:
+            for span in trace.spans:
+                text = span.attributes_text
+                if text is None or not to_read.isdisjoint(text.split('"')):
+                    yield from check_span(trace, span)
+
+    def _suspicious_of(self, parts: set[str]) -> set[str]:
+        """Return those of these parts for which the text that they stand in has to be read as a whole."""
+        unknown = parts - self._harmless - self._suspicious
+        suspicious = parts & self._suspicious
+        if unknown and not _are_harmless(unknown):
+            suspicious |= {each for each in unknown if not _are_harmless({each})}
+        for known, new in ((self._harmless, unknown - suspicious), (self._suspicious, unknown & suspicious)):
+            if len(known) > _REMEMBERED:
+                known.clear()
+            known.update(each for each in new if len(each) <= _LONGEST_REMEMBERED)
+        return suspicious
 
 
-def _span(trace: Trace, span: Span) -> Iterator[Finding]:
+def check_span(trace: Trace, span: Span) -> Iterator[Finding]:
+    """Yield the places of secrets in a span, by reading all of it, and whether it has values that were cut."""
     is_cut = False
     by_name = span.kind in _NAMED_SECRETS and not span.is_module
     for key, text in span.attributes.items():
@@ -57,9 +88,33 @@ def _span(trace: Trace, span: Span) -> Iterator[Finding]:
         yield found(Kind.SECRET, trace, f"{span.name}, its events or status")
 
 
+_NUL, _ESCAPED_NUL = "\0", "\\\0"
+_BEHIND = '"=\0 '  # what stands behind each part when several are looked at at once
+_BEHIND_IN_JSON = '\\"=\\u0000 '
+
+
+def _are_harmless(parts: set[str]) -> bool:
+    """Return whether parts of the JSON text of attributes, which quotes separate, show nothing, whatever is beside.
+
+    An attribute is itself a JSON text in that text, so there are two forms of writing to be undone.
+    """
+    # A quote within a text has a backslash before it, which belongs to the quote.
+    joined = _NUL.join((*parts, "")).replace(_ESCAPED_NUL, _NUL).replace(_NUL, "\\u0000")
+    inner = parse(f'"{joined}"')
+    if type(inner) is not str or not inner.endswith(_NUL):
+        return False
+    shown = parse(f'"{inner.replace(_ESCAPED_NUL, _NUL).replace(_NUL, _BEHIND_IN_JSON)}"')
+    if type(shown) is not str or not shown.endswith(_BEHIND):
+        return False
+    if _CUT_BEGINS in shown or may_hold_secrets(shown):
+        return False
+    names = [each for each in shown.split(_BEHIND) if len(each) <= LONGEST_NAME]
+    return not (may_name_a_secret(_NUL.join(names)) and any(map(is_secret, names)))
+
+
 def _look_at(text: str, by_name: bool) -> tuple[tuple[str, ...], bool]:
     """Return where an attribute's JSON text shows secrets, and whether a part of it was cut."""
-    return tuple(_secrets(parse(text), "", by_name=by_name)), "[cut: " in text and _CUT.search(text) is not None
+    return tuple(_secrets(parse(text), "", by_name=by_name)), _CUT_BEGINS in text and _CUT.search(text) is not None
 
 
 # Models, signatures and instructions are the same in many traces, and inputs in several spans of one.

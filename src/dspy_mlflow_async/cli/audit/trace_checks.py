@@ -1,4 +1,4 @@
-"""Checks of one trace by itself: is it one whole tree, of one call, with its tokens, and without secrets?"""
+"""Checks of one trace by itself: is it one whole tree, of one call, with its tokens?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dspy_mlflow_async.cli.audit import content_checks
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
 from dspy_mlflow_async.cli.audit.traces import INPUTS, MILLISECOND, OUTPUTS, USAGE, Span, Trace, found, parse
 from dspy_mlflow_async.seams.mlflow_bulk_reads import SESSION
@@ -15,6 +14,7 @@ from dspy_mlflow_async.seams.mlflow_bulk_reads import SESSION
 _APART = 5 * MILLISECOND  # clocks and callbacks: what is nearer than this is at the same time
 _TOTAL = "total_tokens"
 _COUNTS = ("input_tokens", "output_tokens", _TOTAL)
+_ENDS_OF_IDS = tuple(f'{letters}\\"' for letters in ("id", "ID", "Id", "iD"))  # of keys, in a JSON text in another
 _ID = re.compile(r"(?:session|request|conversation|correlation|example)_?id", re.IGNORECASE)
 
 
@@ -32,7 +32,6 @@ def check(trace: Trace, *, idle_seconds: float, marker: re.Pattern[str] | None =
     yield from _doubled(trace)
     yield from _late(trace)
     yield from _tokens(trace)
-    yield from content_checks.check(trace)
 
 
 def is_idle(last_sign_ms: int, idle_seconds: float) -> bool:
@@ -77,7 +76,7 @@ def _strays(trace: Trace, marker: re.Pattern[str] | None) -> Iterator[Finding]:
         parent = trace.by_id.get(span.parent_id or "")
         if parent is not None and _is_outside(span, parent) and not _is_marked_late(span):
             yield found(Kind.STRAY, trace, f"{span.name} did not begin while {parent.name}, its parent, was open")
-        elif any(key in ids and not values <= ids[key] for key, values in _ids(span).items()):
+        elif ids and any(key in ids and not values <= ids[key] for key, values in _ids(span).items()):
             yield found(Kind.STRAY, trace, f"{span.name} has the id of another session or request in its inputs")
         elif marker is not None and markers and not set(marker.findall(span.text(INPUTS))) <= markers:
             yield found(Kind.STRAY, trace, f"{span.name} has another call's marker in its inputs")
@@ -92,10 +91,9 @@ def _is_marked_late(span: Span) -> bool:
 
 
 def _ids(span: Span) -> dict[str, set[str]]:
-    text = span.text(INPUTS)
-    if "id" not in text and "ID" not in text and "Id" not in text:
+    if not any(each in span.row.content for each in _ENDS_OF_IDS):
         return {}
-    inputs = parse(text)
+    inputs = parse(span.text(INPUTS))
     found_: dict[str, set[str]] = {}
     for fields in (inputs, *(inputs.values() if isinstance(inputs, dict) else ())):
         for key, value in fields.items() if isinstance(fields, dict) else ():
@@ -147,8 +145,9 @@ def _late(trace: Trace) -> Iterator[Finding]:
     root = trace.root
     if root is None or not root.end_ns:
         return
+    may_be_marked = trace.may_say("late\\", "late")
     for span in trace.spans:
-        if _is_marked_late(span):
+        if may_be_marked and _is_marked_late(span):
             yield found(Kind.OUTLIVED, trace, f"{span.name} ended after its root")
         elif (
             (span.end_ns or 0) > root.end_ns + _APART
@@ -159,10 +158,10 @@ def _late(trace: Trace) -> Iterator[Finding]:
 
 
 def _tokens(trace: Trace) -> Iterator[Finding]:
-    if trace.row.state == "IN_PROGRESS":
+    if trace.row.state == "IN_PROGRESS" or not (trace.row.tokens or trace.may_say(USAGE)):
         return
     topmost = [usage for top in trace.tops for usage in _topmost(top)]
-    of_calls = [usage for span in trace.spans if span.is_lm and (usage := _usage(span))]
+    of_calls = [usage for span in trace.spans if span.is_lm and (usage := span.usage)]
     if not topmost and not trace.row.tokens:
         return
     total = {key: trace.row.tokens.get(key, 0) for key in _COUNTS}
@@ -174,16 +173,11 @@ def _tokens(trace: Trace) -> Iterator[Finding]:
 
 
 def _topmost(span: Span, depth: int = 0) -> Iterator[Mapping[str, int]]:
-    if usage := _usage(span):
+    if usage := span.usage:
         yield usage
     elif depth < 200:  # noqa: PLR2004 - deeper than any program
         for child in span.children:
             yield from _topmost(child, depth + 1)
-
-
-def _usage(span: Span) -> Mapping[str, int]:
-    usage = span.value(USAGE) if USAGE in span.attributes else None
-    return usage if isinstance(usage, dict) else {}
 
 
 def _sum(usages: list[Mapping[str, int]]) -> dict[str, int]:

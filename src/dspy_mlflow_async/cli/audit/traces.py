@@ -1,10 +1,11 @@
-"""A stored trace as the checks look at it: parsed once, its spans by parent, its values as they are asked for."""
+"""A stored trace as the checks look at it: its spans by parent, their contents parsed as they are asked for."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -14,6 +15,13 @@ from dspy_mlflow_async.seams.mlflow_bulk_reads import SpanRow, TraceRow
 from dspy_mlflow_async.spans.secret_texts import mask
 
 INPUTS, OUTPUTS, USAGE = "mlflow.spanInputs", "mlflow.spanOutputs", "mlflow.chat.tokenUsage"
+# As MLflow and we write it; another writer's is parsed as a whole.
+_ATTRIBUTES, _USAGE = '"attributes": {"', f'"{USAGE}": "'
+_SAYS_NOTHING = tuple(
+    f'"events": [], "status": {{"code": "STATUS_CODE_{code}", "message": {message}}}, '
+    for code in ("OK", "UNSET", "ERROR")
+    for message in ('""', "null")
+)
 MILLISECOND = 1_000_000  # in nanoseconds
 _MAX_DEPTH = 200
 
@@ -30,25 +38,57 @@ def parse(text: str) -> Any:
 
 
 class Span:
-    """One span of a stored trace."""
+    """One span of a stored trace; what it contains is parsed once something of it is asked for."""
 
-    __slots__ = ("attributes", "children", "content", "end_ns", "kind", "name", "parent_id", "span_id", "start_ns")
+    __slots__ = ("_content", "children", "end_ns", "kind", "name", "parent_id", "row", "span_id", "start_ns")
 
     def __init__(self, row: SpanRow) -> None:
+        self.row = row
         self.span_id, self.parent_id, self.name, kind, self.start_ns, self.end_ns, _ = row
         self.kind = kind or ""
-        self.content: dict[str, Any] = parse(row.content)
-        self.attributes: dict[str, str] = self.content.get("attributes") or {}
+        self._content: dict[str, Any] | None = None
         self.children: list[Span] = []
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of it, as MLflow writes it; empty where that is no JSON object."""
+        if self._content is None:
+            content = parse(self.row.content)
+            self._content = content if type(content) is dict else {}
+        return self._content
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Its attributes, each as a JSON text."""
+        return self.content.get("attributes") or {}
+
+    @property
+    def attributes_text(self) -> str | None:
+        """The JSON text from its attributes on; None where it has more to say: events, or what its status is about."""
+        begin = self.row.content.find(_ATTRIBUTES)
+        return self.row.content[begin:] if self.row.content.endswith(_SAYS_NOTHING, 0, max(begin, 0)) else None
 
     def value(self, key: str) -> Any:
         """Return an attribute's value, or None."""
+        if f'"{key}"' not in self.row.content:
+            return None
         text = self.attributes.get(key)
         return None if text is None else parse(text)
 
     def text(self, key: str) -> str:
         """Return the JSON text of an attribute; empty where there is none."""
         return self.attributes.get(key) or ""
+
+    @property
+    def usage(self) -> Mapping[str, int]:
+        """Tokens that it has used; empty where it says none."""
+        before, key, behind = self.row.content.partition(_USAGE)
+        if not key and USAGE not in before:
+            return {}
+        usage = parse(behind[: behind.find("}") + 1].replace('\\"', '"'))
+        if type(usage) is not dict:
+            usage = self.value(USAGE)
+        return usage if type(usage) is dict else {}
 
     @property
     def is_ok(self) -> bool:
@@ -91,15 +131,17 @@ class Trace:
         spans: Its spans in the order in which they began.
         by_id: The same by id.
         tops: Spans that no span of the trace is above.
+        says_more: Whether there are spans of which ``parts`` has nothing.
     """
 
-    __slots__ = ("__dict__", "by_id", "row", "spans", "tops")
+    __slots__ = ("__dict__", "by_id", "row", "says_more", "spans", "tops")
 
     def __init__(self, row: TraceRow) -> None:
         self.row = row
-        self.spans = sorted(map(Span, row.spans or ()), key=lambda span: span.start_ns)
+        self.spans = sorted(map(Span, row.spans or ()), key=operator.attrgetter("start_ns"))
         self.by_id = {span.span_id: span for span in self.spans}
         self.tops: list[Span] = []
+        self.says_more = False
         for span in self.spans:
             parent = self.by_id.get(span.parent_id) if span.parent_id else None
             (self.tops if parent is None else parent.children).append(span)
@@ -108,6 +150,17 @@ class Trace:
     def root(self) -> Span | None:
         """The one span that has no parent, and should be the only one; else the first."""
         return next((span for span in self.tops if not span.parent_id), self.tops[0] if self.tops else None)
+
+    @functools.cached_property
+    def parts(self) -> set[str]:
+        """Parts of the JSON texts of all spans' attributes, which quotes separate; see ``says_more``."""
+        texts = [text for span in self.spans if (text := span.attributes_text) is not None]
+        self.says_more = len(texts) < len(self.spans)
+        return set('"'.join(texts).split('"'))
+
+    def may_say(self, *parts: str) -> bool:
+        """Return whether one of these stands between two quotes of the JSON text of a span."""
+        return not self.parts.isdisjoint(parts) or self.says_more
 
     @functools.cached_property
     def end_ns(self) -> int:
