@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
-from dspy_mlflow_async.cli.audit.traces import Span, Trace, found, parse
+from dspy_mlflow_async.cli.audit.traces import BETWEEN, Span, Trace, found, parse
 from dspy_mlflow_async.spans.secret_names import LONGEST_NAME, MASK, is_secret, may_name_a_secret
 from dspy_mlflow_async.spans.secret_texts import mask, may_hold_secrets
 
@@ -18,7 +18,7 @@ _NAMED_SECRETS = ("CHAT_MODEL", "LLM", "TOOL")  # spans whose arguments may be c
 _SHORTEST_SECRET = 6
 _NO_SECRETS = (f'"{MASK}"', '""', "null", '"None"', "true", "false")
 _KEPT = 8192  # characters of the texts of which it is remembered what they show
-_REMEMBERED, _LONGEST_REMEMBERED = 20_000, 1000  # parts of texts that hold nothing, and their characters
+_REMEMBERED, _LONGEST_REMEMBERED = 10_000, 1000  # texts, and parts of some, and their characters
 # MLflow's own, and ours: they hold no text of a program's.
 _PLAIN = frozenset(
     {
@@ -31,12 +31,13 @@ _PLAIN = frozenset(
 class Contents:
     """Search for what no trace should show, which remembers what it has found harmless.
 
-    Prompts, signatures and names of fields are the same in many traces. So texts are looked at in parts, which quotes
-    separate: what a part may show, whatever stands beside it, is asked once. Only texts with a part that may show
-    something are read as a whole.
+    Prompts, signatures and names of fields are the same in many traces. So texts that are new are looked at in parts,
+    which quotes separate: what a part may show, whatever stands beside it, is asked once. Only texts with a part that
+    may show something are read as a whole.
     """
 
     def __init__(self) -> None:
+        self._harmless_texts: set[str] = set()
         self._harmless: set[str] = set()
         self._suspicious: set[str] = set()
 
@@ -48,24 +49,31 @@ class Contents:
         for said in trace.row.assessments:
             if any(True for _ in _secrets([said.value, said.rationale], "", by_name=False)):
                 yield found(Kind.SECRET, trace, f"feedback {said.name}")
-        to_read = self._suspicious_of(trace.parts)
+        to_read = self._suspicious_of(trace.attribute_texts)
         if to_read or trace.says_more:
             for span in trace.spans:
-                text = span.attributes_text
-                if text is None or not to_read.isdisjoint(text.split('"')):
+                text = span.attribute_texts
+                if text is None or not to_read.isdisjoint(text.split(BETWEEN)):
                     yield from check_span(trace, span)
 
-    def _suspicious_of(self, parts: set[str]) -> set[str]:
-        """Return those of these parts for which the text that they stand in has to be read as a whole."""
-        unknown = parts - self._harmless - self._suspicious
-        suspicious = parts & self._suspicious
+    def _suspicious_of(self, texts: set[str]) -> set[str]:
+        """Return those of the texts of attributes that have to be read as a whole."""
+        texts = texts - self._harmless_texts
+        parts = set('"'.join(texts).split('"')) - self._harmless
+        unknown = parts - self._suspicious
+        suspicious = parts - unknown
         if unknown and not _are_harmless(unknown):
             suspicious |= {each for each in unknown if not _are_harmless({each})}
-        for known, new in ((self._harmless, unknown - suspicious), (self._suspicious, unknown & suspicious)):
+        to_read = {each for each in texts if not suspicious.isdisjoint(each.split('"'))} if suspicious else set()
+        for known, new in (
+            (self._harmless_texts, texts - to_read),
+            (self._harmless, unknown - suspicious),
+            (self._suspicious, unknown & suspicious),
+        ):
             if len(known) > _REMEMBERED:
                 known.clear()
-            known.update(each for each in new if len(each) <= _LONGEST_REMEMBERED)
-        return suspicious
+            known.update([each for each in new if len(each) <= _LONGEST_REMEMBERED])
+        return to_read
 
 
 def check_span(trace: Trace, span: Span) -> Iterator[Finding]:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dspy_mlflow_async.cli.audit.findings import Finding, Kind
-from dspy_mlflow_async.cli.audit.traces import INPUTS, MILLISECOND, OUTPUTS, USAGE, Span, Trace, found, parse
+from dspy_mlflow_async.cli.audit.traces import INPUTS, MILLISECOND, OUTPUTS, Span, Trace, found, parse
 from dspy_mlflow_async.seams.mlflow_bulk_reads import SESSION
 
 _APART = 5 * MILLISECOND  # clocks and callbacks: what is nearer than this is at the same time
 _TOTAL = "total_tokens"
 _COUNTS = ("input_tokens", "output_tokens", _TOTAL)
 _ENDS_OF_IDS = tuple(f'{letters}\\"' for letters in ("id", "ID", "Id", "iD"))  # of keys, in a JSON text in another
+_LATE = ('outcome": "\\"late\\"', 'late": "true')  # attributes, as they are written
 _ID = re.compile(r"(?:session|request|conversation|correlation|example)_?id", re.IGNORECASE)
 
 
@@ -145,7 +146,7 @@ def _late(trace: Trace) -> Iterator[Finding]:
     root = trace.root
     if root is None or not root.end_ns:
         return
-    may_be_marked = trace.may_say("late\\", "late")
+    may_be_marked = not trace.attribute_texts.isdisjoint(_LATE) or trace.says_more
     for span in trace.spans:
         if may_be_marked and _is_marked_late(span):
             yield found(Kind.OUTLIVED, trace, f"{span.name} ended after its root")
@@ -158,7 +159,7 @@ def _late(trace: Trace) -> Iterator[Finding]:
 
 
 def _tokens(trace: Trace) -> Iterator[Finding]:
-    if trace.row.state == "IN_PROGRESS" or not (trace.row.tokens or trace.may_say(USAGE)):
+    if trace.row.state == "IN_PROGRESS":
         return
     topmost = [usage for top in trace.tops for usage in _topmost(top)]
     of_calls = [usage for span in trace.spans if span.is_lm and (usage := span.usage)]
@@ -181,4 +182,4 @@ def _topmost(span: Span, depth: int = 0) -> Iterator[Mapping[str, int]]:
 
 
 def _sum(usages: list[Mapping[str, int]]) -> dict[str, int]:
-    return {key: sum(int(usage.get(key) or 0) for usage in usages) for key in _COUNTS}
+    return {key: sum([int(usage.get(key) or 0) for usage in usages]) for key in _COUNTS}

@@ -17,6 +17,7 @@ from dspy_mlflow_async.spans.secret_texts import mask
 INPUTS, OUTPUTS, USAGE = "mlflow.spanInputs", "mlflow.spanOutputs", "mlflow.chat.tokenUsage"
 # As MLflow and we write it; another writer's is parsed as a whole.
 _ATTRIBUTES, _USAGE = '"attributes": {"', f'"{USAGE}": "'
+BETWEEN, _NO_LINKS = '", "', '"}, "links": []}'
 _SAYS_NOTHING = tuple(
     f'"events": [], "status": {{"code": "STATUS_CODE_{code}", "message": {message}}}, '
     for code in ("OK", "UNSET", "ERROR")
@@ -63,10 +64,15 @@ class Span:
         return self.content.get("attributes") or {}
 
     @property
-    def attributes_text(self) -> str | None:
-        """The JSON text from its attributes on; None where it has more to say: events, or what its status is about."""
-        begin = self.row.content.find(_ATTRIBUTES)
-        return self.row.content[begin:] if self.row.content.endswith(_SAYS_NOTHING, 0, max(begin, 0)) else None
+    def attribute_texts(self) -> str | None:
+        """Attributes as they are written, ``KEY": "TEXT``, with ``BETWEEN`` between them.
+
+        None where it has more to say, in events, links, or the message of its status, or was written otherwise.
+        """
+        content = self.row.content
+        begin = content.find(_ATTRIBUTES)
+        is_all = content.endswith(_SAYS_NOTHING, 0, max(begin, 0)) and content.endswith(_NO_LINKS)
+        return content[begin + len(_ATTRIBUTES) : -len(_NO_LINKS)] if is_all else None
 
     def value(self, key: str) -> Any:
         """Return an attribute's value, or None."""
@@ -82,10 +88,12 @@ class Span:
     @property
     def usage(self) -> Mapping[str, int]:
         """Tokens that it has used; empty where it says none."""
-        before, key, behind = self.row.content.partition(_USAGE)
-        if not key and USAGE not in before:
+        content = self.row.content
+        begin = content.find(_USAGE)
+        if begin < 0 and USAGE not in content:
             return {}
-        usage = parse(behind[: behind.find("}") + 1].replace('\\"', '"'))
+        begin += len(_USAGE)
+        usage = parse(content[begin : content.find("}", begin) + 1].replace('\\"', '"'))
         if type(usage) is not dict:
             usage = self.value(USAGE)
         return usage if type(usage) is dict else {}
@@ -131,7 +139,7 @@ class Trace:
         spans: Its spans in the order in which they began.
         by_id: The same by id.
         tops: Spans that no span of the trace is above.
-        says_more: Whether there are spans of which ``parts`` has nothing.
+        says_more: Whether there are spans of which ``attribute_texts`` has nothing.
     """
 
     __slots__ = ("__dict__", "by_id", "row", "says_more", "spans", "tops")
@@ -152,15 +160,11 @@ class Trace:
         return next((span for span in self.tops if not span.parent_id), self.tops[0] if self.tops else None)
 
     @functools.cached_property
-    def parts(self) -> set[str]:
-        """Parts of the JSON texts of all spans' attributes, which quotes separate; see ``says_more``."""
-        texts = [text for span in self.spans if (text := span.attributes_text) is not None]
+    def attribute_texts(self) -> set[str]:
+        """All attributes of its spans, as they are written, ``KEY": "TEXT``; see ``says_more``."""
+        texts = [text for span in self.spans if (text := span.attribute_texts) is not None]
         self.says_more = len(texts) < len(self.spans)
-        return set('"'.join(texts).split('"'))
-
-    def may_say(self, *parts: str) -> bool:
-        """Return whether one of these stands between two quotes of the JSON text of a span."""
-        return not self.parts.isdisjoint(parts) or self.says_more
+        return set(BETWEEN.join(texts).split(BETWEEN))
 
     @functools.cached_property
     def end_ns(self) -> int:
