@@ -190,9 +190,8 @@ def _whole(connection: Any, names: Sequence[str], query: Any) -> list[TraceRow]:
     tags: dict[str, dict[str, str]] = {each: {} for each in ids}
     metadata: dict[str, dict[str, str]] = {each: {} for each in ids}
     assessments: dict[str, list[AssessmentRow]] = {}
-    make = SpanRow._make
     for values in _select(connection, "SqlSpan", "trace_id", ids, _SPAN):
-        spans[values[0]].append(make(values[1:]))
+        spans[values[0]].append(SpanRow(*values[1:]))
     for table, into in (("SqlTraceTag", tags), ("SqlTraceMetadata", metadata)):
         for trace_id, key, value in _select(connection, table, "request_id", ids, ("key", "value"), _UNREAD):
             into[trace_id][key] = value or ""
