@@ -10,7 +10,8 @@ import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.printable import mask_uris, split_credentials
 
@@ -30,6 +31,18 @@ class Reached:
 
     problem: str | None = None
     version: str = ""
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the file of a SQLite store."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def missing_file(uri: str) -> str | None:
+    """Return why a SQLite store cannot be read whose file is not there: MLflow would make it, and it would be empty."""
+    if not uri.startswith("sqlite:///") or ":memory:" in uri or "file:" in uri or sqlite_path(uri).exists():
+        return None
+    return f"there is no store in {uri}; run this where the program ran, or name its store with --tracking-uri"
 
 
 def look(uri: str, timeout: float = TIMEOUT) -> Reached:

@@ -186,6 +186,16 @@ COMMANDS = [
     (["gate", "--min", "score=1"], "there is no run of an evaluation or a compile in sqlite:///"),
     (["gate", "no-such-run", "--min", "score=1"], "there is no run 'no-such-run', by id or by name, in sqlite:///"),
     (["gate", "--min", "score=1", "--experiment", "nowhere"], "there is no experiment 'nowhere'"),
+    (["audit", "--tracking-uri", "sqlite:///nowhere.db"], "there is no store in sqlite:///nowhere.db; run this where"),
+    (
+        ["gate", "--min", "score=1", "--tracking-uri", "sqlite:///nowhere.db"],
+        "there is no store in sqlite:///nowhere.db",
+    ),
+    (
+        ["harvest", "--out", "x.jsonl", "--tracking-uri", "sqlite:///nowhere.db"],
+        "there is no store in sqlite:///nowher",
+    ),
+    (["report", "--tracking-uri", "sqlite:///nowhere.db"], "there is no store in sqlite:///nowhere.db"),
     (["report", "no-such-run"], "there is no run 'no-such-run' in sqlite:///"),
     (["report", "--limit", "0", "x"], "--limit"),
     (["report", "--limit", "many", "x"], "--limit"),

@@ -26,6 +26,7 @@ COMMANDS = {
 }
 
 NEED_RUNS = ("audit", "demo", "gate", "harvest", "report", "which")
+READ_ALONE = ("audit", "gate", "harvest", "report")  # an empty store that they made would have nothing wrong in it
 
 
 def __getattr__(name: str) -> Any:
@@ -79,12 +80,16 @@ def _checked(name: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _what_is_missing(name: str, options: dict[str, Any]) -> str | None:
+    from dspy_mlflow_async.reachability import missing_file
     from dspy_mlflow_async.seams.installed import has_runs, missing_for, needs_whole
     from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
 
     if not has_runs():
         return needs_whole("this command")
-    return missing_for("sqlite://" if name == "demo" else resolve_tracking_uri(options.get("tracking_uri")))
+    if name == "demo":
+        return missing_for("sqlite://")
+    uri = resolve_tracking_uri(options.get("tracking_uri"))
+    return missing_for(uri) or (missing_file(uri) if name in READ_ALONE else None)
 
 
 app = typer.Typer(

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
 from dspy_mlflow_async.printable import counted, mask_uris
-from dspy_mlflow_async.reachability import look
+from dspy_mlflow_async.reachability import look, sqlite_path
 from dspy_mlflow_async.workers import call_with_timeout
 
 _SECONDS = 5.0
@@ -124,7 +124,7 @@ def rows(tracking_uri: str | None = None, traces: Sequence[Any] = ()) -> Iterato
 
     uri = _uri(tracking_uri)
     scheme = urlsplit(uri).scheme.partition("+")[0]
-    if scheme not in _SQL or missing_for(uri) or (scheme == "sqlite" and not _sqlite_path(uri).exists()):
+    if scheme not in _SQL or missing_for(uri) or (scheme == "sqlite" and not sqlite_path(uri).exists()):
         return
     are_rows, text = export.explain_rows(uri, traces)
     yield Finding(Level.OK if are_rows else Level.NOTE, "store", text)
@@ -238,12 +238,8 @@ def _uri(tracking_uri: str | None) -> str:
         unname()
 
 
-def _sqlite_path(uri: str) -> Path:
-    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
-
-
 def _sqlite(uri: str) -> Finding:
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     if not path.exists():
         return _will_be_made(uri, path.parent)
     try:
