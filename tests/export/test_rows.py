@@ -11,6 +11,7 @@ from mlflow.entities import AssessmentSource, Feedback, Trace, TraceData
 from mlflow.store.tracking import sqlalchemy_store
 from mlflow.tracing import utils as tracing_utils
 from mlflow.tracing.client import TracingClient
+from packaging.version import Version
 from stores import TOKENS, call
 
 from dspy_mlflow_async import export
@@ -25,8 +26,10 @@ from rows.corpus import SAMPLE, collect, twin
 
 KINDS = {
     *("trace", "usage", "usage of its own", "cost", "cost of its own", "session", "error", "events or links"),
-    *("times of spans", "JSON in JSON", "letters beyond ASCII", "assessment: feedback", "assessment: expectation"),
+    *("times of spans", "letters beyond ASCII", "assessment: feedback", "assessment: expectation"),
 }
+if Version(mlflow.__version__).release < (3, 18):  # from there on MLflow takes no layer from JSON in JSON
+    KINDS.add("JSON in JSON")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,7 @@ def test_the_rows_are_those_of_mlflow(traces, store, tmp_path):
 
     assert [] == result.differences
     assert KINDS <= set(result.proved)
+    assert ("JSON in JSON" in KINDS) == ("JSON in JSON" in result.proved)
     assert {} == result.refused
     assert 0.7 * result.traces < result.as_rows < result.traces  # what MLflow translates is left to it
 
