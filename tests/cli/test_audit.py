@@ -19,6 +19,7 @@ import pytest
 from audit_cases import Desk, evaluate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow.tracking._tracking_service.utils import _get_store
 from runtools import Candidates, NoBar, devset
 from typer.testing import CliRunner
 
@@ -479,6 +480,25 @@ def test_every_kind_is_tried():
 
     assert set(Kind) == set(MEANINGS)
     assert {str(kind) for kind in Kind} == tried | {"outlived"}
+
+
+def an_old_trace(store):
+    store.sql("update trace_info set timestamp_ms = 1 where request_id = ?", (store.trace("Chain.forward"),))
+
+
+def test_archived_traces(good, tmp_path):
+    """Spans that MLflow has moved into its archive are read there; where that is gone, the audit goes on."""
+    archive = tmp_path / "archive"
+    with broken(good, an_old_trace, a_secret):
+        moved = _get_store(good).archive_traces(
+            resolved_trace_archival_location=archive.as_uri(), broader_retention="300d"
+        )
+        found = counts(good, "good")
+        archive.rename(tmp_path / "elsewhere")
+        without = counts(good, "good")
+
+    assert (1, {"secret": 1}) == (moved, found)
+    assert "secret" not in without
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

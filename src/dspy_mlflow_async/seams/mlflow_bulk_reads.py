@@ -20,6 +20,7 @@ _tables: dict[str, Any] = {
     for name in ("SqlTraceInfo", "SqlSpan", "SqlTraceTag", "SqlTraceMetadata", "SqlAssessments")
 }
 TOKEN_USAGE, SESSION, SOURCE_RUN = "mlflow.trace.tokenUsage", "mlflow.trace.session", "mlflow.sourceRun"
+_LOCATION, _IN_STORE = "mlflow.trace.spansLocation", "TRACKING_STORE"
 _TOKENS = ("input_tokens", "output_tokens", "total_tokens")
 # MLflow's own notes, the same or of no use in every trace; the previews of what the root's span has.
 _UNREAD = (
@@ -79,7 +80,7 @@ class TraceRow(NamedTuple):
         tags: What may be changed.
         tokens: Its totals by MLflow's keys; empty where none are stored.
         assessments: What was said of it.
-        spans: Its spans, in no order; None where they are not in the tracking store.
+        spans: Its spans, in no order; None where the tracking store does not have them, or no longer, in archives.
     """
 
     trace_id: str
@@ -264,5 +265,5 @@ def _trace(
         tags,
         tokens,
         assessments.get(info["request_id"], ()),
-        spans if spans or tags.get("mlflow.trace.spansLocation") == "TRACKING_STORE" else None,
+        spans if all(each.content for each in spans) and (spans or tags.get(_LOCATION) == _IN_STORE) else None,
     )
