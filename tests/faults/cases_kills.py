@@ -76,7 +76,7 @@ def workers(bench):
     """Of an evaluation on two worker processes these are killed, then the program; a resume ends it. Both stores."""
     for store in ("sqlite", "server"):
         place = getattr(bench, store)(f"workers killed, {store}")
-        size, rounds = bench.size(120, 2_000), bench.rounds(2, long=20)
+        size, rounds = bench.size(60, 2_000), bench.rounds(1, long=20)
         notes, parent = place.folder / "judged", None
         notes.touch()
         for number in range(rounds):
@@ -93,7 +93,7 @@ def workers(bench):
         given, _ = child.end(600)
         faults = bench.replay(place)
         row = _row_of_evaluation(place, size, given, faults)
-        note = f"{rounds} kills of a worker, {rounds} of the program"
+        note = f"killed: {rounds} of the workers, {rounds} times the program"
         yield dataclasses.replace(row, note=note, seconds=bench.seconds)
 
 
