@@ -12,6 +12,7 @@ from stores import Installed, Proxy, wait_until
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export import installation as installing
 from mlflow_server import mlflow_server
+from rows.corpus import SAMPLE, collect
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,19 @@ def make(store_uri, request):
 def sqlite(make):
     """The default pipeline, writing to a sqlite file."""
     return make()
+
+
+@pytest.fixture(scope="module")
+def traces(_empty_store, tmp_path_factory):
+    """Operations on traces of many kinds, as the writer gets them."""
+    path = tmp_path_factory.mktemp("collected") / "store.db"
+    path.write_bytes(_empty_store.read_bytes())
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{path}")
+    try:
+        yield collect(SAMPLE)
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import os
 
-from stores import call
+from stores import call, wait_until
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export.queue.worker import Worker
@@ -26,8 +26,7 @@ def test_a_writer_that_falls_behind_does_not_rest(sqlite, monkeypatch):
         call(children=0)
     worker.is_paused = False
     worker.wake()
-    while export.stats().waiting:
-        worker.thread.join(0.05)
+    wait_until(lambda: not export.stats().waiting, 60)
 
     lingered, *rested = waiting
     assert lingered > 300

@@ -22,7 +22,7 @@ from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams import mlflow_span_text, mlflow_store
 from dspy_mlflow_async.seams.mlflow_trace_tables import TraceTables, Translation, translation_of
 from rows.compare import compare, two_files
-from rows.corpus import SAMPLE, collect, twin
+from rows.corpus import twin
 
 KINDS = {
     *("trace", "usage", "usage of its own", "cost", "cost of its own", "session", "error", "events or links"),
@@ -30,19 +30,6 @@ KINDS = {
 }
 if Version(mlflow.__version__).release < (3, 18):  # from there on MLflow takes no layer from JSON in JSON
     KINDS.add("JSON in JSON")
-
-
-@pytest.fixture(scope="module")
-def traces(_empty_store, tmp_path_factory):
-    """Operations on traces of many kinds, as the writer gets them."""
-    path = tmp_path_factory.mktemp("collected") / "store.db"
-    path.write_bytes(_empty_store.read_bytes())
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{path}")
-    try:
-        yield collect(SAMPLE)
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture

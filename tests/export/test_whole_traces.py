@@ -6,7 +6,6 @@ import sqlite3
 import sys
 from pathlib import Path
 
-import mlflow
 import pytest
 
 from dspy_mlflow_async.export.write.errors import Verdict
@@ -14,7 +13,7 @@ from dspy_mlflow_async.export.write.whole_traces import WholeTraces
 from dspy_mlflow_async.export.write.writer import Writer
 from mlflow_server import mlflow_server
 from rows.compare import differences
-from rows.corpus import SAMPLE, collect, twin
+from rows.corpus import twin
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,19 +27,6 @@ _TABLES = [
     *("trace_info", "trace_tags", "trace_request_metadata", "trace_metrics", "spans", "span_metrics", "assessments"),
     "entity_associations",
 ]
-
-
-@pytest.fixture(scope="module")
-def traces(_empty_store, tmp_path_factory):
-    """Operations on traces of many kinds, as the writer gets them."""
-    path = tmp_path_factory.mktemp("collected") / "store.db"
-    path.write_bytes(_empty_store.read_bytes())
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{path}")
-    try:
-        yield collect(SAMPLE)
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 class Ours:

@@ -234,7 +234,7 @@ def _length_of_rest(info: Any) -> int:
         return len(Trace(info, TraceData([])).to_json())
     others = tuple(getattr(info, name) for name in _OPTIONAL)
     fixed = _length_of_fixed(
-        (str(location.type), location.mlflow_experiment.experiment_id, info.state, info.request_time % 1000 == 0),
+        (location.mlflow_experiment.experiment_id, info.state, info.request_time % 1000 == 0),
         (tuple(metadata), tuple(tags)),
         tuple(text is not None for text in others),
     )
@@ -248,18 +248,18 @@ _OPTIONAL = ("request_preview", "response_preview", "client_request_id")
 
 
 @functools.lru_cache(maxsize=256)
-def _length_of_fixed(sort: tuple[str, str, Any, bool], keys: tuple[tuple[str, ...], ...], has: tuple[bool, ...]) -> int:
+def _length_of_fixed(sort: tuple[str, Any, bool], keys: tuple[tuple[str, ...], ...], has: tuple[bool, ...]) -> int:
     """Return how long the JSON of a trace is without its spans and the texts that differ from trace to trace.
 
     Args:
-        sort: The kind of its place, its experiment, its state, and whether it began at a whole second.
+        sort: Its experiment, its state, and whether it began at a whole second.
         keys: Of its metadata, and of its tags.
         has: Which of the texts in `_OPTIONAL` it has.
     """
     from mlflow.entities import TraceInfo
     from mlflow.entities.trace_location import TraceLocation
 
-    _, experiment_id, state, is_whole_second = sort
+    experiment_id, state, is_whole_second = sort
     sample = TraceInfo(
         trace_id="x",
         trace_location=TraceLocation.from_experiment_id(experiment_id),
