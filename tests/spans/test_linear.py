@@ -249,6 +249,7 @@ OWN = "reads what this package has written"
 LINEAR = {
     "asgi.middleware._TOKEN": ANCHORED,
     "cli.audit.content_checks._CUT": "begins with words that its repetitions do not take",
+    "cli.audit.content_checks._KEY_WITH_QUOTE": "begins with a quote, and its repetitions stop at the next one",
     "cli.audit.run_checks._STEP": ANCHORED,
     "cli.audit.trace_checks._ID": PLAIN,
     "cli.demo.script._FIELD": OWN,

@@ -111,7 +111,7 @@ def may_hold_secrets(text: str) -> bool:
         or (b"bearer" in lowered and _has_any(_credentials(data, lowered, b"bearer", looks_random)))
         or (b"basic" in lowered and _has_any(_credentials(data, lowered, b"basic", _is_basic)))
         or b"-----BEGIN " in data
-        or (b" -" in data and any(_may_be_option(found) for found in _OPTION_NAME.finditer(data)))
+        or ((b" -" in data or data[:1] == b"-") and any(_may_be_option(found) for found in _OPTION_NAME.finditer(data)))
     )
 
 

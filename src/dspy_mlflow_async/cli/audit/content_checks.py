@@ -33,7 +33,7 @@ class Contents:
 
     Prompts, signatures and names of fields are the same in many traces. So texts that are new are looked at in parts,
     which quotes separate: what a part may show, whatever stands beside it, is asked once. Only texts with a part that
-    may show something are read as a whole.
+    may show something, or with a key that is in parts itself, are read as a whole.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,9 @@ class Contents:
         suspicious = parts - unknown
         if unknown and not _are_harmless(unknown):
             suspicious |= {each for each in unknown if not _are_harmless({each})}
-        to_read = {each for each in texts if not suspicious.isdisjoint(each.split('"'))} if suspicious else set()
+        to_read = {each for each in texts if _has_quote_in_key(each)}
+        if suspicious:
+            to_read |= {each for each in texts if not suspicious.isdisjoint(each.split('"'))}
         for known, new in (
             (self._harmless_texts, texts - to_read),
             (self._harmless, unknown - suspicious),
@@ -94,6 +96,17 @@ def check_span(trace: Trace, span: Span) -> Iterator[Finding]:
     said = [*(span.content.get("events") or ()), (span.content.get("status") or {}).get("message")]
     if any(True for _ in _secrets(said, "", by_name=False)):
         yield found(Kind.SECRET, trace, f"{span.name}, its events or status")
+
+
+# A quote within a text within the JSON text of an attribute, as it is written there, and a key with one.
+_INNER_QUOTE = '\\\\\\"'
+_KEY_WITH_QUOTE = re.compile(r'\\\\\\"(?:[^"]*[^"\\])?(?:\\{4})*\\"(?: |\\[nrt])*:')
+
+
+def _has_quote_in_key(text: str) -> bool:
+    """Return whether an attribute, ``KEY": "TEXT``, has a key that none of its parts between quotes is the whole of."""
+    first = text.find('"')
+    return text[first - 1 : first] == "\\" or (_INNER_QUOTE in text and _KEY_WITH_QUOTE.search(text) is not None)
 
 
 _NUL, _ESCAPED_NUL = "\0", "\\\0"
