@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+import sqlite3
 import ssl
 import threading
 from datetime import datetime, timedelta, timezone
@@ -14,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from dspy_mlflow_async.reachability import look
+from dspy_mlflow_async.reachability import look, missing_store
 from echo import TIMEOUT
 from mlflow_server import free_port
 
@@ -186,3 +187,28 @@ def test_what_is_no_mlflow_server(answer, words):
     """Another server at the address, and one that does not let us in."""
     with serving(answer) as port:
         assert f"http://127.0.0.1:{port} {words}" in look(f"http://127.0.0.1:{port}").problem
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "some folder/mlflow.db", "mlruns"])
+def test_what_is_missing_is_said(name, tmp_path):
+    """A file or a folder that is not there is no store, nor is a file without MLflow's tables."""
+    uri = f"sqlite:///{tmp_path / name}" if name.endswith(".db") else f"file:{tmp_path / name}"
+    assert f"there is no store in {uri}; run this where" in missing_store(uri)
+    if name == "mlruns":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
+            connection.execute("CREATE TABLE bills (n)")
+        assert f"{uri} is no store of MLflow; run this where" in missing_store(uri)
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
+            connection.execute("CREATE TABLE experiments (n)")
+
+    assert missing_store(uri) is None
+
+
+def test_what_is_no_file_is_not_looked_at():
+    """A server, another database, and what is kept in memory."""
+    uris = ["http://127.0.0.1:9", "databricks", "databricks://me", "postgresql://me@nowhere/db", "sqlite:///:memory:"]
+
+    assert [] == list(filter(missing_store, [*uris, "sqlite://"]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
 import socket
+import sqlite3
 import ssl
 import urllib.error
 import urllib.request
@@ -35,14 +37,43 @@ class Reached:
 
 def sqlite_path(uri: str) -> Path:
     """Return the file of a SQLite store."""
-    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+    return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
 
 
-def missing_file(uri: str) -> str | None:
-    """Return why a SQLite store cannot be read whose file is not there: MLflow would make it, and it would be empty."""
-    if not uri.startswith("sqlite:///") or ":memory:" in uri or "file:" in uri or sqlite_path(uri).exists():
+def folder_path(uri: str) -> Path:
+    """Return the folder of a store of files."""
+    return Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+
+
+def missing_store(uri: str) -> str | None:
+    """Return why there is nothing to read in a file or a folder: MLflow would make a store there, and an empty one.
+
+    Servers and other databases are not looked at.
+    """
+    if uri.startswith("sqlite"):
+        if ":memory:" in uri or "file:" in uri or not sqlite_path(uri).name:
+            return None
+        is_there, is_one = sqlite_path(uri).exists(), _has_experiments(sqlite_path(uri))
+    elif uri.startswith("file:") or not ("://" in uri or uri.startswith("databricks")):
+        is_there = is_one = folder_path(uri).exists()
+    else:
         return None
-    return f"there is no store in {uri}; run this where the program ran, or name its store with --tracking-uri"
+    if is_one:
+        return None
+    said = f"{uri} is no store of MLflow" if is_there else f"there is no store in {uri}"
+    return f"{said}; run this where the program ran, or name its store with --tracking-uri"
+
+
+def _has_experiments(path: Path) -> bool:
+    """Return whether a SQLite file has MLflow's tables, or cannot be read now, which MLflow says better."""
+    if not path.exists():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'experiments'").fetchone()
+    except sqlite3.DatabaseError as error:
+        return "not a database" not in str(error)
+    return bool(tables[0])
 
 
 def look(uri: str, timeout: float = TIMEOUT) -> Reached:

@@ -1,7 +1,9 @@
 """``dspy-mlflow-async which`` and ``report --lineage``: from a program back to its compile, and on to its traces."""
 
+import contextlib
 import functools
 import json
+import sqlite3
 
 import dspy
 import mlflow
@@ -182,3 +184,24 @@ def test_what_is_no_lineage():
     """A file of another shape is none, whatever wrote it."""
     for content in (b"", b"[]", b"{}", b'{"candidates": [{}]}', b'{"candidates": 1}', b"\xff"):
         assert Lineage.of(content) is None
+
+
+def test_reading_makes_no_store(tmp_path):
+    """Whoever asks in Python, in a folder where nothing was recorded, is told so."""
+    with pytest.raises(ValueError, match="there is no store in"):
+        origin_of("0123456789ab", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_nothing_is_made_of_another_database(tmp_path):
+    """The tables of MLflow do not come into a file that belongs to somebody else."""
+    path = tmp_path / "bills.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE bills (n)")
+    before = path.read_bytes()
+    for words in (["audit"], ["gate", "--min", "score=1"], ["report"], ["which", "0123456789ab"], ["doctor"]):
+        done = CliRunner().invoke(app, [*words, "--tracking-uri", f"sqlite:///{path}"])
+        assert done.exit_code == (1 if words == ["doctor"] else 2), done.output
+
+    assert before == path.read_bytes()

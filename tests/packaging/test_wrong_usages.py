@@ -196,6 +196,8 @@ COMMANDS = [
         "there is no store in sqlite:///nowher",
     ),
     (["report", "--tracking-uri", "sqlite:///nowhere.db"], "there is no store in sqlite:///nowhere.db"),
+    (["which", "0123456789ab", "--tracking-uri", "sqlite:///nowhere.db"], "there is no store in sqlite:///nowhere.db"),
+    (["which", "0123456789ab", "--tracking-uri", "nowhere"], "there is no store in nowhere; run this where"),
     (["report", "no-such-run"], "there is no run 'no-such-run' in sqlite:///"),
     (["report", "--limit", "0", "x"], "--limit"),
     (["report", "--limit", "many", "x"], "--limit"),

@@ -26,7 +26,7 @@ COMMANDS = {
 }
 
 NEED_RUNS = ("audit", "demo", "gate", "harvest", "report", "which")
-READ_ALONE = ("audit", "gate", "harvest", "report")  # an empty store that they made would have nothing wrong in it
+READ_ALONE = ("audit", "gate", "harvest", "report", "which")  # a store that they made would have nothing wrong in it
 
 
 def __getattr__(name: str) -> Any:
@@ -80,7 +80,7 @@ def _checked(name: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _what_is_missing(name: str, options: dict[str, Any]) -> str | None:
-    from dspy_mlflow_async.reachability import missing_file
+    from dspy_mlflow_async.reachability import missing_store
     from dspy_mlflow_async.seams.installed import has_runs, missing_for, needs_whole
     from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
 
@@ -89,7 +89,7 @@ def _what_is_missing(name: str, options: dict[str, Any]) -> str | None:
     if name == "demo":
         return missing_for("sqlite://")
     uri = resolve_tracking_uri(options.get("tracking_uri"))
-    return missing_for(uri) or (missing_file(uri) if name in READ_ALONE else None)
+    return missing_for(uri) or (missing_store(uri) if name in READ_ALONE else None)
 
 
 app = typer.Typer(

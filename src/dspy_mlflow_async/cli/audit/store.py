@@ -11,6 +11,7 @@ from typing import Any
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
+from dspy_mlflow_async.reachability import missing_store
 from dspy_mlflow_async.seams import mlflow_artifact_reads, mlflow_bulk_reads
 from dspy_mlflow_async.seams.mlflow_bulk_reads import SOURCE_RUN, AssessmentRow, SpanRow, TraceRow
 from dspy_mlflow_async.seams.mlflow_store import client_of
@@ -89,10 +90,12 @@ class Store:
         run_id: With one, it and the runs below it alone, with their traces.
 
     Raises:
-        ValueError: Where there is no such experiment, or no such run.
+        ValueError: Where there is no such store, no such experiment, or no such run.
     """
 
     def __init__(self, uri: str, experiments: Sequence[str] = (), since_ms: int = 0, run_id: str | None = None) -> None:
+        if (problem := missing_store(uri)) is not None:  # for callers in Python; a command has asked before
+            raise ValueError(problem)
         self.uri = uri
         self.since_ms = since_ms
         self.client = client_of(uri)

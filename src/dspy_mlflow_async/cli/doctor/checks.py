@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from dspy_mlflow_async.cli.doctor.findings import Finding, Level
 from dspy_mlflow_async.printable import counted, mask_uris
-from dspy_mlflow_async.reachability import look, sqlite_path
+from dspy_mlflow_async.reachability import folder_path, look, missing_store, sqlite_path
 from dspy_mlflow_async.workers import call_with_timeout
 
 _SECONDS = 5.0
@@ -124,7 +124,7 @@ def rows(tracking_uri: str | None = None, traces: Sequence[Any] = ()) -> Iterato
 
     uri = _uri(tracking_uri)
     scheme = urlsplit(uri).scheme.partition("+")[0]
-    if scheme not in _SQL or missing_for(uri) or (scheme == "sqlite" and not sqlite_path(uri).exists()):
+    if scheme not in _SQL or missing_for(uri) or missing_store(uri):
         return
     are_rows, text = export.explain_rows(uri, traces)
     yield Finding(Level.OK if are_rows else Level.NOTE, "store", text)
@@ -260,7 +260,7 @@ def _sqlite(uri: str) -> Finding:
 
 
 def _folder(uri: str) -> Finding:
-    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+    path = folder_path(uri)
     if not path.exists():
         return _will_be_made(uri, path.parent)
     if not os.access(path, os.W_OK):
