@@ -2,6 +2,8 @@
 
 import multiprocessing
 import random
+import subprocess
+import sys
 
 import dspy
 import pytest
@@ -34,6 +36,41 @@ def test_a_seeded_program_draws_the_same_numbers(program, traces):
 
     assert untraced == traced
     assert 2 == len(traces)
+
+
+def test_a_seeded_process_draws_the_same_numbers(tmp_path):
+    """Neither the import, nor the first call of all, nor what is written takes a number away."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+
+    def draws(*arguments):
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        return done.stdout
+
+    assert draws("traced") == draws("untraced") != ""
+
+
+PROGRAM = """
+import random, sys
+import dspy, mlflow, numpy
+from dspy.utils import DummyLM
+
+mlflow.set_tracking_uri("sqlite:///ids.db")
+mlflow.set_experiment("ids")
+
+random.seed(7)
+numpy.random.seed(7)
+if sys.argv[1] == "traced":
+    import dspy_mlflow_async
+    dspy_mlflow_async.autolog()
+dspy.configure(lm=DummyLM([{"answer": "a"}] * 3))
+dspy.Predict("question -> answer")(question="q")
+if sys.argv[1] == "traced":
+    assert dspy_mlflow_async.flush()
+print(random.random(), numpy.random.random())
+"""
 
 
 def test_a_seed_repeats_no_trace(program, traces):

@@ -19,12 +19,12 @@ from mlflow.entities import Span as MlflowSpan
 from mlflow.entities.span import LiveSpan, _SpanAttributesRegistry
 from mlflow.tracing.constant import SpanAttributeKey
 from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Span, SynchronousMultiSpanProcessor, Tracer, TracerProvider
+from opentelemetry.sdk.trace import Span, SynchronousMultiSpanProcessor, Tracer
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from dspy_mlflow_async.seams.listed import is_known, taken
+from dspy_mlflow_async.seams.own_ids import probe_span
 
 _MlflowSampler: Any = taken("mlflow.tracing.sampling:_MlflowSampler")
 _SAMPLING_RATIO_OVERRIDE: Any = taken("mlflow.tracing.sampling:_SAMPLING_RATIO_OVERRIDE")
@@ -342,7 +342,7 @@ def _is_as_known() -> bool:
         names = ("tracing.sampling:_MlflowSampler", "tracing.sampling:_SAMPLING_RATIO_OVERRIDE")
         if not all(is_known(f"mlflow.{name}") for name in names) or type(BoundedAttributes()._dict) is not dict:
             return False
-        probe: Any = _sdk_tracer().start_span("probe")
+        probe: Any = probe_span()
         known = {*_PARTS, *CallSpan.__slots__, "_kind"} - {"is_open"}
         made = LiveSpan(probe, "tr-probe")
         return set(probe.__dict__) <= known and set(made.__dict__) <= {"_span", *_LIVE_PARTS}
@@ -350,14 +350,10 @@ def _is_as_known() -> bool:
         return False
 
 
-def _sdk_tracer() -> Any:
-    return TracerProvider(resource=Resource({}), shutdown_on_exit=False).get_tracer(__name__)
-
-
 def _are_attributes_closed() -> bool:
     """Return whether the SDK makes the attributes of a span immutable when it ends."""
     try:
-        probe: Any = _sdk_tracer().start_span("probe")
+        probe: Any = probe_span()
         probe.end()
         return bool(probe._attributes._immutable)
     except Exception:  # noqa: BLE001 - as above

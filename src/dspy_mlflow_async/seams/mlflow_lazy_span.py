@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from opentelemetry import trace as otel
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+from dspy_mlflow_async.seams.own_ids import OwnIds
 
 
 class Promise(Protocol):
@@ -110,7 +112,7 @@ class _PromisedIds(IdGenerator):
 
 def new_trace_id(tracer: Any) -> int:
     """Make an id for a trace that ``tracer`` will begin."""
-    ids = getattr(tracer, "id_generator", None) or RandomIdGenerator()
+    ids = getattr(tracer, "id_generator", None) or OwnIds()
     return int(ids.generate_trace_id())
 
 

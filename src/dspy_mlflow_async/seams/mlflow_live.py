@@ -18,8 +18,7 @@ from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracking._tracking_service.utils import get_tracking_uri, is_tracking_uri_set
 from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Span, TracerProvider
+from opentelemetry.sdk.trace import Span
 from opentelemetry.trace import format_span_id
 
 from dspy_mlflow_async.seams.listed import is_known, taken
@@ -30,6 +29,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
     number_of,
     parent_number_of,
 )
+from dspy_mlflow_async.seams.own_ids import probe_span
 
 try:  # mlflow >= 3.12
     from mlflow.environment_variables import MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT
@@ -231,7 +231,7 @@ def computes_cost() -> bool:
 def _probe() -> bool:
     """Return whether this MLflow's constructor leaves just what ``live_span`` makes."""
     try:
-        span: Any = TracerProvider(resource=Resource({})).get_tracer(__name__).start_span("probe")
+        span: Any = probe_span()
         made = create_mlflow_span(span, "tr-probe")
         known = {"_span", "_attachments", "_attributes", "_links", "_original_name"}
         written = {SpanAttributeKey.REQUEST_ID: '"tr-probe"', SpanAttributeKey.SPAN_TYPE: "null"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Mapping
-from random import Random
 from typing import Any, NamedTuple
 
 import mlflow.tracing.provider as trace_provider
@@ -21,7 +19,7 @@ from mlflow.tracing.utils.processor import apply_span_processors
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
 from opentelemetry.sdk.trace import Span as OtelSpan
-from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_call_span import (
@@ -41,6 +39,7 @@ from dspy_mlflow_async.seams.mlflow_live import (
     write,
 )
 from dspy_mlflow_async.seams.mlflow_suppression import DISABLED, no_op_tracer
+from dspy_mlflow_async.seams.own_ids import OwnIds
 
 __all__ = ["EXCLUDE_LM_PARAMS", "SpanAttributeKey", "SpanStatusCode", "SpanType", "TokenUsageKey"]
 
@@ -258,24 +257,6 @@ class Unsampled(NamedTuple):
     otel: Any
 
 
-# Random numbers of our own: a program that seeds those of ``random``, from which OpenTelemetry makes ids, would draw
-# others while it is traced, and overwrite its traces when it is run again. To ask the system for each would let go of
-# the interpreter each time, and a caller then waits until the writer lets go of it.
-_random = Random()  # noqa: S311 - ids are no secrets
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_random.seed)
-
-
-class _OwnIds(IdGenerator):
-    """Ids from random numbers of our own, which the system has seeded."""
-
-    def generate_span_id(self) -> int:
-        return _random.getrandbits(64) or self.generate_span_id()
-
-    def generate_trace_id(self) -> int:
-        return _random.getrandbits(128) or self.generate_trace_id()
-
-
 class _Tracer:
     """Tracer of MLflow's provider, fetched once per provider."""
 
@@ -292,7 +273,7 @@ class _Tracer:
             provider = wrapper.get()
             tracer = provider.get_tracer(__name__)
             if type(getattr(tracer, "id_generator", None)) is RandomIdGenerator:
-                tracer.id_generator = _OwnIds()
+                tracer.id_generator = OwnIds()
             self._known, self.calls = (provider, tracer), call_tracer(tracer) if is_isolated else None
         return tracer
 
