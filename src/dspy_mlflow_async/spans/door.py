@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import dspy
 import orjson
@@ -21,6 +20,7 @@ from dspy_mlflow_async.spans.safe_inspection import text_of
 from dspy_mlflow_async.spans.secret_names import MASK, is_secret
 from dspy_mlflow_async.spans.secret_texts import mask, mask_beginning
 from dspy_mlflow_async.spans.serialize import Plain
+from dspy_mlflow_async.spans.unchanged import unchanged_text
 
 MAX_DOCUMENT_BYTES = 1024**3  # an artifact: what somebody loads again is not cut
 MAX_FAILURE_BYTES = 64 * 1024  # of a message, and of a stack trace: each span that an exception passes stores both
@@ -54,7 +54,18 @@ def _masked_argument(argument: Any) -> Any:
 logging.getLogger("dspy_mlflow_async").addFilter(MaskingFilter())
 
 
-@dataclass(frozen=True, slots=True)
+class Shown(NamedTuple):
+    """Form in which a value is shown on a span.
+
+    Attributes:
+        text: Its JSON text; None where it holds what MLflow may take for media.
+        with_media: Its plain form there, with all of that.
+    """
+
+    text: str | None
+    with_media: Any = None
+
+
 class Door:
     """Redaction, masking and bounds by the settings of one tracer, for each kind of value that is stored.
 
@@ -62,7 +73,10 @@ class Door:
         settings: The tracer's, with the request's own redaction.
     """
 
-    settings: Settings = _DEFAULTS
+    __slots__ = ("settings",)
+
+    def __init__(self, settings: Settings = _DEFAULTS) -> None:
+        self.settings = settings
 
     @classmethod
     def here(cls, settings: Settings | None = None) -> Door:
@@ -93,6 +107,21 @@ class Door:
             media=media,
             contents=self.settings.mask_contents,
         )
+
+    def shown(self, value: Any, *, secrets: bool = False) -> Shown:
+        """Redact, mask and bound a value for a span.
+
+        Args:
+            value: Any value.
+            secrets: Whether what has the name of a secret is masked everywhere.
+        """
+        if self.settings.redact is None and self.settings.mask_contents:
+            text = unchanged_text(value, self.settings.max_value_bytes, secrets=secrets)
+            if text is not None:
+                return Shown(text)
+        plain = self.plain(secrets=secrets, media=True)
+        shown = plain(value)
+        return Shown(None, shown) if plain.has_attachments else Shown(plain.encode(shown))
 
     def text(self, value: Any, most: int, *, name: str = "") -> str:
         """Convert a value to text of so many characters at most.

@@ -19,14 +19,19 @@ from dspy_mlflow_async.seams.dspy import CUSTOM_TYPE_END_IDENTIFIER, CUSTOM_TYPE
 SHORT = 1024  # characters; less of a medium is shown as it is where it cannot be attached
 
 # Below these keys, MLflow takes base64 for media: see LiveSpan._try_convert_structured_content.
-_ATTACHMENT_KEYS = frozenset({"data", "b64_json", "bytes", "file_data", "result"})
+ATTACHMENT_KEYS = frozenset({"data", "b64_json", "bytes", "file_data", "result"})
 _DATA_URI = re.compile(r"data:[\w.+/;=-]{0,200}?;base64,[A-Za-z0-9+/=_-]*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=_-]*")
 
 
 def may_be_attached(text: str, key: str | None) -> bool:
     """Return whether MLflow may recognise a text, which stands below this key, as a medium."""
-    return key in _ATTACHMENT_KEYS or is_data_uri(text)
+    return key in ATTACHMENT_KEYS or is_data_uri(text)
+
+
+def may_hold_media(text: str) -> bool:
+    """Return False only for a text in which nothing is a medium, unless it stands below a key that tells so."""
+    return CUSTOM_TYPE_START_IDENTIFIER in text or ";base64," in text
 
 
 def is_data_uri(text: str) -> bool:
@@ -73,7 +78,7 @@ def _loaded(content: str) -> list[Any] | None:
 def _has_media(value: Any, key: str | None = None) -> bool:
     if isinstance(value, dict):
         return any(_has_media(item, name) for name, item in value.items())
-    return isinstance(value, str) and (is_data_uri(value) or (key in _ATTACHMENT_KEYS and _is_base64(value)))
+    return isinstance(value, str) and (is_data_uri(value) or (key in ATTACHMENT_KEYS and _is_base64(value)))
 
 
 def _with_data_uri(block: Any) -> Any:
@@ -90,7 +95,7 @@ def _is_base64(text: str) -> bool:
 
 def in_few_words(text: str, key: str | None = None) -> str:
     """Replace each medium in a text by its type, its size and a hash of its bytes."""
-    if key in _ATTACHMENT_KEYS and _is_base64(text):
+    if key in ATTACHMENT_KEYS and _is_base64(text):
         return _told("base64", text)
     if len(text) <= SHORT or ";base64," not in text:
         return text

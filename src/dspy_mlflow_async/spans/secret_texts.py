@@ -30,7 +30,7 @@ from dspy_mlflow_async.spans.secret_patterns import SHORTEST_TOKEN, TOKENS
 
 MARGIN = 4096  # characters behind a bound that are looked at, so that a secret which it splits is known for one
 _CHUNK = 16_384  # characters that one pass in C may take while other threads wait
-_KEPT_SHORT, _KEPT_LONG = 256, 32_768  # characters of the texts whose result is kept
+KEPT_SHORT, KEPT_LONG = 256, 32_768  # characters of the texts whose result is kept
 
 
 def mask(text: str) -> str:
@@ -38,9 +38,9 @@ def mask(text: str) -> str:
     size = len(text)
     if size < SHORTEST:
         return text
-    if size <= _KEPT_SHORT:
+    if size <= KEPT_SHORT:
         return masked_short(text)
-    return masked_long(text) if size <= _KEPT_LONG else masked(text)
+    return masked_long(text) if size <= KEPT_LONG else masked(text)
 
 
 def mask_beginning(text: str, most: int) -> str:

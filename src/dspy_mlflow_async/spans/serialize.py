@@ -20,19 +20,13 @@ from dspy_mlflow_async.spans.safe_inspection import beginning_of_text, behind, c
 from dspy_mlflow_async.spans.secret_names import MASK, is_secret, mask_in_text, names_secret
 from dspy_mlflow_async.spans.secret_patterns import SHORTEST_TOKEN
 from dspy_mlflow_async.spans.secret_texts import MARGIN, mask
+from dspy_mlflow_async.spans.unchanged import GUARDED_KEYS, MAX_DEPTH
 
 CIRCULAR = "[circular]"
-MAX_DEPTH = 200
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SHORT = 64  # characters
 _LARGE = 10_000  # bits; Python refuses to write integers of more than 4,300 digits
-
-# Below these, secrets are masked whatever the span: HTTP headers, and the LM arguments that modules hand on.
-_GUARDED_KEYS = frozenset({
-    *("headers", "Headers", "extra_headers", "default_headers", "http_headers"),
-    *("config", "lm", "lm_kwargs", "model_list"),
-})  # fmt: skip
 
 
 def dump(value: Any) -> str:
@@ -217,7 +211,7 @@ class Plain:
             elif item is None and is_open:
                 plain[name] = None
             else:
-                plain[name] = self._plain(item, secrets=secrets or name in _GUARDED_KEYS, key=name)
+                plain[name] = self._plain(item, secrets=secrets or name in GUARDED_KEYS, key=name)
         return plain
 
     def _sequence(self, value: Any, secrets: bool) -> list[Any]:
@@ -244,7 +238,7 @@ class Plain:
         if secrets and item is not None and is_secret(name):
             self.has_secrets = True
             return MASK
-        return self._plain(item, secrets=secrets or name in _GUARDED_KEYS, key=name)
+        return self._plain(item, secrets=secrets or name in GUARDED_KEYS, key=name)
 
     def _is_secret_pair(self, item: Any) -> bool:
         if len(item) != 2 or item[1] is None or not names_secret(item[0]):  # noqa: PLR2004 - a name and its value

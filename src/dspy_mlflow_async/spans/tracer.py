@@ -107,11 +107,10 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     before = current_context()
     where, parent, enclosing = _parent(before, frame)
     root = enclosing.span.root if enclosing is not None and parent is not None else None
-    plain = Door(settings).plain(secrets=description.has_secrets, media=True)
-    inputs = plain(description.inputs)
+    inputs = Door(settings).shown(description.inputs, secrets=description.has_secrets)
     attributes = _attributes(description, settings)
-    if not plain.has_attachments:
-        attributes[SpanAttributeKey.INPUTS] = plain.encode(inputs)
+    if inputs.text is not None:
+        attributes[SpanAttributeKey.INPUTS] = inputs.text
     span = start_span(description.name, description.span_type, where, parent, root, attributes)
     if span is None:
         return None
@@ -121,8 +120,8 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     scope = SpanScope(span, before, settings, enclosing.ledger if enclosing is not None else None)
     frames.enter(call_id, scope)
     scope.enter()
-    if plain.has_attachments:
-        attributes[SpanAttributeKey.INPUTS] = _without_media(span, inputs, settings)
+    if inputs.text is None:
+        attributes[SpanAttributeKey.INPUTS] = _without_media(span, inputs.with_media, settings)
         span.otel.set_attribute(SpanAttributeKey.INPUTS, attributes[SpanAttributeKey.INPUTS])
     example: Observer | None = frame.example if frame is not None else None
     if example is not None:
@@ -310,10 +309,11 @@ def _encoded_before(
 def _end_attributes(scope: SpanScope, outputs: Any) -> dict[str, str]:
     attributes: dict[str, str] = {}
     if outputs is not None:
-        plain = Door(scope.settings).plain(media=True)
-        shown = plain(outputs if scope.show_outputs is None else scope.show_outputs(outputs))
+        text, with_media = Door(scope.settings).shown(
+            outputs if scope.show_outputs is None else scope.show_outputs(outputs)
+        )
         attributes[SpanAttributeKey.OUTPUTS] = (
-            _without_media(scope.span, shown, scope.settings) if plain.has_attachments else plain.encode(shown)
+            _without_media(scope.span, with_media, scope.settings) if text is None else text
         )
     if scope.usage is not None:
         for key, value in scope.usage.attributes(outputs).items():
