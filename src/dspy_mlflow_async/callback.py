@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from dspy_mlflow_async import hooks
 from dspy_mlflow_async.context import frame as frames
-from dspy_mlflow_async.guard import guarded
+from dspy_mlflow_async.guard import guarded, place_of, report
 from dspy_mlflow_async.runs.compile import Compile
 from dspy_mlflow_async.runs.evaluation import ALWAYS_LOGGED, Evaluation
 from dspy_mlflow_async.runs.handle import run_status
@@ -32,15 +32,16 @@ def _begins(handler: _Handler) -> _Handler:
 
     DSPy calls start handlers before its ``try``: no end would come.
     """
-    guarded_handler, end = guarded(handler), handler.__name__.replace("_start", "_end")
+    place, end = place_of(handler), handler.__name__.replace("_start", "_end")
 
     @functools.wraps(handler)
     def start(self: Any, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         try:
-            guarded_handler(self, call_id, instance, inputs)
+            handler(self, call_id, instance, inputs)
+        except Exception as error:  # noqa: BLE001 - as by `guarded`, without another call
+            report(place, error)
         except BaseException as error:
-            if not isinstance(error, Exception):
-                getattr(self, end)(call_id, None, error)
+            getattr(self, end)(call_id, None, error)
             raise
 
     return cast("_Handler", start)

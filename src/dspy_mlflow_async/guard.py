@@ -75,9 +75,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=start_afresh)
 
 
+def place_of(function: Callable[..., Any]) -> str:
+    """Return the name under which errors in a function are counted."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def guarded(function: _Function) -> _Function:
     """Make ``function`` return None instead of raising an ``Exception``; everything else passes."""
-    place = f"{function.__module__}.{function.__qualname__}"
+    place = place_of(function)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

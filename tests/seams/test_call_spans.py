@@ -33,7 +33,7 @@ class Recorder(SpanProcessor):
         self.ended = []
 
     def call_started(self, span):
-        register(span, "tr-1", mlflow.tracing.trace_manager._Trace(None))
+        return register(span, "tr-1", mlflow.tracing.trace_manager._Trace(None))
 
     def call_ended(self, span):
         self.ended.append(span)
@@ -65,7 +65,7 @@ def calls(traces, monkeypatch):
 
 def pair(calls, above=None):
     """A span of ours, and one that the SDK has made of the same facts."""
-    ours = calls.begin("call", above)
+    ours = calls.begin("call", above).span
     theirs = ReadableSpan.__new__(type(calls.tracer.start_span("other", record_exception=True)))
     Span.__init__(
         theirs,
@@ -107,9 +107,9 @@ def test_a_span_of_a_call_is_one_of_the_sdk(calls):
 def test_ids_are_as_the_sdk_makes_them(calls):
     """The flags of a root are those of its tracer, and a child has its trace, its flags and its state."""
     probe = calls.tracer.start_span("probe").get_span_context()
-    root = calls.begin("root", None)
-    child = calls.begin("child", root)
-    below = calls.begin("below", child)
+    root = calls.begin("root", None).span
+    child = calls.begin("child", root).span
+    below = calls.begin("below", child).span
 
     assert (probe.trace_flags, probe.trace_state, False) == (
         root.get_span_context().trace_flags,
@@ -125,7 +125,7 @@ def test_ids_are_as_the_sdk_makes_them(calls):
 def test_under_a_span_of_the_sdk(calls):
     """One below somebody else's span has its trace, its flags and its state."""
     theirs = calls.tracer.start_span("theirs")
-    ours = calls.begin("call", theirs)
+    ours = calls.begin("call", theirs).span
 
     assert theirs.get_span_context() == ours.parent
     assert theirs.context.trace_id == ours.context.trace_id
@@ -183,7 +183,7 @@ def refuses(attributes):
 
 def test_a_span_ends_once(calls):
     """Of threads that end it at once, one does; what can be written after that is what the SDK lets anybody write."""
-    span = calls.begin("call", None)
+    span = calls.begin("call", None).span
     attributes = span._attributes
     together = threading.Barrier(4, timeout=10)
 
@@ -214,7 +214,7 @@ def test_two_threads_get_the_same_parts(calls):
         found.append([id(getattr(span, name)) for name in ("_lock", "_events", "_links", "_attributes", "_context")])
 
     for _ in range(20):
-        span = calls.begin("call", None)
+        span = calls.begin("call", None).span
         threads = [threading.Thread(target=ask, args=(span,)) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -227,8 +227,7 @@ def test_two_threads_get_the_same_parts(calls):
 
 def test_mlflows_span_of_a_call(calls):
     """It is one of MLflow's live spans, with the same parts, texts and refusals."""
-    ours = calls.begin("call", None)
-    live = ours.live
+    live = calls.begin("call", None).live
     theirs = create_mlflow_span(pair(calls)[1], "tr-1")
 
     assert isinstance(live, LiveSpan)
@@ -316,7 +315,7 @@ def test_the_sdks_own_where_others_listen():
 
 def test_who_comes_to_listen_in_the_middle_of_a_call(calls):
     """A span that began before is told to all who listen when it ends, as the SDK would."""
-    span = calls.begin("call", None)
+    span = calls.begin("call", None).span
     told = []
 
     class Listener(SpanProcessor):

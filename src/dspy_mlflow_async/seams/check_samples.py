@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dspy_mlflow_async.seams.own_ids import probe_span, provider_of_probes
-
 
 def instance_of(path: str) -> Any | None:
     """Make an instance of the class at ``module:Class``; None where that is not to be had without a store."""
@@ -17,10 +15,16 @@ def instance_of(path: str) -> Any | None:
         return None
 
 
+def _open_span() -> Any:
+    from dspy_mlflow_async.seams.own_ids import probe_span
+
+    return probe_span()
+
+
 def _span() -> Any:
     from mlflow.entities.span import create_mlflow_span
 
-    return create_mlflow_span(probe_span(), "tr-probe")
+    return create_mlflow_span(_open_span(), "tr-probe")
 
 
 def _manager() -> Any:
@@ -42,6 +46,12 @@ def _attachment() -> Any:
     from mlflow.tracing.attachments import Attachment
 
     return Attachment(content_type="text/plain", content_bytes=b"")
+
+
+def _provider() -> Any:
+    from dspy_mlflow_async.seams.own_ids import provider_of_probes
+
+    return provider_of_probes()
 
 
 def _processors() -> Any:
@@ -70,8 +80,8 @@ _MAKERS: dict[str, Callable[[], Any]] = {
     "mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor": _processor,
     "mlflow.tracing.trace_manager:InMemoryTraceManager": _manager,
     "opentelemetry.attributes:BoundedAttributes": _attributes,
-    "opentelemetry.sdk.trace:ReadableSpan": probe_span,
+    "opentelemetry.sdk.trace:ReadableSpan": _open_span,
     "opentelemetry.sdk.trace:SynchronousMultiSpanProcessor": _processors,
-    "opentelemetry.sdk.trace:TracerProvider": provider_of_probes,
+    "opentelemetry.sdk.trace:TracerProvider": _provider,
     "opentelemetry.util._once:Once": _once,
 }

@@ -437,6 +437,7 @@ SEAMS: tuple[Seam, ...] = (
         is_feature=True,
         shape=".encode",
     ),
+    Seam("opentelemetry.context:_RUNTIME_CONTEXT", _CONTEXT, shape=".get_current", is_optional=True),
     Seam("opentelemetry.sdk.trace:TracerProvider._active_span_processor", _EXPORT, shape=".on_start"),
     Seam("opentelemetry.sdk.trace:SynchronousMultiSpanProcessor._span_processors", _EXPORT, shape=".__iter__"),
     Seam("opentelemetry.sdk.trace:ReadableSpan._attributes", _SPANS, shape=".get"),

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.entities import Span as MlflowSpan
 from mlflow.entities.span import LiveSpan, _SpanAttributesRegistry
@@ -45,22 +45,22 @@ class CallSpan(Span):
         trace_number: OpenTelemetry's id of its trace.
         number: OpenTelemetry's id of it.
         recorded: Its attributes.
-        live: MLflow's span of it, from when it is known there until whoever has begun it takes it.
         is_shown: Whether a part of it has been made.
+        trace: What follows its trace, for whoever follows one.
     """
 
     __slots__ = (
         *("_end_time", "is_open", "_name", "_start_time", "_status"),
-        *("above", "begun_by", "is_shown", "live", "number", "recorded", "trace_number"),
+        *("above", "begun_by", "is_shown", "number", "recorded", "trace", "trace_number"),
     )
 
     above: Any
     begun_by: CallTracer
     is_open: bool
     is_shown: bool
-    live: Any
     number: int
     recorded: dict[str, Any]
+    trace: Any
     trace_number: int
 
     _kind = SpanKind.INTERNAL
@@ -102,6 +102,14 @@ class CallSpan(Span):
             self._status = status
         else:
             super().set_status(status, description)
+
+    def finish(self, attributes: Mapping[str, str], status: Status) -> None:
+        """Record what is known at the end, and how it went; a status that is OK stays."""
+        self.recorded.update(attributes)
+        if self._status is _UNSET:
+            self._status = status
+        else:
+            self.set_status(status)
 
     def end(self, end_time: int | None = None) -> None:
         """End the span. Ending it twice does nothing."""
@@ -192,11 +200,14 @@ def live_call_span(span: CallSpan, trace_id: str) -> LiveSpan:
     """Make MLflow's span of a call."""
     live: LiveSpan = object.__new__(CallLiveSpan)
     live._span = span
-    above = span.above
-    quoted = above.recorded.get(SpanAttributeKey.REQUEST_ID) if type(above) is CallSpan else None
-    span.recorded[SpanAttributeKey.REQUEST_ID] = quoted or f'"{trace_id}"'
-    span.recorded[SpanAttributeKey.SPAN_TYPE] = "null"
+    above, recorded = span.above, span.recorded
+    quoted = above.recorded.get(_REQUEST_ID) if type(above) is CallSpan else None
+    recorded[_REQUEST_ID] = quoted or f'"{trace_id}"'
+    recorded[_SPAN_TYPE] = "null"
     return live
+
+
+_REQUEST_ID, _SPAN_TYPE = SpanAttributeKey.REQUEST_ID, SpanAttributeKey.SPAN_TYPE
 
 
 def with_plain_span(still: MlflowSpan) -> MlflowSpan:
@@ -214,6 +225,18 @@ def attachments_of(span: Any) -> Mapping[str, Any]:
     return held
 
 
+class BegunCall(NamedTuple):
+    """Span that has begun.
+
+    Attributes:
+        span: The SDK's.
+        live: MLflow's, as far as a processor of ours has made it known there.
+    """
+
+    span: CallSpan
+    live: LiveSpan | None
+
+
 class CallTracer:
     """Begins the spans of calls in the place of one of the SDK's tracers, where nobody could tell.
 
@@ -222,17 +245,18 @@ class CallTracer:
         limits: Its bounds for spans.
     """
 
-    __slots__ = ("_begins_traces", "_new_number", "_new_trace_number", "_processors", "limits", "tracer")
+    __slots__ = (*("_begins_traces", "_known", "_new_number", "_new_trace_number", "_processors", "limits", "tracer"),)
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
         self.limits = tracer._span_limits
         self._processors: Any = tracer.span_processor
+        self._known: tuple[Any, Any] = (None, None)  # the processors that were there last, and the one that takes calls
         self._begins_traces = _takes_each_trace(tracer.sampler)
         self._new_number = tracer.id_generator.generate_span_id
         self._new_trace_number = tracer.id_generator.generate_trace_id
 
-    def begin(self, name: str, above: Any | None) -> CallSpan | None:
+    def begin(self, name: str, above: Any | None) -> BegunCall | None:
         """Begin a span; None where that is for the SDK, since a sampler decides, or others listen.
 
         Args:
@@ -243,13 +267,13 @@ class CallTracer:
         if processor is None or not (self._may_begin_trace() if above is None else is_sampled(above)):
             return None
         span = object.__new__(CallSpan)
-        span.begun_by, span.above, span.recorded, span.is_shown, span.live = self, above, {}, False, None
+        span.begun_by, span.above, span.recorded, span.is_shown = self, above, {}, False
         span._name, span._status, span._end_time, span.is_open = name, _UNSET, None, True
+        span.trace = None
         span.trace_number = self._new_trace_number() if above is None else trace_number_of(above)
         span.number = self._new_number()
         span._start_time = time.time_ns()
-        processor.call_started(span)
-        return span
+        return BegunCall(span, processor.call_started(span))
 
     def end(self, span: CallSpan) -> None:
         """Tell those who listen of the end of a span."""
@@ -262,7 +286,11 @@ class CallTracer:
     def _listener(self) -> Any | None:
         """Return the one processor there is, if it takes calls."""
         listening = self._processors._span_processors
-        return listening[0] if len(listening) == 1 and getattr(listening[0], "takes_calls", False) else None
+        known, processor = self._known
+        if known is not listening:
+            processor = listening[0] if len(listening) == 1 and hasattr(listening[0], "takes_calls") else None
+            self._known = listening, processor
+        return processor if processor is not None and processor.takes_calls else None
 
     def _may_begin_trace(self) -> bool:
         return self._begins_traces and _SAMPLING_RATIO_OVERRIDE.get() is None

@@ -85,22 +85,24 @@ def attributes_of(span: Any) -> Mapping[str, Any]:
     return held._dict if _has_open_dict and isinstance(held, BoundedAttributes) else held or {}
 
 
-def register(span: Span, trace_id: str, trace: Any) -> None:
-    """Make MLflow know a span that began in ``trace``, as ``BaseMlflowSpanProcessor.on_start`` does."""
+def register(span: Span, trace_id: str, trace: Any) -> LiveSpan:
+    """Make MLflow know a span that began in ``trace``, as ``BaseMlflowSpanProcessor.on_start`` does.
+
+    Returns:
+        MLflow's span of it.
+    """
     if type(span) is CallSpan:
-        live = span.live = live_call_span(span, trace_id)
+        live, span_id = live_call_span(span, trace_id), f"{span.number:016x}"
     else:
-        live = span.__dict__[_LIVE] = live_span(span, trace_id)
-    span_id = format_span_id(number_of(span))
+        live, span_id = live_span(span, trace_id), format_span_id(number_of(span))
+        span.__dict__[_LIVE] = live
     with InMemoryTraceManager.get_instance()._lock:
         trace.span_dict[span_id] = live
+    return live
 
 
 def live_span_of(span: Span) -> LiveSpan | None:
-    """Return MLflow's span for one that has begun, without its trace manager; None where that must be asked."""
-    if type(span) is CallSpan:
-        live, span.live = span.live, None  # lest one keeps the other alive
-        return live
+    """Return MLflow's span for one that an SDK has begun, without its trace manager; None where that must be asked."""
     return span.__dict__.get(_LIVE)
 
 

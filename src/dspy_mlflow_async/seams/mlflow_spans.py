@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import mlflow.tracing.provider as trace_provider
@@ -18,11 +19,13 @@ from mlflow.tracing.utils import encode_span_id
 from mlflow.tracing.utils.processor import apply_span_processors
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel
+from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Span as OtelSpan
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_call_span import (
+    BegunCall,
     CallSpan,
     CallTracer,
     call_tracer,
@@ -54,6 +57,7 @@ EXCLUDE_LM_PARAMS: Any = taken(
     frozenset(("api_key", "api_base", "azure_ad_token", "client_secret", "azure_password", "extra_headers", "headers")),
 )
 set_span_cost_attribute = taken("mlflow.tracing.utils:set_span_cost_attribute")
+_LOG_LEVEL = getattr(SpanAttributeKey, "LOG_LEVEL", "mlflow.spanLogLevel")
 _ERROR_LEVEL = "40"  # mlflow.entities.span_log_level.SpanLogLevel.ERROR
 
 
@@ -141,6 +145,17 @@ def context_of(metadata: Mapping[str, str], tags: Mapping[str, str], enabled: bo
 
 
 INVALID_SPAN = otel.INVALID_SPAN
+# Under this key a context has its span; as OpenTelemetry makes it, with a random end.
+_SPAN_KEY = next(iter(otel.set_span_in_context(INVALID_SPAN, Context())))
+
+
+def _variable_of_opentelemetry() -> Any:
+    """Return what has OpenTelemetry's own context in it, read without the detours of its API."""
+    variable = getattr(taken("opentelemetry.context:_RUNTIME_CONTEXT"), "_current_context", None)
+    return variable if isinstance(variable, ContextVar) else OPENTELEMETRY_CONTEXT
+
+
+_get_shared = _variable_of_opentelemetry().get
 
 
 class TracingContext(NamedTuple):
@@ -161,8 +176,9 @@ class TracingContext(NamedTuple):
 
 def current_context() -> TracingContext:
     """Return MLflow's tracing context at this point."""
-    isolated, runtime, shared = is_isolated(), RUNTIME_CONTEXT.get(), otel_context.get_current()
-    return TracingContext(isolated, runtime, shared, otel.get_current_span(runtime if isolated else shared))
+    isolated, runtime, shared = is_isolated(), RUNTIME_CONTEXT.get(), _get_shared()
+    span = (runtime if isolated else shared).get(_SPAN_KEY, INVALID_SPAN)
+    return TracingContext(isolated, runtime, shared, span if isinstance(span, otel.Span) else INVALID_SPAN)
 
 
 def attach(span: Any, before: TracingContext) -> None:
@@ -175,7 +191,7 @@ def attach(span: Any, before: TracingContext) -> None:
     if not before.is_isolated:
         otel_context.attach(otel.set_span_in_context(span, before.shared))
         return
-    RUNTIME_CONTEXT.set(otel.set_span_in_context(span, before.runtime))
+    RUNTIME_CONTEXT.set(Context({**before.runtime, _SPAN_KEY: span}))
     if propagates_to_opentelemetry():
         otel_context.attach(otel.set_span_in_context(span, before.shared))
 
@@ -183,7 +199,7 @@ def attach(span: Any, before: TracingContext) -> None:
 def reattach(before: TracingContext) -> None:
     """Make current again, by value, what ``attach`` or ``detach`` has replaced."""
     RUNTIME_CONTEXT.set(before.runtime)
-    if otel_context.get_current() is not before.shared:
+    if _get_shared() is not before.shared:
         otel_context.attach(before.shared)
 
 
@@ -318,19 +334,19 @@ def start_span(
         The span; what stands for it where the sampler left it out; None where MLflow records none here (tracing
         disabled, trace timed out).
     """
-    span = _call_span(name, where, parent) if tracer is None else None
-    if span is not None:
-        return _open(span, span_type, root, attributes)
+    begun = _begin_call(name, where, parent) if tracer is None else None
+    if begun is not None:
+        return _open(begun.span, begun.live, span_type, root, attributes)
     context = where.runtime if where.is_isolated else where.shared
     if parent is not None and where.span is not parent:
         context = otel.set_span_in_context(parent, context)
     span = (tracer or current_tracer(where)).start_span(name, context)
     if not span.is_recording():
         return Unsampled(span) if span.get_span_context().is_valid else None
-    return _open(span, span_type, root, attributes)
+    return _open(span, live_span_of(span), span_type, root, attributes)
 
 
-def _call_span(name: str, where: TracingContext, parent: Any | None) -> CallSpan | None:
+def _begin_call(name: str, where: TracingContext, parent: Any | None) -> BegunCall | None:
     """Begin the span of a call in the place of MLflow's tracer; None where that must do so itself."""
     if DISABLED.get() or not where.is_isolated or (parent is None and where.span is not INVALID_SPAN):
         return None
@@ -339,10 +355,11 @@ def _call_span(name: str, where: TracingContext, parent: Any | None) -> CallSpan
     return calls.begin(name, parent) if calls is not None and calls.tracer is tracer else None
 
 
-def _open(span: Any, span_type: str, root: Any | None, attributes: dict[str, str]) -> OpenSpan | None:
-    live = live_span_of(span) or _registered(span)
+def _open(span: Any, live: Any | None, span_type: str, root: Any | None, attributes: dict[str, str]) -> OpenSpan | None:
     if live is None:
-        return None
+        live = _registered(span)
+        if live is None:
+            return None
     attributes[SpanAttributeKey.SPAN_TYPE] = _quoted(span_type)
     write(span, attributes)
     if root is None:
@@ -394,13 +411,16 @@ def finish_span(
         return
     if span.level is not None:
         if event is not None:
-            attributes[SpanAttributeKey.LOG_LEVEL] = _ERROR_LEVEL
-        elif SpanAttributeKey.LOG_LEVEL not in attributes_of(recording):  # the user may have set one
-            attributes[SpanAttributeKey.LOG_LEVEL] = span.level
-    write(recording, attributes)
-    if event is not None:
-        recording.add_event("exception", event)
-    recording.set_status(status)
+            attributes[_LOG_LEVEL] = _ERROR_LEVEL
+        elif _LOG_LEVEL not in attributes_of(recording):  # the user may have set one
+            attributes[_LOG_LEVEL] = span.level
+    if event is None and type(recording) is CallSpan:
+        recording.finish(attributes, status)
+    else:
+        write(recording, attributes)
+        if event is not None:
+            recording.add_event("exception", event)
+        recording.set_status(status)
     if SpanAttributeKey.CHAT_USAGE in attributes and set_span_cost_attribute and computes_cost():
         set_span_cost_attribute(span.live)
     if get_config().span_processors:  # asked here, since it imports that anew for each span

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlflow.entities import Span
+from mlflow.entities import Span, TraceInfo
 from mlflow.entities.trace_location import TraceLocation
 from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
 from mlflow.tracing.attachments import Attachment
@@ -47,6 +47,7 @@ __all__ = [
     "finished_span",
     "generate_assessment_id",
     "has_attachments",
+    "is_call",
     "is_evaluating",
     "is_root",
     "is_sampled",
@@ -63,6 +64,7 @@ __all__ = [
     "usage_of_trace",
     "wants_async",
     "weigh",
+    "without_contents",
     "workspace_of",
 ]
 
@@ -134,6 +136,15 @@ def move_to_experiment(operation: Any, experiment_id: str) -> None:
         info.trace_location = TraceLocation.from_experiment_id(experiment_id)
 
 
+def without_contents(info: TraceInfo) -> TraceInfo:
+    """Return what tells of which trace this is, without what it says."""
+    bare: TraceInfo = object.__new__(type(info))
+    bare.__dict__.update(info.__dict__)
+    bare.request_preview = bare.response_preview = None
+    bare.trace_metadata, bare.tags, bare.assessments = {}, {}, []
+    return bare
+
+
 def ended_root(trace: _Trace) -> ReadableSpan | None:
     """Return OpenTelemetry's root span of a trace, which MLflow's span keeps to itself; None while it is open."""
     root = next((span for span in list(trace.span_dict.values()) if is_root(span._span)), None)
@@ -156,10 +167,11 @@ def weigh(spans: Iterable[Any]) -> int:
     """Return about how many bytes these spans hold."""
     size = 0
     for span in spans:
-        size += _CALL_BYTES if is_call(span._span) else _SPAN_BYTES
-        size += sum(map(sys.getsizeof, tuple(attributes_of(span._span).values())))
-        for attachment in attachments_of(span).values():
-            size += len(attachment.content_bytes)
+        recorded = span._span
+        size += _CALL_BYTES if is_call(recorded) else _SPAN_BYTES
+        size += sum(map(sys.getsizeof, (*attributes_of(recorded).values(),)))
+        if attachments := attachments_of(span):
+            size += sum(len(attachment.content_bytes) for attachment in attachments.values())
     return size
 
 

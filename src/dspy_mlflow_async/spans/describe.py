@@ -21,6 +21,7 @@ from dspy_mlflow_async.spans.signatures import texts_of
 
 _HASHED = 32_768  # characters of the beginning, and of the end, of a demo's field by which a program is named
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_NO_CLASSES = _SCALARS | {dict, list, tuple}
 FINISH_TOOL = "finish"  # DSPy's sign that an agent is done, not a tool of the user's
 
 
@@ -221,10 +222,12 @@ def _module_attributes(instance: Any) -> dict[str, Any]:
 
 def _unpack(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with those of ``**kwargs`` beside them; signatures as text, which is their readable form."""
-    merged = {key: value for key, value in inputs.items() if key != "kwargs"}
-    merged.update(inputs.get("kwargs") or {})
+    merged = dict(inputs)
+    others = merged.pop("kwargs", None)
+    if others:
+        merged.update(others)
     for key, value in merged.items():
-        if issubclass(type(value), type) and issubclass(value, dspy.Signature):
+        if type(value) not in _NO_CLASSES and issubclass(type(value), type) and issubclass(value, dspy.Signature):
             merged[key] = texts_of(value).full
     return merged
 

@@ -44,6 +44,7 @@ from dspy_mlflow_async.spans.usage import Ledger
 
 _OK = Status(StatusCode.OK)
 _KEPT = 4096  # characters of a text whose JSON is kept for other calls
+_KEYS, _SIMPLE = frozenset({str}), frozenset({str, int, float, bool, type(None)})
 _OUTCOMES = {outcome: dump(outcome) for outcome in (outcomes.OK, outcomes.LATE)}
 
 
@@ -123,16 +124,27 @@ def start(call_id: str, description: Description, settings: Settings) -> SpanSco
     if inputs.text is None:
         attributes[SpanAttributeKey.INPUTS] = _without_media(span, inputs.with_media, settings)
         span.otel.set_attribute(SpanAttributeKey.INPUTS, attributes[SpanAttributeKey.INPUTS])
-    example: Observer | None = frame.example if frame is not None else None
+    if frame is not None and (frame.example is not None or request is not None):
+        _tell(scope, frame.example, request, enclosing, attributes)
+    return scope
+
+
+def _tell(
+    scope: SpanScope,
+    example: Observer | None,
+    request: RequestObserver | None,
+    enclosing: SpanScope | None,
+    attributes: Mapping[str, str],
+) -> None:
+    """Tell the example and the request around here of a span that has begun."""
     if example is not None:
-        example.on_span_start(span)
+        example.on_span_start(scope.span)
     if request is not None:
-        request.on_span_start(span)
+        request.on_span_start(scope.span)
         scope.request = request
         if enclosing is None or enclosing.request is not request:
             scope.told = request
-            request.call_started(span, attributes.get(SpanAttributeKey.INPUTS))
-    return scope
+            request.call_started(scope.span, attributes.get(SpanAttributeKey.INPUTS))
 
 
 def count_only(call_id: str, usage: Usage) -> None:
@@ -220,6 +232,8 @@ def _parent(where: TracingContext, frame: frames.Frame | None) -> tuple[TracingC
         where: What MLflow takes for current.
         frame: Our innermost frame.
     """
+    if frame is not None and (scope := _current_scope(frame, where)) is not None:
+        return where, where.span, scope
     while frame is not None and _is_left_behind(frame):
         if where.span is frame.scope.span.otel:
             where = frame.scope.before
@@ -234,6 +248,20 @@ def _parent(where: TracingContext, frame: frames.Frame | None) -> tuple[TracingC
     if enclosing is not None:
         return where, enclosing.span.otel, enclosing
     return without_span(where), None, None
+
+
+def _current_scope(frame: frames.Frame, where: TracingContext) -> SpanScope | None:
+    """Return the scope of our innermost frame where its span is current, and both are open: in nearly every call."""
+    scope = frame.scope
+    if (
+        type(scope) is SpanScope
+        and scope.span.otel is where.span
+        and not scope.ended
+        and is_live(where.span)
+        and not _is_left_behind(frame)
+    ):
+        return scope
+    return None
 
 
 def _is_left_behind(frame: frames.Frame) -> bool:
@@ -281,18 +309,13 @@ def _encoded(given: Mapping[str, Any], settings: Settings, has_secrets: bool) ->
 
 def _marks(given: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Return what tells values apart that are equal; None where there is another than short texts and numbers."""
-    marks: list[Any] = []
-    for key, value in given.items():
-        kind = type(value)
-        if type(key) is not str:
-            return None
-        if kind is float:
-            marks.append(repr(value))  # 0.0 is -0.0
-        elif kind is bool or kind is int or value is None or (kind is str and len(value) <= _KEPT):
-            marks.append(kind)  # 1 is True
-        else:
-            return None
-    return tuple(marks)
+    values = given.values()
+    kinds = (*map(type, values),)  # 1 is True
+    if not (_SIMPLE.issuperset(kinds) and _KEYS.issuperset(map(type, given))):
+        return None
+    if any([len(value) > _KEPT for value in values if type(value) is str]):  # noqa: C419 - a generator costs more
+        return None
+    return (*kinds, *map(repr, values)) if float in kinds else kinds  # 0.0 is -0.0
 
 
 # A predictor and an LM have the same attributes in each of their calls, and traces that wait share their texts.

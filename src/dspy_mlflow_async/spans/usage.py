@@ -47,40 +47,42 @@ def token_usage(entries: Iterable[Usage]) -> dict[str, int]:
         nothing was reported.
     """
     total: dict[str, int] = {}
-
-    def add(key: str, count: int) -> None:
-        total[key] = total.get(key, 0) + count
-
     for usage in entries:
         inputs = _first_count(usage, "prompt_tokens", "input_tokens")  # OpenAI's two APIs; LiteLLM may give both
         outputs = _first_count(usage, "completion_tokens", "output_tokens")
         both = _count(usage.get("total_tokens"))
         if inputs is None and outputs is None and both is None:
             continue
-        add(TokenUsageKey.INPUT_TOKENS, inputs or 0)
-        add(TokenUsageKey.OUTPUT_TOKENS, outputs or 0)
-        add(TokenUsageKey.TOTAL_TOKENS, both or (inputs or 0) + (outputs or 0))
+        total[_INPUT] = total.get(_INPUT, 0) + (inputs or 0)
+        total[_OUTPUT] = total.get(_OUTPUT, 0) + (outputs or 0)
+        total[_TOTAL] = total.get(_TOTAL, 0) + (both or (inputs or 0) + (outputs or 0))
         details = _mapping(usage.get("prompt_tokens_details")) or _mapping(usage.get("input_tokens_details"))
         cached = _first_count(details, "cached_tokens") or _first_count(usage, "cache_read_input_tokens")
         if cached:
-            add(TokenUsageKey.CACHE_READ_INPUT_TOKENS, cached)
+            total[_READ] = total.get(_READ, 0) + cached
         written = _first_count(details, "cache_creation_tokens") or _first_count(usage, "cache_creation_input_tokens")
         if written:
-            add(TokenUsageKey.CACHE_CREATION_INPUT_TOKENS, written)
+            total[_WRITTEN] = total.get(_WRITTEN, 0) + written
     return total
+
+
+_INPUT, _OUTPUT, _TOTAL = TokenUsageKey.INPUT_TOKENS, TokenUsageKey.OUTPUT_TOKENS, TokenUsageKey.TOTAL_TOKENS
+_READ, _WRITTEN = TokenUsageKey.CACHE_READ_INPUT_TOKENS, TokenUsageKey.CACHE_CREATION_INPUT_TOKENS
 
 
 def _first_count(usage: Usage, *names: str) -> int | None:
     """The first of these that is a count."""
     for name in names:
-        count = _count(usage.get(name))
-        if count is not None:
+        value = usage.get(name)
+        if value is not None and (count := value if type(value) is int else _count(value)) is not None:
             return count
     return None
 
 
 def _count(value: Any) -> int | None:
     """A provider's count, if it is a number: some report flags, texts or NaN beside their counts."""
+    if type(value) is int:
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return int(value)
     return None

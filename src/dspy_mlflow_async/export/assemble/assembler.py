@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from dspy_mlflow_async.export.options import ExportOptions
 
 
+# Half of what MLflow's cache of open traces keeps, and of the seconds for which it does.
+_CROWD, _LONG = RECENT // 2, ABANDONED_AFTER / 2
+
+
 class Outlet(Protocol):
     """Destination of assembled traces."""
 
@@ -76,7 +80,7 @@ class TraceAssembler:
 
     def may_be_evicted(self, entry: OpenTrace) -> bool:
         """Return whether MLflow's cache of open traces (1,000, an hour) may have forgotten this one: it asks slowly."""
-        return len(self.entries) > RECENT // 2 or time.monotonic() - entry.began > ABANDONED_AFTER / 2
+        return len(self.entries) > _CROWD or time.monotonic() - entry.began > _LONG
 
     def before_child(self, otel_id: int) -> None:
         """Make sure that MLflow knows the trace of a child about to begin, evicted or handed on as it may be."""
@@ -236,11 +240,7 @@ class TraceAssembler:
             said = self._said.pop(entry.identity.trace_id, None)
             trace = entry.trace
             # The spans go with the operation; what stays behind must not keep them alive.
-            entry.trace = mlflow_traces.InMemoryTrace(
-                replace(
-                    trace.info, request_preview=None, response_preview=None, trace_metadata={}, tags={}, assessments=[]
-                )
-            )
+            entry.trace = mlflow_traces.InMemoryTrace(mlflow_traces.without_contents(trace.info))
             self.recent.add(entry)
         mlflow_traces.pop_trace(entry.identity.otel_id, entry.identity.trace_id)
         if entry.inherited is not None:
@@ -445,6 +445,7 @@ class TraceAssembler:
         """
         forgotten = [entry for entry in list(self.entries.values()) if entry.ended_at is None]
         for entry in forgotten:
+            entry.is_handed_on = True
             self.entries.pop(entry.identity.otel_id, None)
             self._by_trace_id.pop(entry.identity.trace_id, None)
         return len(forgotten)

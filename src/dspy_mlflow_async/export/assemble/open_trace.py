@@ -117,7 +117,7 @@ class OpenTrace:
         children: Which children that has left open.
         partial: What is shown of it meanwhile.
         sampling: Whether it is stored.
-        is_handed_on: Whether it is on its way to the store.
+        is_handed_on: Whether it is on its way to the store, or MLflow's again.
         is_sync: Whether its caller waits for the store.
         is_late: Whether it was handed on before, and is open again for spans that began after that.
         safe_copy: Where it lies on disk while it waits, with ``durable``.
@@ -150,6 +150,11 @@ class OpenTrace:
         self.is_handed_on = self.is_sync = self.is_late = False
         self.safe_copy: Reference | None = None
         self.inherited: frozenset[str] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether its root is open, in this process."""
+        return self.ended_at is None and self.inherited is None and not self.is_handed_on
 
 
 def named(assessment: Assessment, trace_id: str) -> Assessment:

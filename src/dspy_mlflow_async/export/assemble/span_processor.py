@@ -14,6 +14,7 @@ from dspy_mlflow_async.seams import mlflow_processor, mlflow_traces
 from dspy_mlflow_async.seams.mlflow_live import register
 
 if TYPE_CHECKING:
+    from mlflow.entities import LiveSpan
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import ReadableSpan, Span
 
@@ -104,6 +105,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
     def __init__(self, exporter: WholeTraceExporter, *, export_metrics: bool) -> None:
         super().__init__(span_exporter=exporter, export_metrics=export_metrics)
         self._pipeline = exporter.pipeline
+        self._may_take_calls = type(self) is WholeTraceProcessor and not self.records_metrics
         processors.add(self)
 
     @property
@@ -134,25 +136,35 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
     @property
     def takes_calls(self) -> bool:
         """Return whether spans of calls may begin and end here without the SDK's tracer."""
-        return type(self) is WholeTraceProcessor and not (self._pipeline.is_closed or self.records_metrics)
+        return self._may_take_calls and not self._pipeline.is_closed
 
-    def call_started(self, span: Any) -> None:
-        """Take the span of a call that began without the SDK's tracer."""
-        if mlflow_traces.is_root(span):
-            self._root_started(span)
-        else:
-            self._child_started(span, None)
+    def call_started(self, span: Any) -> LiveSpan | None:
+        """Take the span of a call that began without the SDK's tracer, and return MLflow's span of it."""
+        above = span.above
+        if above is None:
+            return self._root_started(span)
+        entry = above.trace if mlflow_traces.is_call(above) else None
+        if entry is None or not entry.is_open or self._pipeline.assembler.may_be_evicted(entry):
+            return self._child_started(span, None)
+        span.trace = entry
+        live = register(span, entry.identity.trace_id, entry.trace)
+        if entry.ended_at is not None:  # meanwhile
+            self._pipeline.assembler.child_started(entry.identity.otel_id, span.number)
+        return live
 
-    def _root_started(self, span: Span) -> None:
+    def _root_started(self, span: Any) -> LiveSpan | None:
         info = self.start_trace(span)
         if info is None:
-            return
+            return None
         entry = self._pipeline.assembler.entries.get(mlflow_traces.trace_number_of(span))
         trace = mlflow_traces.peek_trace(info.trace_id) if entry is None else entry.trace
-        if trace is not None:
-            register(span, info.trace_id, trace)
+        if trace is None:
+            return None
+        if mlflow_traces.is_call(span):
+            span.trace = entry
+        return register(span, info.trace_id, trace)
 
-    def _child_started(self, span: Span, parent_context: Context | None) -> None:
+    def _child_started(self, span: Any, parent_context: Context | None) -> LiveSpan | None:
         assembler, otel_id = self._pipeline.assembler, mlflow_traces.trace_number_of(span)
         entry = assembler.entries.get(otel_id)
         if entry is None or assembler.may_be_evicted(entry):
@@ -160,10 +172,11 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
             entry = assembler.entries.get(otel_id)
         if entry is None:  # a trace that was begun before us, or in another process
             super().on_start(span, parent_context)
-            return
-        register(span, entry.identity.trace_id, entry.trace)
+            return None
+        live = register(span, entry.identity.trace_id, entry.trace)
         if entry.ended_at is not None:
             assembler.child_started(otel_id, mlflow_traces.number_of(span))
+        return live
 
     @guarded
     def _before_child(self, span: Span) -> None:
@@ -179,8 +192,10 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         self._end(span)
 
     def call_ended(self, span: Any) -> None:
-        """Take the span of a call that ended; it was sampled."""
-        self.on_end(span)
+        """Take the span of a call that ended; it was sampled. While its root is open there is nothing to do."""
+        entry, span.trace = span.trace, None  # what waits keeps no more than it needs
+        if entry is None or span.above is None or not entry.is_open or self._pipeline.is_closed:
+            self.on_end(span)
 
     def _end(self, span: ReadableSpan) -> None:
         if self._pipeline.is_closed:
