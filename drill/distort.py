@@ -154,6 +154,11 @@ def functions_by_name() -> dict[str, list[FunctionType]]:
     return found
 
 
+def classes_of(roots: tuple[str, ...]) -> list[type]:
+    """All classes of these packages. No object is asked for its class: a lazy one would load what it stands for."""
+    return [each for each in gc.get_objects() if issubclass(type(each), type) and _is_of(each.__module__, roots)]
+
+
 def _renamed(code: CodeType, old: str, new: str) -> CodeType:
     return code.replace(
         co_names=tuple(new if name == old else name for name in code.co_names),
@@ -177,7 +182,7 @@ def _rename_attribute(cls: type, old: str, way: str) -> None:
         if _is_of(function.__module__, roots):
             function.__code__ = _renamed(function.__code__, old, new)
     _rename_in_late_modules(old, new, roots)
-    for each in [each for each in gc.get_objects() if isinstance(each, type) and _is_of(each.__module__, roots)]:
+    for each in classes_of(roots):
         if old in vars(each):
             _set(each, new, vars(each)[old])
     for each in cls.__mro__:

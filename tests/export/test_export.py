@@ -395,7 +395,7 @@ def test_nothing_stays_behind_in_memory(sqlite):
     assert 0 == len(InMemoryTraceManager.get_instance()._traces)
     assert 0 == len(InMemoryTraceManager.get_instance()._otel_id_to_mlflow_trace_id)
     assert 0 == len(assembler.entries)
-    kept = [each for each in gc.get_objects() if isinstance(each, OpenTrace) and each.identity.trace_id in ids]
+    kept = [each for each in gc.get_objects() if type(each) is OpenTrace and each.identity.trace_id in ids]
     assert 1000 == len(assembler.recent) == len(kept)
     assert all(assembler.recent.named(entry.identity.trace_id) is entry for entry in assembler.recent)
     assert all(not entry.trace.span_dict for entry in assembler.recent)

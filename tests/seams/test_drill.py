@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import dspy
 import mlflow
 import pytest
+from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
 import dspy_mlflow_async
+from drill.distort import classes_of
 from dspy_mlflow_async import fallback
 from dspy_mlflow_async.seams import check, listed
 from dspy_mlflow_async.seams.check import Seam
@@ -48,6 +51,20 @@ def test_programs_run_on_without_the_most_dangerous_names():
     assert len(rows) >= 2 * len(DANGEROUS)
     # It was no drill where nothing was lost: the loss of the first three is said.
     assert [] == [row for row in rows if "_start_trace:" in row and "has " not in row]
+
+
+def test_no_object_is_asked_for_its_class():
+    """The drill looks through all objects of the process, and a lazy one raises or loads where it is asked."""
+
+    class Lazy:
+        @property
+        def __class__(self):
+            raise RuntimeError("there are no settings yet")
+
+    lazy = Lazy()
+
+    assert MlflowV3SpanProcessor in classes_of(("mlflow",))
+    assert gc.is_tracked(lazy)  # so it was among them
 
 
 @pytest.mark.parametrize(
