@@ -254,8 +254,8 @@ def test_what_comes_in_turns_is_written_together(make, proxy):
 
     assert export.flush(100)
     asked = Counter(request.split(b" ", 2)[1].rpartition(b"/")[2] for request, _ in proxy.answers)
-    # 30 begun, and all spans in two batches where MLflow takes those (from 3.12 on).
-    spans = 2 if installed.queue.writer.takes_batches else 30
+    # 30 begun, and all spans in one batch where MLflow takes those (from 3.12 on).
+    spans = 1 if installed.queue.writer.takes_batches else 30
     assert {b"traces": 30 + spans, b"assessments": 30, b"log-batch": 2} == asked
     assert arrived(installed, ids)
     assert [30, 30] == [len(client.get_metric_history(run_id, "score")) for run_id in runs]

@@ -63,7 +63,7 @@ def test_the_rows_are_those_of_mlflow(traces, store, tmp_path):
 def test_texts_and_sizes_are_those_of_mlflow(traces):
     """The text of a span, and the statistics of a trace's sizes, are what MLflow makes of a dict of each span."""
     for item in map(twin, traces):
-        texts = prepare.prepare(item)
+        texts = [record.text for record in prepare.prepare(item)]
         own = {key: item.info.trace_metadata[key] for key in ("mlflow.trace.sizeStats", "mlflow.trace.sizeBytes")}
         for key in own:
             del item.info.trace_metadata[key]

@@ -96,11 +96,15 @@ def _bundled(providers: ModuleType) -> ModuleType:
     """
     prices = ModuleType(_PROVIDERS)
     vars(prices).update(vars(providers))
-    if not os.environ.get("MLFLOW_MODEL_CATALOG_URI", "").startswith("file:"):  # a mirror on this machine
+    changes = os.environ.get("MLFLOW_MODEL_CATALOG_URI", "").startswith("file:")  # a mirror on this machine
+    if not changes:
         vars(prices).update(_fetch_remote_provider=lambda _provider: None)
     for name in ("_load_provider", "_lookup_model_info", "cost_per_token"):
         if isinstance(function := getattr(providers, name, None), FunctionType):
             setattr(prices, name, over(function, vars(prices)))
+    if not changes and hasattr(prices, "_lookup_model_info"):
+        # For a model without a price MLflow looks into the catalogs of all providers, one after the other.
+        vars(prices).update(_lookup_model_info=functools.lru_cache(maxsize=1024)(prices._lookup_model_info))
     return prices
 
 

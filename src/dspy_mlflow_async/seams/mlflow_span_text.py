@@ -9,8 +9,9 @@ import base64
 import copy
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from json.encoder import encode_basestring_ascii
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, NamedTuple
 
 from mlflow.entities import Span, Trace, TraceData
@@ -29,7 +30,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
 )
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
-__all__ = ["SpanRecord", "add_sizes", "record_of", "text_of"]
+__all__ = ["SpanRecord", "StillSpans", "add_sizes", "record_of", "still", "text_of"]
 
 TraceJSONEncoder: Any = taken("mlflow.tracing.utils:TraceJSONEncoder", json.JSONEncoder)
 add_size_stats_to_trace_metadata: Any = taken(
@@ -41,10 +42,46 @@ TraceSizeStatsKey: Any = getattr(constant, "TraceSizeStatsKey", None)
 _encode = TraceJSONEncoder(ensure_ascii=False).encode
 
 
+def still(span: Any) -> Span:
+    """Return the immutable form of a span."""
+    found: Span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
+    return found
+
+
+class StillSpans(Sequence[Span]):
+    """Immutable forms of spans that have ended, made once somebody asks for one: rows need none.
+
+    Attributes:
+        given: The spans as they came.
+    """
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self.given = given
+        self._made: list[Span] | None = None
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.given)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one of them, or several."""
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[Span]:
+        """Go through all of them."""
+        return iter(self._all())
+
+    def _all(self) -> list[Span]:
+        if self._made is None:
+            self._made = list(map(still, self.given))
+        return self._made
+
+
 class SpanRecord(NamedTuple):
     """Facts of a span that has ended, for its row.
 
     Attributes:
+        span: MLflow's span, live or immutable.
         span_id: MLflow's id.
         parent_id: That of its parent, or None.
         name: Its name.
@@ -54,9 +91,11 @@ class SpanRecord(NamedTuple):
         end_ns: When it ended; None where nobody has ended it.
         attributes: As they were recorded: texts in JSON, where MLflow has written them.
         has_more: Whether it has events or links.
-        resource: The attributes of what made it.
+        resource: What OpenTelemetry says of its maker; None where it says nothing.
+        text: What MLflow stores of it, see `text_of`.
     """
 
+    span: Span
     span_id: str
     parent_id: str | None
     name: str
@@ -66,26 +105,34 @@ class SpanRecord(NamedTuple):
     end_ns: int | None
     attributes: Mapping[str, Any]
     has_more: bool
-    resource: Mapping[str, Any]
+    resource: Any
+    text: str
 
 
 def record_of(span: Span) -> SpanRecord:
-    """Return the facts of an immutable span."""
+    """Return the facts of a span that has ended."""
     otel = span._span
-    parent, resource, attributes = parent_number_of(otel), resource_of_span(otel), attributes_of(otel)
+    attributes, parent = attributes_of(otel), parent_number_of(otel)
+    has_more = _has_more(span, otel)
     type_text = attributes.get(SpanAttributeKey.SPAN_TYPE)
     return SpanRecord(
-        format_span_id(number_of(otel)),
-        None if parent is None else format_span_id(parent),
+        span,
+        _id_texts(number_of(otel))[0],
+        None if parent is None else _id_texts(parent)[0],
         otel.name,
         _simple_text(type_text) or span.span_type,
         otel.status.status_code.name,
         otel.start_time,
         otel.end_time,
         attributes,
-        bool(otel.events or getattr(span, "_links", None)),
-        {} if resource is None else resource.attributes,
+        has_more,
+        resource_of_span(otel),
+        _dumped(span, None) if has_more else _written(span, otel, attributes),
     )
+
+
+def _has_more(span: Span, otel: Any) -> bool:
+    return bool(otel.events or span.__dict__.get("_links"))  # a live span makes an empty list for whoever asks
 
 
 def _simple_text(text: Any) -> str | None:
@@ -97,56 +144,90 @@ def text_of(span: Span, attributes: Mapping[str, Any] | None = None) -> str:
     """Return a span as MLflow stores it, in JSON that leaves letters beyond ASCII as they are.
 
     Args:
-        span: An immutable span.
+        span: A span that has ended.
         attributes: What it is to have in place of its own.
     """
     otel = span._span
-    if not (otel.events or getattr(span, "_links", None)):
-        status = otel.status
-        has_parent = parent_number_of(otel) is not None
-        template = _template(otel.kind, status.status_code, has_parent, bool(status.description))
-        if template is not None:
-            own = attributes_of(otel) if attributes is None else attributes
-            return template.fill(otel, own if type(own) is dict else dict(own))
-    found = span.to_dict()
+    if _has_more(span, otel):
+        return _dumped(span, attributes)
+    return _written(span, otel, attributes_of(otel) if attributes is None else attributes)
+
+
+def _dumped(span: Span, attributes: Mapping[str, Any] | None) -> str:
+    """Return MLflow's own text, from a dict of the span."""
+    found = still(span).to_dict()
     if attributes is not None:
         found["attributes"] = dict(attributes)
     return _encode(found)
 
 
+def _written(span: Span, otel: Any, attributes: Mapping[str, Any]) -> str:
+    """Return the text of a span without events, by a template."""
+    status, parent = otel.status, parent_number_of(otel)
+    message = status.description
+    template = _template(otel.kind, status.status_code, parent is not None, bool(message))
+    if template is None:
+        return _dumped(span, attributes)
+    return template.fill(_values(otel, parent, message, attributes))
+
+
 class _Template(NamedTuple):
-    """Text of a span, cut where one differs from the other.
+    """Text of a span, with gaps where one differs from the other.
 
     Attributes:
-        first: What comes before the first value.
-        rest: The index of a value in `_values`, and what follows it.
+        text: The text, with `%s` for each gap.
+        pick: Returns what goes into the gaps, of all `_values`.
     """
 
-    first: str
-    rest: tuple[tuple[int, str], ...]
+    text: str
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
-    def fill(self, otel: Any, attributes: dict[str, Any]) -> str:
-        values = _values(otel, attributes)
-        return self.first + "".join([values[index] + text for index, text in self.rest])
+    def fill(self, values: tuple[Any, ...]) -> str:
+        return self.text % self.pick(values)
 
 
-def _values(otel: Any, attributes: dict[str, Any]) -> tuple[str, ...]:
-    parent, end = parent_number_of(otel), otel.end_time
+def _values(otel: Any, parent: int | None, message: str | None, attributes: Mapping[str, Any]) -> tuple[Any, ...]:
+    end = otel.end_time
     return (
-        base64.b64encode(trace_number_of(otel).to_bytes(16, "big")).decode(),
-        base64.b64encode(number_of(otel).to_bytes(8, "big")).decode(),
-        "" if parent is None else base64.b64encode(parent.to_bytes(8, "big")).decode(),
+        _trace_text(trace_number_of(otel)),
+        _id_texts(number_of(otel))[1],
+        None if parent is None else _id_texts(parent)[1],
         _encode(otel.name),
-        str(otel.start_time),
-        "null" if end is None else str(end),
-        _encode(otel.status.description or ""),
-        _encode(attributes),
+        otel.start_time,
+        "null" if end is None else end,
+        _encode(message) if message else None,
+        _attributes_text(attributes),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _id_texts(number: int) -> tuple[str, str]:
+    """Return the id of a span in hexadecimal digits, and in the letters of its text."""
+    return format_span_id(number), base64.b64encode(number.to_bytes(8, "big")).decode()
+
+
+@functools.lru_cache(maxsize=64)
+def _trace_text(number: int) -> str:
+    return base64.b64encode(number.to_bytes(16, "big")).decode()
+
+
+def _attributes_text(attributes: Mapping[str, Any]) -> str:
+    try:
+        return _gaps(tuple(attributes)) % tuple(map(encode_basestring, attributes.values()))
+    except TypeError:  # a number is among them, or a list
+        return _encode(dict(attributes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _gaps(names: tuple[str, ...]) -> str:
+    """Return the JSON of an object with these names, and `%s` for each value."""
+    pairs = [encode_basestring(name).replace("%", "%%") + ": %s" for name in names]
+    return "{" + ", ".join(pairs) + "}"
 
 
 @functools.cache
 def _template(kind: SpanKind, code: StatusCode, has_parent: bool, has_message: bool) -> _Template | None:
-    """Return MLflow's own text of a sample, cut; None where it cannot be cut so."""
+    """Return MLflow's own text of a sample, with gaps; None where it cannot be cut so."""
     try:
         return _cut(*(_sample(number, kind, code, has_parent, has_message) for number in (1, 2)))
     except Exception:  # noqa: BLE001 - a sample that MLflow does not take as expected; its own function writes the text
@@ -154,22 +235,23 @@ def _template(kind: SpanKind, code: StatusCode, has_parent: bool, has_message: b
 
 
 def _cut(first: Span, second: Span) -> _Template | None:
-    """Cut the text of the first sample at its values; None where the second cannot be made from the pieces."""
-    has_parent, has_message = first._span.parent is not None, bool(first._span.status.description)
-    text, values = _encode(first.to_dict()), _values(first._span, dict(first._span.attributes or {}))
-    left_out = {_PARENT} - {_PARENT if has_parent else None} | {_MESSAGE} - {_MESSAGE if has_message else None}
-    places = sorted((text.find(value), index) for index, value in enumerate(values) if index not in left_out)
+    """Cut the values out of the first sample's text; None where the second cannot be made from what is left."""
+    text, values = _encode(first.to_dict()), _values_of_sample(first)
+    places = sorted((text.find(value), index) for index, value in enumerate(values) if value)
     if any(place < 0 or text.count(values[index]) > 1 for place, index in places):
         return None
-    ends = [place + len(values[index]) for place, index in places]
-    pieces = [text[end:start] for end, start in zip(ends, [*(place for place, _ in places[1:]), None], strict=True)]
-    indexes = (index for _, index in places)
-    template = _Template(text[: places[0][0]], tuple(zip(indexes, pieces, strict=True)))
-    filled = template.fill(second._span, dict(second._span.attributes or {}))
-    return template if filled == _encode(second.to_dict()) else None
+    ends = [0, *(place + len(values[index]) for place, index in places)]
+    pieces = [text[end:start] for end, start in zip(ends, [*(place for place, _ in places), None], strict=True)]
+    gaps = "%s".join(piece.replace("%", "%%") for piece in pieces)
+    template = _Template(gaps, operator.itemgetter(*(index for _, index in places)))
+    return template if template.fill(tuple(_values_of_sample(second))) == _encode(second.to_dict()) else None
 
 
-_PARENT, _MESSAGE = 2, 6  # in `_values`
+def _values_of_sample(span: Span) -> list[str]:
+    """Return the values of a sample, as they stand in its text; none for what it does not have."""
+    otel = span._span
+    values = _values(otel, parent_number_of(otel), otel.status.description, attributes_of(otel))
+    return ["" if value is None else str(value) for value in values]
 
 
 def _sample(number: int, kind: SpanKind, code: StatusCode, has_parent: bool, has_message: bool, **more: Any) -> Span:
@@ -208,17 +290,18 @@ def add_sizes(info: Any, spans: Sequence[Span], texts: Sequence[str]) -> None:
 def _add_sizes(info: Any, texts: Sequence[str]) -> None:
     sizes = sorted(map(_escaped_length, texts))
     total = sum(sizes) + _length_of_rest(info) + (len(sizes) - 1) * 2
-    keys = TraceSizeStatsKey
-    statistics = {
-        keys.TOTAL_SIZE_BYTES: total,
-        keys.NUM_SPANS: len(sizes),
-        keys.MAX_SPAN_SIZE_BYTES: sizes[-1],
-        keys.P25_SPAN_SIZE_BYTES: int(_calculate_percentile(sizes, 0.25)),
-        keys.P50_SPAN_SIZE_BYTES: int(_calculate_percentile(sizes, 0.50)),
-        keys.P75_SPAN_SIZE_BYTES: int(_calculate_percentile(sizes, 0.75)),
-    }
-    info.trace_metadata[TraceMetadataKey.SIZE_STATS] = json.dumps(statistics)
+    quarters = [int(_calculate_percentile(sizes, part)) for part in (0.25, 0.50, 0.75)]
+    info.trace_metadata[TraceMetadataKey.SIZE_STATS] = _statistics() % (total, len(sizes), sizes[-1], *quarters)
     info.trace_metadata[TraceMetadataKey.SIZE_BYTES] = str(total)
+
+
+@functools.cache
+def _statistics() -> str:
+    """Return the JSON of a trace's statistics, with `%d` for each number."""
+    keys = TraceSizeStatsKey
+    quarters = (keys.P25_SPAN_SIZE_BYTES, keys.P50_SPAN_SIZE_BYTES, keys.P75_SPAN_SIZE_BYTES)
+    names = (keys.TOTAL_SIZE_BYTES, keys.NUM_SPANS, keys.MAX_SPAN_SIZE_BYTES, *quarters)
+    return json.dumps(dict.fromkeys(names, "%d")).replace('"%d"', "%d")
 
 
 def _length_of_rest(info: Any) -> int:
@@ -229,22 +312,25 @@ def _length_of_rest(info: Any) -> int:
         info.assessments
         or location.mlflow_experiment is None
         or info.execution_duration is None
-        or any(len(text) > _UNCUT for text in texts)
+        or max(map(len, texts)) > _UNCUT
     ):
         return len(Trace(info, TraceData([])).to_json())
-    others = tuple(getattr(info, name) for name in _OPTIONAL)
+    others = _others(info)
+    texts += [text for text in others if text is not None]
     fixed = _length_of_fixed(
         (location.mlflow_experiment.experiment_id, info.state, info.request_time % 1000 == 0),
         (tuple(metadata), tuple(tags)),
-        tuple(text is not None for text in others),
+        tuple([text is not None for text in others]),
     )
-    texts += [text for text in others if text is not None]
-    return fixed + len(str(info.execution_duration)) + sum(len(encode_basestring_ascii(text)) for text in texts)
+    quotes = len(texts) * len('""')
+    escaped = len(encode_basestring_ascii("".join(texts))) - len('""')
+    return fixed + len(str(info.execution_duration)) + escaped + quotes
 
 
 # Beyond it MLflow cuts metadata and tags; and what a trace may have besides.
 _UNCUT = 200
 _OPTIONAL = ("request_preview", "response_preview", "client_request_id")
+_others = operator.attrgetter(*_OPTIONAL)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ import copy
 import enum
 import functools
 import json
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
@@ -100,7 +101,7 @@ _IN_COLUMNS = {
     "spans": "input_cost output_cost total_cost model_name model_provider",
     "assessments": "experiment_id trace_timestamp_ms aggregate_value is_numeric_value",
 }
-_ANALYTICS_COLUMNS = tuple(_IN_COLUMNS["info"].split())[1:]
+_NO_ANALYTICS: dict[str, Any] = dict.fromkeys(_IN_COLUMNS["info"].split()[1:])
 _BEFORE = {"spans": "dimension_attributes"}
 _GENERATION = "db_payload_generation"  # from mlflow 3.13 on
 
@@ -124,11 +125,6 @@ class TraceTables:
     tables: Mapping[str, Any]
     has_columns: bool
     counts_payloads: bool
-
-    @property
-    def no_analytics(self) -> dict[str, None]:
-        """Return the columns of totals and session, empty."""
-        return dict.fromkeys(_ANALYTICS_COLUMNS)
 
     @property
     def keeps_more(self) -> bool:
@@ -407,18 +403,30 @@ def translated(span: Any) -> dict[str, Any]:
 
 def sanitized(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the attributes as MLflow takes them for its translation; the same object where nothing is changed."""
-    if not _sanitizes() or not any(map(_may_be_nested, attributes.values())):
+    if not _sanitizes() or not _may_any_be_nested(attributes.values()):
         return attributes
     before = dict(attributes)
     after: dict[str, Any] = sanitize_attributes(before)
     return attributes if after == before else after
 
 
-def _may_be_nested(value: Any) -> bool:
-    """Return whether a text may be JSON of a text that is JSON of a text, an object or a list."""
-    if type(value) is not str:
-        return isinstance(value, (str, bytes))
-    return value[:1] in _SPACE or (value[:1] == '"' and value[1:2] in _NESTED)
+def _may_any_be_nested(values: Collection[Any]) -> bool:
+    """Return whether any text may be JSON of a text that is JSON of a text, an object or a list."""
+    try:
+        return any(map(_begins_nested, map(_beginning, values)))
+    except TypeError:  # a number, or a list
+        return any(_begins_nested(value[:2]) for value in values if isinstance(value, (str, bytes)))
+
+
+_beginning = operator.itemgetter(slice(2))
+
+
+@functools.lru_cache(maxsize=1024)
+def _begins_nested(beginning: Any) -> bool:
+    """Return whether what begins with these two letters may be JSON in JSON."""
+    if type(beginning) is not str:
+        return isinstance(beginning, bytes)
+    return beginning[:1] in _SPACE or (beginning[:1] == '"' and beginning[1:] in _NESTED)
 
 
 _SPACE = frozenset(" \t\n\r")
@@ -453,16 +461,16 @@ def unquoted(value: Any) -> Any:
     return _try_parse_json_string(value)
 
 
-def model_dimension(value: Any) -> str | None:
+@functools.lru_cache(maxsize=1024)
+def model_dimension(value: str | None) -> str | None:
     """Return the name of a model or a provider for its column."""
     found: str | None = bounded_model_dimension(_try_parse_json_string(value))
     return found
 
 
-def analytics_columns(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return totals and session by column, as far as the metadata say something of them."""
-    found: dict[str, Any] = analytics_columns_from_metadata(dict(metadata))
-    return found
+def analytics_columns(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return totals and session by column: None where the metadata say nothing of them."""
+    return _NO_ANALYTICS | analytics_columns_from_metadata(metadata)
 
 
 def assessment_columns(assessment: Any) -> dict[str, Any]:

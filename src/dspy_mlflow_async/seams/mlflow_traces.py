@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from mlflow.entities import Span, TraceInfo
+from mlflow.entities import Span, TraceData, TraceInfo
 from mlflow.entities.trace_location import TraceLocation
 from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
 from mlflow.tracing.attachments import Attachment
@@ -32,13 +32,14 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
 )
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.mlflow_live import attributes_of, is_in_environment
-from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, text_of
+from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, StillSpans, add_sizes, text_of
 
 __all__ = [
     "InMemoryTrace",
     "adopt_trace",
     "aggregate_cost_from_spans",
     "complete_metadata",
+    "complete_recorded",
     "display",
     "displays",
     "encode_span_id",
@@ -61,6 +62,7 @@ __all__ = [
     "restore_span",
     "trace_id_of",
     "trace_number_of",
+    "usage_of_records",
     "usage_of_trace",
     "wants_async",
     "weigh",
@@ -217,22 +219,49 @@ def complete_metadata(trace: Any, texts: Sequence[str] | None = None) -> None:
     add_sizes(trace.info, spans, list(map(text_of, spans)) if texts is None else texts)
 
 
+def complete_recorded(info: Any, records: Sequence[SpanRecord]) -> None:
+    """Add the same to a trace all of whose spans have been recorded, of which there is one at least."""
+    root = next((record for record in records if record.parent_id is None), None)
+    if root is not None and (info.request_preview is None or info.response_preview is None):
+        set_request_response_preview(info, TraceData([root.span]))
+    add_sizes(info, [record.span for record in records], [record.text for record in records])
+
+
 def usage_of_trace(spans: Sequence[Any]) -> dict[str, int] | None:
     """Add up the usage of a trace's spans, as MLflow does: below a span that bears some it is in that one's already.
 
     Where the one root bears the sum, the others are not looked at.
     """
-    numbers = {number_of(span._span) for span in spans}
-    tops = [span for span in spans if parent_number_of(span._span) not in numbers]
-    if len(tops) == 1 and attributes_of(tops[0]._span).get(SpanAttributeKey.CHAT_USAGE, "null") != "null":
-        spans = tops
-    usage: dict[str, int] | None = aggregate_usage_from_spans(spans)
+    return usage_of_records([_brief(span) for span in spans])
+
+
+def usage_of_records(records: Sequence[SpanRecord | _Brief]) -> dict[str, int] | None:
+    """Add up the usage of a trace's spans, which have been recorded, likewise."""
+    ids = {record.span_id for record in records}
+    tops = [record for record in records if record.parent_id not in ids]
+    if len(tops) == 1 and tops[0].attributes.get(SpanAttributeKey.CHAT_USAGE, "null") != "null":
+        records = tops
+    usage: dict[str, int] | None = aggregate_usage_from_spans([record.span for record in records])
     return usage
+
+
+class _Brief(NamedTuple):
+    """As much of a `SpanRecord` as usage needs."""
+
+    span: Any
+    span_id: int
+    parent_id: int | None
+    attributes: Mapping[str, Any]
+
+
+def _brief(span: Any) -> _Brief:
+    otel = span._span
+    return _Brief(span, number_of(otel), parent_number_of(otel), attributes_of(otel))
 
 
 def has_attachments(spans: Iterable[Any]) -> bool:
     """Return whether any of these spans has files beside it, which go where only the store's answer says."""
-    return any(span._attachments for span in spans)
+    return any(map(attachments_of, spans.given if type(spans) is StillSpans else spans))
 
 
 def resource_of(spans: Sequence[Any]) -> frozenset[tuple[str, Any]]:

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dspy_mlflow_async")
 
-# A batch is one SQL transaction: others who write to the same database wait for as long as it takes.
-BATCH_OPERATIONS = 32
+# A batch is one SQL transaction: others who write to the same database wait for as long as it takes; with rows some
+# 20 ms.
+BATCH_OPERATIONS = 64
 _BATCH_BYTES = 8 * 2**20
 # How long the writer rests after a batch at the most, in seconds: it rests as long as the batch took, so that the
 # program that is being watched gets the interpreter at least half of the time. It does not once somebody flushes, half
 # of the memory is full, or more waits than a burst leaves: what a program that never pauses puts off, it pays later.
 _LONGEST_REST = 0.5
-_BURST = 8 * BATCH_OPERATIONS
+_BURST = 4 * BATCH_OPERATIONS
 _ADOPT_EVERY = 60.0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import sqlalchemy
 
 # Rows of one statement; SQLite may be built to take no more than so many parameters.
-_MOST_ROWS = 64
+_MOST_ROWS = 128
 _MOST_PARAMETERS = 32_000 if sqlite3.sqlite_version_info >= (3, 32) else 990
 
 
@@ -26,20 +27,26 @@ class _Shape(NamedTuple):
         begin: The statement up to the first row.
         row: The text of a row.
         names: The columns.
+        values: Returns the values of a row, in the order of the columns.
         converters: What makes a parameter of a value, by its place, where something must.
     """
 
     begin: str
     row: str
     names: tuple[str, ...]
+    values: Callable[[dict[str, Any]], tuple[Any, ...]]
     converters: tuple[tuple[int, Callable[[Any], Any]], ...]
 
-    def parameters(self, row: dict[str, Any]) -> list[Any]:
-        """Return the parameters of one row."""
-        values = [row[name] for name in self.names]
+    def parameters(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+        """Return the parameters of rows, one after the other."""
+        parameters = tuple(itertools.chain.from_iterable(map(self.values, rows)))
+        return self._converted(parameters) if self.converters else parameters
+
+    def _converted(self, parameters: tuple[Any, ...]) -> tuple[Any, ...]:
+        converted, width = list(parameters), len(self.names)
         for place, convert in self.converters:
-            values[place] = convert(values[place])
-        return values
+            converted[place::width] = map(convert, converted[place::width])
+        return tuple(converted)
 
 
 def insert_rows(connection: Any, table: sqlalchemy.Table, rows: Sequence[dict[str, Any]]) -> None:
@@ -58,9 +65,8 @@ def insert_rows(connection: Any, table: sqlalchemy.Table, rows: Sequence[dict[st
     begun, end = 0, len(rows)
     while begun < end:
         count = min(most, 1 << (end - begun).bit_length() - 1)  # few different statements, which the driver keeps
-        some = rows[begun : begun + count]
-        values = tuple(itertools.chain.from_iterable(map(shape.parameters, some)))
-        connection.exec_driver_sql(shape.begin + ", ".join([shape.row] * count), values)
+        parameters = shape.parameters(rows[begun : begun + count])
+        connection.exec_driver_sql(shape.begin + ", ".join([shape.row] * count), parameters)
         begun += count
 
 
@@ -69,7 +75,7 @@ def _shape(table: sqlalchemy.Table, names: tuple[str, ...], dialect: Any) -> _Sh
     """Return how rows with these columns are inserted; None where that is for SQLAlchemy."""
     if dialect.name != "sqlite" or dialect.paramstyle != "qmark":
         return None
-    if any(column.default is not None for column in table.columns if column.name not in names):
+    if len(names) == 1 or any(column.default is not None for column in table.columns if column.name not in names):
         return None
     quote = dialect.identifier_preparer
     columns = [table.c[name] for name in names]
@@ -78,5 +84,6 @@ def _shape(table: sqlalchemy.Table, names: tuple[str, ...], dialect: Any) -> _Sh
         f"INSERT INTO {quote.format_table(table)} ({', '.join(map(quote.format_column, columns))}) VALUES ",  # noqa: S608 - names of tables
         f"({', '.join('?' * len(names))})",
         names,
+        operator.itemgetter(*names),
         tuple((place, convert) for place, convert in found if convert is not None),
     )

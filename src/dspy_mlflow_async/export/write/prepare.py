@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlflow.entities import Param, RunTag, Trace, TraceData
+from mlflow.entities import Param, RunTag
 from mlflow.tracing.constant import TraceMetadataKey
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
@@ -14,14 +15,16 @@ from opentelemetry.trace import Status
 from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
 from dspy_mlflow_async.seams import mlflow_traces
 from dspy_mlflow_async.seams.mlflow_live import computes_cost
-from dspy_mlflow_async.seams.mlflow_span_text import text_of
+from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, StillSpans, record_of, still
+
+Records = dict[int, list[SpanRecord]]  # those of an operation's spans, by its `id`
 
 
-def prepare(operation: Operation) -> list[str] | None:
+def prepare(operation: Operation) -> list[SpanRecord] | None:
     """Complete an operation in place. Doing so twice does nothing.
 
     Returns:
-        The JSON texts of the spans, see `mlflow_span_text.text_of`, where they were made on the way.
+        The facts of the spans, where they were found on the way.
     """
     if isinstance(operation, TraceUpdate):
         operation.assessments = [_clean_assessment(assessment) for assessment in operation.assessments]
@@ -34,25 +37,33 @@ def prepare(operation: Operation) -> list[str] | None:
     return None
 
 
-def _prepare_spans(operation: TraceOperation | SpansOperation) -> list[str]:
-    pairs = [_clean_span(span) for span in operation.spans]
-    operation.spans, texts = [span for span, _ in pairs], [text for _, text in pairs]
+def _prepare_spans(operation: TraceOperation | SpansOperation) -> list[SpanRecord]:
+    records = list(map(record_of, operation.spans))
+    if all(map(_is_clean_json, [record.text for record in records])):
+        operation.spans = StillSpans(operation.spans)
+    else:
+        operation.spans = [_clean_span(still(record.span), record.text) for record in records]
+        records = list(map(record_of, operation.spans))
     if isinstance(operation, TraceOperation):
         info = operation.info
         _clean_info(info)
         if operation.stage == "whole":
             if not operation.is_shared:  # the first total that a store holds counts, and these are not all spans
-                total(info, operation.spans)
-            if operation.spans:
-                mlflow_traces.complete_metadata(Trace(info, TraceData(list(operation.spans))), texts)
+                _note_totals(info, mlflow_traces.usage_of_records(records), operation.spans)
+            if records:
+                mlflow_traces.complete_recorded(info, records)
                 _clean_texts(info)  # the previews are new
     operation.prepared = True
-    return texts
+    return records
 
 
 def total(info: Any, spans: Any) -> None:
     """Write the usage and cost of these spans into the trace."""
-    if usage := mlflow_traces.usage_of_trace(spans):
+    _note_totals(info, mlflow_traces.usage_of_trace(spans), spans)
+
+
+def _note_totals(info: Any, usage: dict[str, int] | None, spans: Any) -> None:
+    if usage:
         info.trace_metadata[TraceMetadataKey.TOKEN_USAGE] = json.dumps(usage)
     if computes_cost() and (cost := mlflow_traces.aggregate_cost_from_spans(spans)):
         info.trace_metadata[TraceMetadataKey.COST] = json.dumps(cost)
@@ -69,12 +80,15 @@ def clean(text: str) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
 
 
-def _clean_span(span: Any) -> tuple[Any, str]:
-    """Return the immutable form of a span, or a repaired copy of it where it holds what no database takes; its text."""
-    span = span.to_immutable_span() if hasattr(span, "to_immutable_span") else span
-    text = text_of(span)
+def _clean_span(span: Any, text: str) -> Any:
+    """Return an immutable span, or a repaired copy of it where it holds what no database takes.
+
+    Args:
+        span: The span.
+        text: Its text.
+    """
     if _is_clean_json(text):
-        return span, text
+        return span
     otel = mlflow_traces.otel_of(span)
     if (
         all(map(_is_clean, (otel.attributes or {}).values()))
@@ -82,7 +96,7 @@ def _clean_span(span: Any) -> tuple[Any, str]:
         and _is_clean(otel.status.description)
         and all(_is_clean(v) for event in otel.events for v in (event.name, *(event.attributes or {}).values()))
     ):
-        return span, text
+        return span
     status = otel.status
     repaired = ReadableSpan(
         name=clean(otel.name),
@@ -97,14 +111,16 @@ def _clean_span(span: Any) -> tuple[Any, str]:
         end_time=otel.end_time,
         status=Status(status.status_code, clean(status.description)) if status.description else status,
     )
-    span = mlflow_traces.over(repaired, span)
-    return span, text_of(span)
+    return mlflow_traces.over(repaired, span)
 
 
 def _is_clean_json(text: str) -> bool:
     """Return whether no text in this JSON needs cleaning; False also where that would take a closer look."""
-    if "\\u0000" in text:
-        return False
+    return "\\u0000" not in text and _has_letters_only(text)
+
+
+def _has_letters_only(text: str) -> bool:
+    """Return whether text has no lone surrogates."""
     try:
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
@@ -112,17 +128,33 @@ def _is_clean_json(text: str) -> bool:
 
 
 def _clean_info(info: Any) -> None:
-    info.trace_metadata = _clean_value(dict(info.trace_metadata))
-    info.tags = _clean_value(dict(info.tags))
+    info.trace_metadata, info.tags = _clean_pairs(info.trace_metadata), _clean_pairs(info.tags)
     info.assessments = [_clean_assessment(assessment) for assessment in info.assessments]
     _clean_texts(info)
 
 
+def _clean_pairs(pairs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy with clean text."""
+    copied = dict(pairs)
+    return copied if _are_clean((*copied, *copied.values())) else _clean_value(copied)
+
+
 def _clean_texts(info: Any) -> None:
+    if _are_clean(filter(None, (info.request_preview, info.response_preview, info.client_request_id))):
+        return
     for name in ("request_preview", "response_preview", "client_request_id"):
         value = getattr(info, name)
         if isinstance(value, str):
             setattr(info, name, clean(value))
+
+
+def _are_clean(texts: Iterable[Any]) -> bool:
+    """Return whether all of these are texts that need no cleaning."""
+    try:
+        text = "".join(texts)
+    except TypeError:
+        return False
+    return "\0" not in text and _has_letters_only(text)
 
 
 def _clean_value(value: Any) -> Any:

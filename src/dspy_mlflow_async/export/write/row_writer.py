@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export.operations import TraceOperation
 from dspy_mlflow_async.export.write import prepare
 from dspy_mlflow_async.export.write.batches import by_experiment
 from dspy_mlflow_async.export.write.errors import Verdict, classify
+from dspy_mlflow_async.export.write.prepare import Records
 from dspy_mlflow_async.seams import mlflow_store, mlflow_traces
 
 if TYPE_CHECKING:
     from dspy_mlflow_async.export.write.rows import TraceRows
+    from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord
     from dspy_mlflow_async.seams.mlflow_trace_tables import TraceTables
 
 logger = logging.getLogger("dspy_mlflow_async")
@@ -48,15 +50,13 @@ class RowWriter:
         self._tables: TraceTables | None = None
         self._failed = 0
 
-    def write(
-        self, store: Any, operations: Sequence[Any], texts: Mapping[int, list[str]], *, may_try: bool
-    ) -> dict[int, str]:
+    def write(self, store: Any, operations: Sequence[Any], records: Records, *, may_try: bool) -> dict[int, str]:
         """Write those of the operations that are traces of kinds which are proved, and not there yet.
 
         Args:
             store: MLflow's store.
             operations: Operations on traces, prepared.
-            texts: Those of their spans, by the `id` of an operation, where they are there already.
+            records: The facts of their spans, by the `id` of an operation, where they are there already.
             may_try: Whether trials may be made now, which take a moment.
 
         Returns:
@@ -71,7 +71,7 @@ class RowWriter:
         made = [
             rows
             for operation in operations
-            if (rows := self._rows(tables, operation, texts.get(id(operation)))) is not None
+            if (rows := self._rows(tables, operation, records.get(id(operation)))) is not None
         ]
         if may_try:
             self._prove(tables, made)
@@ -104,13 +104,13 @@ class RowWriter:
                 self._note_failure(error)
         return self._tables
 
-    def _rows(self, tables: TraceTables, operation: Any, texts: list[str] | None) -> TraceRows | None:
+    def _rows(self, tables: TraceTables, operation: Any, records: list[SpanRecord] | None) -> TraceRows | None:
         from dspy_mlflow_async.export.write.rows import rows_of
 
         if not isinstance(operation, TraceOperation):
             return None
         try:
-            return rows_of(tables, operation, texts)
+            return rows_of(tables, operation, records)
         except Exception:  # noqa: BLE001 - what is odd in whatever way is for MLflow
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from mlflow.tracing.constant import SpanAttributeKey, SpansLocation, TokenUsageKey, TraceMetadataKey, TraceTagKey
 
 from dspy_mlflow_async.export.operations import TraceOperation
-from dspy_mlflow_async.seams.mlflow_span_text import record_of, text_of
+from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, record_of, still, text_of
 from dspy_mlflow_async.seams.mlflow_trace_tables import (
     TraceTables,
     Translation,
@@ -33,6 +34,8 @@ _TRACE_ID = re.compile("tr-[0-9a-f]{32}")
 _SIMPLE_KEY = re.compile(r"[\w.-]{1,250}", re.ASCII)
 _LONGEST_NAME = 250
 _COSTS = ("input_cost", "output_cost", "total_cost")
+_NO_COSTS = dict.fromkeys(_COSTS)
+_INPUTS, _OUTPUTS = SpanAttributeKey.INPUTS, SpanAttributeKey.OUTPUTS
 _IN_COLUMNS = frozenset({TraceMetadataKey.TRACE_SESSION, TraceMetadataKey.TOKEN_USAGE, TraceMetadataKey.COST})
 # Of what a tracer says of itself: what every one does, and what MLflow keeps for itself.
 _NO_TAGS = ("telemetry.sdk.", "mlflow.")
@@ -58,13 +61,13 @@ class TraceRows:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def rows_of(known: TraceTables, operation: TraceOperation, texts: Sequence[str] | None = None) -> TraceRows:
+def rows_of(known: TraceTables, operation: TraceOperation, records: Sequence[SpanRecord] | None = None) -> TraceRows:
     """Return the rows of a trace that is not there yet.
 
     Args:
         known: The tables.
         operation: The trace, prepared.
-        texts: Those of its spans, where they are there already.
+        records: The facts of its spans, where they are there already.
 
     Raises:
         UnfitError: Where it is for MLflow to write.
@@ -75,32 +78,34 @@ def rows_of(known: TraceTables, operation: TraceOperation, texts: Sequence[str] 
     if not _TRACE_ID.fullmatch(info.trace_id) or operation.experiment_id != info.experiment_id:
         raise UnfitError("its ids are odd")
     rows = TraceRows(operation)
-    texts = list(map(text_of, operation.spans)) if texts is None else texts
-    spans = [_Span(span, text, rows.kinds) for span, text in zip(operation.spans, texts, strict=True)]
+    spans = [_Span(record, rows.kinds) for record in records or map(record_of, operation.spans)]
     roots = [span for span in spans if span.record.parent_id is None]
     if len(roots) != 1:
         raise UnfitError("it has not one root")
-    previews = {SpanAttributeKey.INPUTS: info.request_preview, SpanAttributeKey.OUTPUTS: info.response_preview}
-    if any(preview is None and roots[0].attributes.get(key) for key, preview in previews.items()):
+    root = roots[0].attributes
+    if (info.request_preview is None and root.get(_INPUTS)) or (info.response_preview is None and root.get(_OUTPUTS)):
         raise UnfitError("its previews are for MLflow to make")
     totals = _Totals(known, info.trace_metadata, spans, rows.kinds)
     began, took = (info.request_time, info.execution_duration)
     if not totals.are_final:
         rows.kinds.add("times of spans")
         began, took = _times(began, took, spans)
-    same = {"trace_id": info.trace_id, "experiment_id": int(info.experiment_id)}
+    trace_id, experiment_id = info.trace_id, int(info.experiment_id)
     rows.tables = {
         "info": [_info_row(known, info, began, took, totals.columns)],
         "tags": [
-            {"request_id": info.trace_id, "key": key, "value": value}
+            {"request_id": trace_id, "key": key, "value": value}
             for key, value in _tags(known, info, spans, rows.kinds).items()
         ],
         "metadata": [
-            {"request_id": info.trace_id, "key": key, "value": value} for key, value in sorted(totals.metadata.items())
+            {"request_id": trace_id, "key": key, "value": value} for key, value in sorted(totals.metadata.items())
         ],
-        "metrics": [{"request_id": info.trace_id, "key": key, "value": value} for key, value in totals.metrics.items()],
-        "spans": [{**same, **span.row(known)} for span in spans],
-        "assessments": [_assessment_row(known, assessment, same, began, rows.kinds) for assessment in info.assessments],
+        "metrics": [{"request_id": trace_id, "key": key, "value": value} for key, value in totals.metrics.items()],
+        "spans": [span.row(known, trace_id, experiment_id) for span in spans],
+        "assessments": [
+            _assessment_row(known, assessment, trace_id, experiment_id, began, rows.kinds)
+            for assessment in info.assessments
+        ],
     }
     if not known.has_columns:
         rows.tables["span_metrics"] = [
@@ -123,57 +128,40 @@ class _Span:
 
     __slots__ = ("attributes", "cost", "record", "text")
 
-    def __init__(self, span: Any, text: str, kinds: set[str]) -> None:
-        record = self.record = record_of(span)
+    def __init__(self, record: SpanRecord, kinds: set[str]) -> None:
+        self.record, self.text, self.cost = record, record.text, None
         attributes = sanitized(record.attributes)
         if attributes is not record.attributes:
             kinds.add("JSON in JSON")
         if record.has_more:
             kinds.add("events or links")
-            stored = translated(span)
+            stored = translated(still(record.span))
             if {**stored, **attributes} != stored or not stored.keys() - attributes.keys() <= {
                 SpanAttributeKey.LLM_COST
             }:
                 raise UnfitError("MLflow translates it")
             attributes = stored
-        elif (price := self._price(attributes)) is not None:
+        elif (price := _price(attributes)) is not None:
             attributes = {**attributes, SpanAttributeKey.LLM_COST: price}
         if attributes is not record.attributes:
-            text = text_of(span, attributes)
-        if not text.isascii():
+            self.text = text_of(record.span, attributes)
+        if not self.text.isascii():
             kinds.add("letters beyond ASCII")
-        self.attributes, self.text, self.cost = attributes, text, None
-        if attributes.get(SpanAttributeKey.LLM_COST):
+        self.attributes = attributes
+        if cost := attributes.get(SpanAttributeKey.LLM_COST):
             kinds.add("cost")
-            self.cost = json.loads(attributes[SpanAttributeKey.LLM_COST])
+            self.cost = json.loads(cost)
             if not self.cost or type(self.cost) is not dict:
                 raise UnfitError("its cost is odd")
         if record.status == "ERROR":
             kinds.add("error")
 
-    @staticmethod
-    def _price(attributes: Mapping[str, Any]) -> str | None:
-        """Return the cost that MLflow adds.
-
-        Raises:
-            UnfitError: Where MLflow's translation would do anything else.
-        """
-        outcome = translation_of(tuple(attributes), attributes.get(SpanAttributeKey.SPAN_TYPE))
-        if outcome is Translation.PRICED:
-            return cost_of(attributes)
-        if outcome is Translation.OTHER or (
-            outcome is Translation.UNLESS_MODEL
-            and any(
-                '"model"' in str(attributes.get(key)) for key in (SpanAttributeKey.INPUTS, SpanAttributeKey.OUTPUTS)
-            )
-        ):
-            raise UnfitError("MLflow translates it")
-        return None
-
-    def row(self, known: TraceTables) -> dict[str, Any]:
+    def row(self, known: TraceTables, trace_id: str, experiment_id: int) -> dict[str, Any]:
         record, attributes = self.record, self.attributes
         model, provider = attributes.get(SpanAttributeKey.MODEL), attributes.get(SpanAttributeKey.MODEL_PROVIDER)
         row: dict[str, Any] = {
+            "trace_id": trace_id,
+            "experiment_id": experiment_id,
             "span_id": record.span_id,
             "parent_span_id": record.parent_id,
             "name": record.name,
@@ -181,16 +169,37 @@ class _Span:
             "status": record.status,
             "start_time_unix_nano": record.start_ns,
             "end_time_unix_nano": record.end_ns,
+            "content": self.text,
         }
         if not known.has_columns:
             named = {SpanAttributeKey.MODEL: model, SpanAttributeKey.MODEL_PROVIDER: provider}
             row["content"] = _escaped(self.text)
             row["dimension_attributes"] = {key: unquoted(value) for key, value in named.items() if value} or None
             return row
-        row["content"] = self.text
-        row.update((key, _number((self.cost or {}).get(key))) for key in _COSTS)
+        row |= _NO_COSTS if self.cost is None else _costs(self.cost)
         row["model_name"], row["model_provider"] = model_dimension(model), model_dimension(provider)
         return row
+
+
+def _price(attributes: Mapping[str, Any]) -> str | None:
+    """Return the cost that MLflow adds to a span with these attributes; None where it adds none.
+
+    Raises:
+        UnfitError: Where MLflow's translation would do anything else.
+    """
+    outcome = translation_of(tuple(attributes), attributes.get(SpanAttributeKey.SPAN_TYPE))
+    if outcome is Translation.PRICED:
+        return cost_of(attributes)
+    if outcome is Translation.OTHER or (
+        outcome is Translation.UNLESS_MODEL
+        and ('"model"' in str(attributes.get(_INPUTS)) or '"model"' in str(attributes.get(_OUTPUTS)))
+    ):
+        raise UnfitError("MLflow translates it")
+    return None
+
+
+def _costs(cost: Mapping[str, Any]) -> dict[str, float | None]:
+    return {key: _number(cost.get(key)) for key in _COSTS}
 
 
 class _Totals:
@@ -211,8 +220,8 @@ class _Totals:
         self.columns: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self.metadata = {**metadata, _FINALIZED: "true"}
-        has_usage = sum(_has_usage(span.attributes.get(SpanAttributeKey.CHAT_USAGE)) for span in spans) > 0
-        has_cost = any(span.cost for span in spans)
+        usages = [usage for span in spans if (usage := span.attributes.get(SpanAttributeKey.CHAT_USAGE)) is not None]
+        has_usage = sum(map(_counts, usages)) > 0  # any of them may be odd
         own_usage, own_cost = metadata.get(TraceMetadataKey.TOKEN_USAGE), metadata.get(TraceMetadataKey.COST)
         if has_usage and not own_usage:
             raise UnfitError("its usage is for MLflow to add up")
@@ -226,11 +235,12 @@ class _Totals:
             )
             if is_so
         )
-        costs = [(span.record.span_id, span.record.parent_id, span.cost) for span in spans] if has_cost else []
-        cost = total_cost(costs) if costs else {}
+        cost: Mapping[str, Any] = {}
+        if any(span.cost for span in spans):
+            cost = total_cost([(span.record.span_id, span.record.parent_id, span.cost) for span in spans])
         self.are_final = bool(has_usage or cost)
         if known.has_columns:
-            self._in_columns(known, cost, has_usage)
+            self._in_columns(cost, has_usage)
             return
         if own_usage:
             usage = json.loads(own_usage)
@@ -238,22 +248,21 @@ class _Totals:
         if cost and own_cost is None:
             self.metadata[TraceMetadataKey.COST] = json.dumps(cost)
 
-    def _in_columns(self, known: TraceTables, cost: Mapping[str, Any], has_usage: bool) -> None:
+    def _in_columns(self, cost: Mapping[str, Any], has_usage: bool) -> None:
         metadata = self.metadata
-        columns = self.columns = {**known.no_analytics, **analytics_columns(metadata)}
+        columns = self.columns = analytics_columns(metadata)
         if has_usage and all(columns[key] is None for key in TokenUsageKey.all_keys()):
             raise UnfitError("its usage is for MLflow to add up")
         if TraceMetadataKey.COST not in metadata:
-            columns.update((key, _number(cost.get(key))) for key in _COSTS)
+            columns |= _costs(cost)
         elif cost and all(columns[key] is None for key in _COSTS):
             raise UnfitError("its cost is for MLflow to add up")
         self.metadata = {key: value for key, value in metadata.items() if key not in _IN_COLUMNS}
 
 
-def _has_usage(text: Any) -> bool:
+@functools.lru_cache(maxsize=256)
+def _counts(text: Any) -> bool:
     """Return whether the usage of a span counts for its trace."""
-    if text is None:
-        return False
     usage = json.loads(text)
     if usage is not None and not (isinstance(usage, dict) and TokenUsageKey.INPUT_TOKENS in usage):
         raise UnfitError("its usage is odd")
@@ -300,8 +309,7 @@ def _tags(known: TraceTables, info: Any, spans: Sequence[_Span], kinds: set[str]
     if known.has_columns:
         tags.pop(TraceTagKey.TRACE_NAME, None)
     tags[TraceTagKey.SPANS_LOCATION] = SpansLocation.TRACKING_STORE.value
-    resource = next((span.record.resource for span in spans if span.record.resource), {})
-    for key, value in resource.items():
+    for key, value in _resource_of(spans).items():
         if not key.startswith(_NO_TAGS):
             kinds.add("resource")
             text = value if isinstance(value, str) else json.dumps(value)
@@ -311,17 +319,22 @@ def _tags(known: TraceTables, info: Any, spans: Sequence[_Span], kinds: set[str]
     return tags
 
 
+def _resource_of(spans: Sequence[_Span]) -> Mapping[str, Any]:
+    makers = (span.record.resource for span in spans)
+    return next((maker.attributes for maker in makers if maker is not None and maker.attributes), {})
+
+
 def _assessment_row(
-    known: TraceTables, assessment: Any, same: Mapping[str, Any], began: int, kinds: set[str]
+    known: TraceTables, assessment: Any, trace_id: str, experiment_id: int, began: int, kinds: set[str]
 ) -> dict[str, Any]:
-    if assessment.trace_id not in (None, same["trace_id"]) or not (
+    if assessment.trace_id not in (None, trace_id) or not (
         assessment.assessment_id and assessment.create_time_ms and assessment.last_update_time_ms
     ):
         raise UnfitError("an assessment is for MLflow to complete")
     row = assessment_columns(assessment)
-    row["trace_id"] = same["trace_id"]
+    row["trace_id"] = trace_id
     if known.has_columns:
-        row["experiment_id"], row["trace_timestamp_ms"] = same["experiment_id"], began
+        row["experiment_id"], row["trace_timestamp_ms"] = experiment_id, began
     kinds.add(f"assessment: {row['assessment_type']}")
     return row
 

@@ -16,6 +16,7 @@ from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOp
 from dspy_mlflow_async.export.write import fork_gate, late_runs, prepare
 from dspy_mlflow_async.export.write.batches import by_experiment, by_request, grouped, is_late, is_shared
 from dspy_mlflow_async.export.write.errors import Outcome, Verdict, blocked_by, cannot_write_now, classify, is_away
+from dspy_mlflow_async.export.write.prepare import Records
 from dspy_mlflow_async.export.write.row_writer import row_writer
 from dspy_mlflow_async.export.write.run_operations import write_runs
 from dspy_mlflow_async.export.write.whole_traces import WholeTraces
@@ -107,11 +108,11 @@ class Writer:
     def _write_traces(self, operations: Sequence[Any], statuses: list[mlflow_http.Status]) -> list[Outcome]:
         good: list[Any] = []
         bad: list[Outcome] = []
-        texts: dict[int, list[str]] = {}  # of spans, by the `id` of an operation
+        records: Records = {}
         for operation in operations:
             try:
                 if (made := prepare.prepare(operation)) is not None:
-                    texts[id(operation)] = made
+                    records[id(operation)] = made
             except Exception as error:  # noqa: BLE001 - one trace must not keep the others from the store
                 bad.append(Outcome(operation, Verdict.SUSPECT, error))
                 continue
@@ -131,7 +132,7 @@ class Writer:
                 bad.append(Outcome(operation, classify(error, statuses), error))
         if not good:
             return bad
-        return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, texts, statuses)]
+        return bad + [self._linked(outcome, statuses) for outcome in self._store_traces(good, records, statuses)]
 
     def _linked(self, outcome: Outcome, statuses: list[mlflow_http.Status]) -> Outcome:
         """Return the outcome of a trace, with its run where that was created while it was stored."""
@@ -145,9 +146,7 @@ class Writer:
             return Outcome(operation, classify(error, statuses), error)
         return outcome
 
-    def _store_traces(
-        self, good: Sequence[Any], texts: dict[int, list[str]], statuses: list[mlflow_http.Status]
-    ) -> list[Outcome]:
+    def _store_traces(self, good: Sequence[Any], records: Records, statuses: list[mlflow_http.Status]) -> list[Outcome]:
         statuses.clear()
         try:
             if self.takes_batches is None:
@@ -161,7 +160,7 @@ class Writer:
         if self._is_server or not self.takes_spans:
             return self._starts_then_spans(good, statuses)
         shared = [operation for operation in good if is_shared(operation)]
-        outcomes, left = self._write_rows([operation for operation in good if not is_shared(operation)], texts)
+        outcomes, left = self._write_rows([operation for operation in good if not is_shared(operation)], records)
         outcomes += self._starts_then_spans(shared, statuses) if shared else ()
         if left and self._all_at_once(left):
             return [*outcomes, *(Outcome(operation, Verdict.STORED) for operation in left)]
@@ -179,7 +178,7 @@ class Writer:
             raise ConnectionError(f"the MLflow server at {host} does not tell its version")
         return bool(answer)
 
-    def _write_rows(self, operations: Sequence[Any], texts: dict[int, list[str]]) -> tuple[list[Outcome], list[Any]]:
+    def _write_rows(self, operations: Sequence[Any], records: Records) -> tuple[list[Outcome], list[Any]]:
         """Write complete new traces as rows.
 
         Returns:
@@ -190,7 +189,7 @@ class Writer:
             return [], list(operations)
         try:
             store = self.client.store
-            places = row_writer(self.uri).write(store, operations, texts, may_try=self._may_try_rows)
+            places = row_writer(self.uri).write(store, operations, records, may_try=self._may_try_rows)
         except Exception as error:  # noqa: BLE001 - what is wrong will show when written by MLflow
             if classify(error) is not Verdict.AWAY:
                 return [], list(operations)
@@ -198,9 +197,10 @@ class Writer:
             return [Outcome(operation, Verdict.AWAY, error) for operation in operations], []
         stored = [operation for operation in operations if id(operation) in places]
         for operation in stored:
-            info = copy.copy(operation.info)
-            info.tags = {**info.tags, _ARTIFACT_LOCATION: places[id(operation)]}
-            self._finish(operation, info)
+            if operation.prompts or mlflow_traces.has_attachments(operation.spans):
+                info = copy.copy(operation.info)
+                info.tags = {**info.tags, _ARTIFACT_LOCATION: places[id(operation)]}
+                self._finish(operation, info)
         left = [operation for operation in operations if id(operation) not in places]
         return [Outcome(operation, Verdict.STORED) for operation in stored], left
 
