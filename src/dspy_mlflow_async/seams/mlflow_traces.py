@@ -246,7 +246,7 @@ def usage_of_records(records: Sequence[SpanRecord | _Brief]) -> dict[str, int] |
 
 
 class _Brief(NamedTuple):
-    """As much of a `SpanRecord` as usage needs."""
+    """Part of a `SpanRecord` that usage needs."""
 
     span: Any
     span_id: int
