@@ -57,10 +57,15 @@ def test_shells_complete_commands_and_options(command):
 
 
 def test_placeholders_look_alike(command):
-    """FOLDER, FILE, URI, NAME: what an option takes is named as a person names it, and never as ``<path>``."""
-    shown = {name: command(name, "--help", env={"COLUMNS": "150"}).stdout for name in COMMANDS}
+    """FOLDER, FILE, URI, NAME: what an option takes is named as a person names it, and never as ``<path>``.
 
-    assert {} == {name: text for name, text in shown.items() if "<path>" in text or "<str>" in text or "<int" in text}
+    What is only switched on takes nothing, and nothing is said twice to be one of several.
+    """
+    shown = {name: command(name, "--help", env={"COLUMNS": "150"}).stdout for name in COMMANDS}
+    shown[""] = command("--help").stdout
+
+    assert {} == {name: text for name, text in shown.items() if "<" in text or "...]" in text or "...}" in text}
+    assert "[RUN]..." in shown["report"]
     assert all(name in shown["replay"] for name in ("FOLDER", "URI", "TEXT"))
 
 
@@ -77,3 +82,11 @@ def test_terminal_gets_colours():
     os.close(main)
 
     assert b"\x1b[31mwords" in said
+
+
+def test_paragraphs_of_a_help_text_are_as_wide_as_the_terminal(command):
+    """No line of a paragraph ends where that of the source does."""
+    shown = command("gate", "--help", env={"COLUMNS": "100"}).stdout
+    paragraph = shown.partition("It is 1 where")[2].partition("one by one.")[0]
+
+    assert all(len(line.strip()) > 80 for line in paragraph.splitlines()[1:-1])

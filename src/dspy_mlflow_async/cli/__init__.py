@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +37,28 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{COMMANDS[name][0]}")
 
 
+def _named_alone(parameters: list[Any]) -> list[Any]:
+    """Let a help text show no types: not ``<bool>`` behind what is only switched on, nor ``<list[str]>`` behind RUN."""
+    for each in parameters:
+        if each.param_type_name == "argument":
+            each.display_type_rich = lambda ctx: None  # noqa: ARG005 - typer's
+        elif each.is_flag:
+            each.metavar = ""
+    return parameters
+
+
+class _Command(typer.core.TyperCommand):
+    """A command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _named_alone(super().get_params(ctx))
+
+
 class _LazyGroup(typer.core.TyperGroup):
     """Imports a command's module when somebody asks for that command, or for the list of them all."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _named_alone(super().get_params(ctx))
 
     # Newer typers bring a click of their own, so click's types cannot be named here.
 
@@ -57,8 +78,14 @@ class _LazyGroup(typer.core.TyperGroup):
         module, function = COMMANDS[cmd_name]
         command = typer.Typer(add_completion=False)
         called = getattr(importlib.import_module(f"{__name__}.{module}"), function)
-        command.command(cmd_name)(_checked(cmd_name, called))
+        command.command(cmd_name, cls=_Command, help=_paragraphs(called))(_checked(cmd_name, called))
         return typer.main.get_command(command)
+
+
+def _paragraphs(function: Callable[..., None]) -> str:
+    """Return what a docstring says, a line a paragraph: a terminal has a width of its own."""
+    said = inspect.getdoc(function) or ""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in said.split("\n\n"))
 
 
 def _checked(name: str, function: Callable[..., None]) -> Callable[..., None]:

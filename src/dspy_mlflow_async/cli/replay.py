@@ -43,9 +43,9 @@ def replay(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="TEXT", help="With --dead-letters: those alone in whose reason this text stands."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --dead-letters: do not ask.")] = False,
 ) -> None:
-    """Send the traces and run results that lie in the spool, because their store was away, to their store.
+    """Send the traces and run results that wait on disk, in the spool, since their store was away.
 
     May be interrupted and run again, also several at once: nothing is lost, and nothing is stored twice.
     """

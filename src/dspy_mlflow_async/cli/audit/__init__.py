@@ -25,17 +25,20 @@ def audit(
     since: Since = None,
     run: Run = None,
     idle: Annotated[
-        str, typer.Option(metavar="TIME", help="How long unfinished ones must have shown no sign of life.")
+        str, typer.Option(metavar="TIME", help="How long unfinished runs and traces may be silent before they count.")
     ] = "1h",
     marker: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="REGEX", help="What stands in the inputs of all spans of one call and of no other's."),
+        typer.Option(
+            metavar="REGEX",
+            help="Finds strays: a pattern for what all inputs of one call have and no other call's, as order-\\d+.",
+        ),
     ] = None,
     examples: Annotated[int, typer.Option(metavar="N", min=0, help="How many examples of each kind to show.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Write a page, too."),
+        typer.Option(metavar="FILE", help="Write an HTML page, too."),
     ] = None,
     ui: Annotated[
         Optional[str],  # noqa: UP045
@@ -44,7 +47,7 @@ def audit(
     fix: Annotated[
         bool, typer.Option("--fix", help="End the runs and traces that nobody works on, after asking; nothing else.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --fix: do not ask.")] = False,
     tracking_uri: ReadTrackingUri = None,
 ) -> None:
     """Say whether a store is right: whole traces, under their runs, with their feedback and tokens, without secrets.

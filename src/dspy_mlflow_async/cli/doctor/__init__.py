@@ -25,9 +25,12 @@ def doctor(
         Optional[str],  # noqa: UP045 - typer evaluates it
         typer.Option(metavar="URI", help="Ask after this store; by default the one that MLflow would take here."),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name each seam, with what it is for.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="List the private names of DSPy and MLflow that it uses, with what for."),
+    ] = False,
 ) -> None:
-    """Say whether the tracer can work here: versions, seams, store, spool, and a test of itself."""
+    """Say whether the tracer can work here: versions, private names it needs, store, spool, and a test of itself."""
     from dspy_mlflow_async.cli.console import make_console
 
     console = make_console()

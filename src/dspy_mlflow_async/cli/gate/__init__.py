@@ -18,7 +18,7 @@ _Several = Optional[list[str]]  # noqa: UP045 - typer evaluates it
 
 def gate(
     runs: Annotated[
-        _Several, typer.Argument(metavar="[RUN...]", help="A run's id or name, or RUN/CASE. By default the newest.")
+        _Several, typer.Argument(metavar="RUN", help="A run's id or name, or RUN/CASE. By default the newest.")
     ] = None,
     min_: Annotated[
         _Several, typer.Option("--min", metavar="NAME=NUMBER", help="The least a metric may be: score=0.8, score=80%.")
@@ -34,7 +34,7 @@ def gate(
         str, typer.Option(metavar="NUMBER", help="How far the score may fall below that: 0.02, or 2%.")
     ] = "0",
     certain: Annotated[
-        bool, typer.Option("--certain", help="Fail, too, where noise leaves open that it falls further.")
+        bool, typer.Option("--certain", help="Fail, too, where chance may hide that it falls further.")
     ] = False,
     case: Annotated[
         _Several,

@@ -44,7 +44,7 @@ def harvest(
     ] = None,
     weight_by: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="FEEDBACK", help="The feedback that gives the weights."),
+        typer.Option(metavar="FEEDBACK", help="The name of the feedback whose value is an example's weight."),
     ] = None,
     min_weight: Annotated[
         Optional[float],  # noqa: UP045
@@ -52,10 +52,12 @@ def harvest(
     ] = None,
     include_cut: Annotated[bool, typer.Option("--include-cut", help="Keep values that were cut.")] = False,
     include_masked: Annotated[bool, typer.Option("--include-masked", help="Keep values that were masked.")] = False,
-    duplicates: Annotated[bool, typer.Option("--duplicates", help="Keep calls with equal inputs.")] = False,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Keep all calls with equal inputs, not the newest alone.")
+    ] = False,
     limit: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=1, help="How many at most."),
+        typer.Option(metavar="N", min=1, help="How many examples at most."),
     ] = None,
     tracking_uri: ReadTrackingUri = None,
 ) -> None:

@@ -29,7 +29,7 @@ def which(
     programs: Annotated[
         list[str],
         typer.Argument(
-            metavar="HASH|FILE|TRACE...",
+            metavar="HASH|FILE|TRACE",
             help="A program_hash, a program saved as JSON, a trace's id, or a logged model (models:/m-…).",
         ),
     ],

@@ -21,7 +21,7 @@ _MAX_LISTED = 20
 def report(
     runs: Annotated[
         Optional[list[str]],  # noqa: UP045 - typer evaluates it
-        typer.Argument(metavar="[RUN...]", help="A run's id; with --compare, several. By default the newest."),
+        typer.Argument(metavar="RUN", help="A run's id; with --compare, several. By default the newest."),
     ] = None,
     last: Annotated[int, typer.Option("--last", min=1, metavar="N", help="The newest N runs.")] = 1,
     list_: Annotated[bool, typer.Option("--list", help="List the newest runs, with their ids.")] = False,
