@@ -80,6 +80,7 @@ async def test_runs_traces_and_comparison(traces, runs):
     assert "Execution cancelled due to errors or interruption." == str(comparison["broken"].error)
     assert 100.0 == found["good"].data.metrics["eval"]
     assert 6 == len(table(found["half"], "result_table.json"))
+    assert {} == {name: run.data.tags for name, run in found.items() if "" in run.data.tags.values()}
 
 
 async def test_parent_artifacts(traces, runs):

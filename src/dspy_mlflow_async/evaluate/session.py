@@ -105,7 +105,7 @@ class Session:
         self._failure: BaseException | None = None
         self._plan: Plan | None = None
         self._parent: RunHandle | None = None
-        self._stored: Mapping[str, StoredCase] = {}
+        self._stored: Mapping[str, StoredCase] | None = None  # by a run that is resumed
 
     async def run(self, resume: str | None) -> Comparison:
         """Evaluate all cases.
@@ -194,7 +194,7 @@ class Session:
 
     async def _case(self, case: Case, scope: anyio.CancelScope) -> None:
         """Evaluate one case, in its task."""
-        stored = self._stored.get(case.name)
+        stored = (self._stored or {}).get(case.name)
         if stored is None and self._slots.is_closed:
             self._results[case.name] = summary.case_result(case, {}, STOPPED)
             return
@@ -260,7 +260,8 @@ class Session:
         left_out = len(case.devset or ()) - count
         if left_out or is_resumed:
             stopped_by = self._budget.reached if left_out else None
-            handle.tags({stored_runs.STOPPED_TAG: stopped_by or "", stored_runs.NOT_RUN_TAG: left_out})
+            stopped_tag = stored_runs.stopped_tag(stopped_by, is_resumed=is_resumed)
+            handle.tags({stored_runs.STOPPED_TAG: stopped_tag, stored_runs.NOT_RUN_TAG: left_out})
         if not count:
             handle.metrics({"examples": 0})
 
@@ -307,7 +308,7 @@ class Session:
         )
         if parent is not None:
             try:
-                summary.log(parent, comparison)
+                summary.log(parent, comparison, is_resumed=self._stored is not None)
             except Exception:
                 logger.exception("The comparison could not be logged into the run %s.", parent.run_id)
         return comparison

@@ -28,7 +28,7 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 KIND_TAG, KIND = "dspy_mlflow_async.kind", "evaluate_all"
 CASE_TAG = "dspy_mlflow_async.case"
-STOPPED_TAG = "dspy_mlflow_async.stopped_by"  # which budget ended it, in words; empty for none
+STOPPED_TAG = "dspy_mlflow_async.stopped_by"  # which budget ended it, in words; empty where a resume went past it
 NOT_RUN_TAG = "dspy_mlflow_async.not_run"  # how many examples that left out
 PLAN_TAG = "dspy_mlflow_async.plan."  # and a number: a tag per case, there as soon as the run is
 LM_ARGUMENTS = "lm arguments"  # a digest of each, so that the one that differs can be named
@@ -231,6 +231,11 @@ def case_order(run: Any) -> list[str]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             names.append(str(json.loads(text)["case"]))
     return names
+
+
+def stopped_tag(stopped_by: str | None, *, is_resumed: bool) -> str | None:
+    """Return the tag that says what has stopped a run; None for no tag, empty where an earlier one has to go."""
+    return stopped_by or ("" if is_resumed else None)
 
 
 def newest(count: int, experiments: Sequence[str] | None = None) -> list[Any]:

@@ -121,7 +121,7 @@ def _is_same(metric: Any, other: Any) -> bool:
         return False
 
 
-def log(parent: RunHandle, comparison: Comparison) -> None:
+def log(parent: RunHandle, comparison: Comparison, *, is_resumed: bool) -> None:
     """Log the comparison as a table, a score per case, and a plot. The rest of the metrics is in the cases' runs."""
     comparison = _passed(comparison, parent.door)
     parent.table(TABLE, columns_of(comparison.rows()))
@@ -133,7 +133,7 @@ def log(parent: RunHandle, comparison: Comparison) -> None:
         {
             "dspy_mlflow_async.baseline": comparison.baseline,
             "dspy_mlflow_async.best": None if best is None else best.name,
-            stored_runs.STOPPED_TAG: comparison.stopped_by or "",
+            stored_runs.STOPPED_TAG: stored_runs.stopped_tag(comparison.stopped_by, is_resumed=is_resumed),
             stored_runs.NOT_RUN_TAG: sum(map(len, comparison.not_run.values())),
         }
     )
