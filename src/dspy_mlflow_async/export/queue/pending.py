@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ class PendingOperations:
         self._all: OrderedDict[int, Pending] = OrderedDict()  # by number
         self._resident: OrderedDict[int, Pending] = OrderedDict()
         self._spooled: OrderedDict[tuple[Path, int], Pending] = OrderedDict()
-        self._by_key: dict[str, deque[Pending]] = {}
+        self._by_key: dict[str, list[Pending]] = {}  # most have one entry, for which a deque takes ten times as much
         self._suspicions = _Suspicions()
         self._is_closed = False
         self._was_resident = False  # whether the last batch came from memory
@@ -187,7 +187,7 @@ class PendingOperations:
         self.last += 1
         entry = Pending(self.last, key, size, counted)
         self._all[entry.number] = entry
-        self._by_key.setdefault(key, deque()).append(entry)
+        self._by_key.setdefault(key, []).append(entry)
         return entry
 
     def _place_on_disk(self, entry: Pending, reference: Reference) -> None:
