@@ -4,6 +4,7 @@ import json
 import random
 
 import hypothesis.strategies as st
+import mlflow
 import pytest
 import sqlalchemy
 from hypothesis import given, settings
@@ -12,12 +13,21 @@ from mlflow.entities.trace_location import TraceLocation
 from mlflow.tracing import utils as tracing_utils
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import SpanContext
+from opentelemetry.trace import SpanContext, Status, StatusCode
+from packaging.version import Version
 from stores import TOKENS
 
 from dspy_mlflow_async.export.write.many_rows import insert_rows
 from dspy_mlflow_async.seams import mlflow_traces
-from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, text_of
+from dspy_mlflow_async.seams.mlflow_span_text import add_sizes, record_of, text_of
+from dspy_mlflow_async.seams.mlflow_trace_tables import (
+    analytics_columns,
+    analytics_columns_from_metadata,
+    sanitize_attributes,
+    sanitized,
+)
+
+BEFORE_3_18 = Version(mlflow.__version__).release < (3, 18)  # from there on MLflow takes no layer from JSON in JSON
 
 TABLE = sqlalchemy.Table(
     "some rows",
@@ -119,22 +129,73 @@ def test_sizes_are_mlflows_whatever_a_trace_holds(metadata, tags, previews, time
     assert theirs.trace_metadata == mine.trace_metadata
 
 
-def span_of(number, parent, usage=None):
+ODD_TEXT = st.text(st.sampled_from('%s"\\{[ é\x7f\N{GRINNING FACE}\n'), max_size=8)
+ODD_VALUES = ODD_TEXT | st.integers() | st.booleans() | st.lists(st.text(max_size=3), max_size=2).map(tuple)
+
+
+@given(
+    name=ODD_TEXT,
+    attributes=st.dictionaries(ODD_TEXT, ODD_TEXT | ODD_VALUES, max_size=4),
+    message=st.none() | ODD_TEXT,
+    parent=st.none() | st.just(7),
+)
+@settings(max_examples=300, deadline=None)
+def test_text_of_a_span_is_mlflows_whatever_it_holds(name, attributes, message, parent):
+    """Letters that a template, JSON or MLflow treats in a way of their own, and values that are no text."""
+    span = span_of(3, parent, name=name, more=attributes, status=Status(StatusCode.ERROR, message))
+
+    expected = json.dumps(span.to_dict(), cls=tracing_utils.TraceJSONEncoder, ensure_ascii=False)
+    assert expected == text_of(span)
+    assert expected == record_of(span).text
+
+
+@given(attributes=st.dictionaries(st.text(max_size=3), ODD_TEXT | ODD_TEXT.map(json.dumps) | ODD_VALUES, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_json_in_json_is_found_as_mlflow_finds_it(attributes):
+    """Whether a layer is taken from a value is MLflow's to say; what it leaves alone is not copied."""
+    found = sanitized(attributes)
+
+    assert (sanitize_attributes(dict(attributes)) if BEFORE_3_18 else attributes) == found
+    assert (found is attributes) == (found == attributes)
+
+
+@pytest.mark.skipif(analytics_columns_from_metadata is None, reason="MLflow has no such columns before 3.17")
+@given(
+    usage=st.none()
+    | st.dictionaries(
+        st.sampled_from(["input_tokens", "output_tokens", "cache_read_input_tokens", "session_id", "other"]),
+        st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats(0, 9) | st.just("7"),
+    ),
+    more=st.sampled_from([{}, {"mlflow.trace.session": "s"}, {"mlflow.trace.cost": '{"total_cost": 1}'}]),
+)
+@settings(max_examples=200, deadline=None)
+def test_columns_of_totals_are_mlflows(usage, more):
+    """Counts that are plain are taken as they are, and MLflow says what becomes of any others."""
+    metadata = more | ({} if usage is None else {"mlflow.trace.tokenUsage": json.dumps(usage)})
+    columns = analytics_columns(metadata)
+
+    expected = analytics_columns_from_metadata(metadata)
+    assert expected == {key: columns[key] for key in expected}
+    assert not any(value for key, value in columns.items() if key not in expected)
+
+
+def span_of(number, parent, usage=None, *, name=None, more=None, status=None):
     """A span that has ended, with usage or not."""
 
     def context(span_id):
         return SpanContext(trace_id=5, span_id=span_id, is_remote=False)
 
-    attributes = {"mlflow.traceRequestId": '"tr-1"', "mlflow.spanType": '"LLM"'}
+    attributes = {"mlflow.traceRequestId": '"tr-1"', "mlflow.spanType": '"LLM"', **(more or {})}
     if usage is not None:
         attributes[TOKENS] = json.dumps(usage)
     return Span(
         ReadableSpan(
-            name=f"span {number}",
+            name=f"span {number}" if name is None else name,
             context=context(number),
             parent=None if parent is None else context(parent),
             resource=Resource({}),
             attributes=attributes,
+            status=status or Status(StatusCode.UNSET),
             start_time=number,
             end_time=number + 1,
         )

@@ -7,7 +7,8 @@ import threading
 
 import mlflow
 import pytest
-from mlflow.entities import AssessmentSource, Feedback, Trace, TraceData
+from mlflow.entities import AssessmentSource, Feedback, LiveSpan, Span, Trace, TraceData, TraceInfo, TraceState
+from mlflow.entities.trace_location import TraceLocation
 from mlflow.store.tracking import sqlalchemy_store
 from mlflow.tracing import utils as tracing_utils
 from mlflow.tracing.client import TracingClient
@@ -15,6 +16,7 @@ from packaging.version import Version
 from stores import TOKENS, call
 
 from dspy_mlflow_async import export
+from dspy_mlflow_async.export.operations import TraceOperation
 from dspy_mlflow_async.export.write import prepare
 from dspy_mlflow_async.export.write.errors import Verdict
 from dspy_mlflow_async.export.write.row_writer import RowWriter, row_writer
@@ -75,6 +77,38 @@ def test_texts_and_sizes_are_those_of_mlflow(traces):
         assert expected == texts
         assert own == {key: item.info.trace_metadata[key] for key in own}
     assert mlflow_span_text.adds_same_sizes()
+
+
+def test_spans_become_immutable_when_somebody_asks(sqlite, monkeypatch):
+    """Rows need no immutable span; whoever reads the spans of a prepared trace finds them immutable."""
+    made, immutable = [], LiveSpan.to_immutable_span
+    monkeypatch.setattr(LiveSpan, "to_immutable_span", lambda span: made.append(span) or immutable(span))
+    for _ in range(2):  # the first one is tried out
+        made.clear()
+        call()
+        assert export.flush(60)
+    assert [] == made or not mlflow_store.finalizes()  # there are no rows in MLflow 3.11
+    made.clear()
+    live = mlflow.start_span_no_context("later")
+    live.end()
+    operation = TraceOperation(key=live.trace_id, info=info_of(live), spans=[live], experiment_id="0")
+    (record,) = prepare.prepare(operation)
+
+    assert [] == made
+    assert record.span is live
+    assert [Span] == list(map(type, operation.spans)) == [type(operation.spans[0])]
+    assert [live] == made
+
+
+def info_of(span):
+    """A trace that is not known to anybody."""
+    return TraceInfo(
+        trace_id=span.trace_id,
+        trace_location=TraceLocation.from_experiment_id("0"),
+        request_time=1,
+        execution_duration=1,
+        state=TraceState.OK,
+    )
 
 
 def test_a_trial_leaves_nothing(traces, store):

@@ -330,6 +330,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_UTILS}:dump_span_attribute_value", _ROWS, shape="(value)", is_optional=True),
     Seam(f"{_UTILS}:SpanAggregationNode", _ROWS, shape="(span_id=, parent_id=, data=)", is_optional=True),
     Seam(f"{_UTILS}:aggregate_cost_from_span_nodes", _ROWS, shape="(nodes)", is_optional=True),
+    Seam(f"{_UTILS}:aggregate_usage_from_span_nodes", _WRITE, shape="(nodes)", is_optional=True),
     Seam(f"{_ANALYTICS}:analytics_columns_from_metadata", _ROWS, shape="(metadata)", is_optional=True),
     Seam(f"{_ANALYTICS}:bounded_model_dimension", _ROWS, shape="(value)", is_optional=True),
     Seam("mlflow.store.tracking.utils.sql_trace_rollups:rollups_enabled", _ROWS, shape="()", is_optional=True),

@@ -5,7 +5,7 @@ For the export room. Checked on mlflow 3.11.1, 3.12.0, 3.17.2 and 3.18.0.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import copy
 import functools
 import json
@@ -19,7 +19,7 @@ from mlflow.tracing import constant
 from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, format_span_id
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_call_span import (
@@ -30,7 +30,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
 )
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
-__all__ = ["SpanRecord", "StillSpans", "add_sizes", "record_of", "still", "text_of"]
+__all__ = ["SpanRecord", "StillSpans", "add_sizes", "read", "record_of", "still", "text_of"]
 
 TraceJSONEncoder: Any = taken("mlflow.tracing.utils:TraceJSONEncoder", json.JSONEncoder)
 add_size_stats_to_trace_metadata: Any = taken(
@@ -40,6 +40,12 @@ _calculate_percentile: Any = taken("mlflow.tracing.utils:_calculate_percentile")
 TraceSizeStatsKey: Any = getattr(constant, "TraceSizeStatsKey", None)
 
 _encode = TraceJSONEncoder(ensure_ascii=False).encode
+
+
+@functools.lru_cache(maxsize=1024)
+def read(text: str) -> Any:
+    """Return what JSON says, which nobody changes. The usage of an LM call is that of the calls around it, too."""
+    return json.loads(text)
 
 
 def still(span: Any) -> Span:
@@ -112,22 +118,21 @@ class SpanRecord(NamedTuple):
 def record_of(span: Span) -> SpanRecord:
     """Return the facts of a span that has ended."""
     otel = span._span
-    attributes, parent = attributes_of(otel), parent_number_of(otel)
-    has_more = _has_more(span, otel)
-    type_text = attributes.get(SpanAttributeKey.SPAN_TYPE)
+    ids, attributes, has_more = _ids_of(otel), attributes_of(otel), _has_more(span, otel)
+    type_text, status = attributes.get(SpanAttributeKey.SPAN_TYPE), _name_of(otel.status.status_code)
     return SpanRecord(
         span,
-        _id_texts(number_of(otel))[0],
-        None if parent is None else _id_texts(parent)[0],
+        ids.digits,
+        ids.parent_digits,
         otel.name,
-        _simple_text(type_text) or span.span_type,
-        otel.status.status_code.name,
+        (_simple_text(type_text) if type(type_text) is str else None) or span.span_type,
+        status,
         otel.start_time,
         otel.end_time,
         attributes,
         has_more,
         resource_of_span(otel),
-        _dumped(span, None) if has_more else _written(span, otel, attributes),
+        _dumped(span, None) if has_more else _written(span, otel, ids, status, attributes),
     )
 
 
@@ -135,9 +140,10 @@ def _has_more(span: Span, otel: Any) -> bool:
     return bool(otel.events or span.__dict__.get("_links"))  # a live span makes an empty list for whoever asks
 
 
-def _simple_text(text: Any) -> str | None:
+@functools.lru_cache(maxsize=1024)
+def _simple_text(text: str) -> str | None:
     """Return the text in a JSON text that escapes nothing; None for any other."""
-    return text[1:-1] if type(text) is str and text[:1] == '"' and "\\" not in text else None
+    return text[1:-1] if text[:1] == '"' and "\\" not in text else None
 
 
 def text_of(span: Span, attributes: Mapping[str, Any] | None = None) -> str:
@@ -150,7 +156,8 @@ def text_of(span: Span, attributes: Mapping[str, Any] | None = None) -> str:
     otel = span._span
     if _has_more(span, otel):
         return _dumped(span, attributes)
-    return _written(span, otel, attributes_of(otel) if attributes is None else attributes)
+    own = attributes_of(otel) if attributes is None else attributes
+    return _written(span, otel, _ids_of(otel), _name_of(otel.status.status_code), own)
 
 
 def _dumped(span: Span, attributes: Mapping[str, Any] | None) -> str:
@@ -161,14 +168,37 @@ def _dumped(span: Span, attributes: Mapping[str, Any] | None) -> str:
     return _encode(found)
 
 
-def _written(span: Span, otel: Any, attributes: Mapping[str, Any]) -> str:
+def _written(span: Span, otel: Any, ids: _Ids, status: str, attributes: Mapping[str, Any]) -> str:
     """Return the text of a span without events, by a template."""
-    status, parent = otel.status, parent_number_of(otel)
-    message = status.description
-    template = _template(otel.kind, status.status_code, parent is not None, bool(message))
+    kind, message = otel.kind, otel.status.description
+    other_kind = None if kind is _INTERNAL else kind  # to hash it takes a while
+    template = _template(other_kind, status, ids.parent is not None, bool(message))
     if template is None:
         return _dumped(span, attributes)
-    return template.fill(_values(otel, parent, message, attributes))
+    return template.fill(_values(otel, ids, message, attributes))
+
+
+def _name_of(code: StatusCode) -> str:
+    # An enumeration looks for the name of one of its own in a roundabout way.
+    return "OK" if code is _OK else "ERROR" if code is _ERROR else code.name
+
+
+class _Ids(NamedTuple):
+    """Ids of a span and of its parent: in hexadecimal digits, and in the letters of its text."""
+
+    digits: str
+    letters: str
+    parent_digits: str | None
+    parent: str | None
+
+
+def _ids_of(otel: Any) -> _Ids:
+    parent = parent_number_of(otel)
+    return _Ids(*_id_texts(number_of(otel)), *(_NO_ID if parent is None else _id_texts(parent)))
+
+
+_NO_ID = (None, None)
+_INTERNAL, _OK, _ERROR = SpanKind.INTERNAL, StatusCode.OK, StatusCode.ERROR
 
 
 class _Template(NamedTuple):
@@ -186,12 +216,12 @@ class _Template(NamedTuple):
         return self.text % self.pick(values)
 
 
-def _values(otel: Any, parent: int | None, message: str | None, attributes: Mapping[str, Any]) -> tuple[Any, ...]:
+def _values(otel: Any, ids: _Ids, message: str | None, attributes: Mapping[str, Any]) -> tuple[Any, ...]:
     end = otel.end_time
     return (
         _trace_text(trace_number_of(otel)),
-        _id_texts(number_of(otel))[1],
-        None if parent is None else _id_texts(parent)[1],
+        ids.letters,
+        ids.parent,
         _encode(otel.name),
         otel.start_time,
         "null" if end is None else end,
@@ -203,12 +233,16 @@ def _values(otel: Any, parent: int | None, message: str | None, attributes: Mapp
 @functools.lru_cache(maxsize=1024)
 def _id_texts(number: int) -> tuple[str, str]:
     """Return the id of a span in hexadecimal digits, and in the letters of its text."""
-    return format_span_id(number), base64.b64encode(number.to_bytes(8, "big")).decode()
+    return f"{number:016x}", _letters(number.to_bytes(8, "big"))
 
 
 @functools.lru_cache(maxsize=64)
 def _trace_text(number: int) -> str:
-    return base64.b64encode(number.to_bytes(16, "big")).decode()
+    return _letters(number.to_bytes(16, "big"))
+
+
+def _letters(number: bytes) -> str:
+    return binascii.b2a_base64(number, newline=False).decode()
 
 
 def _attributes_text(attributes: Mapping[str, Any]) -> str:
@@ -226,8 +260,16 @@ def _gaps(names: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _template(kind: SpanKind, code: StatusCode, has_parent: bool, has_message: bool) -> _Template | None:
-    """Return MLflow's own text of a sample, with gaps; None where it cannot be cut so."""
+def _template(other_kind: SpanKind | None, status: str, has_parent: bool, has_message: bool) -> _Template | None:
+    """Return MLflow's own text of a sample, with gaps; None where it cannot be cut so.
+
+    Args:
+        other_kind: What kind of span, if it is not an internal one.
+        status: The name of its status.
+        has_parent: Whether it has one.
+        has_message: Whether its status has a description.
+    """
+    kind, code = other_kind or SpanKind.INTERNAL, StatusCode[status]
     try:
         return _cut(*(_sample(number, kind, code, has_parent, has_message) for number in (1, 2)))
     except Exception:  # noqa: BLE001 - a sample that MLflow does not take as expected; its own function writes the text
@@ -250,7 +292,7 @@ def _cut(first: Span, second: Span) -> _Template | None:
 def _values_of_sample(span: Span) -> list[str]:
     """Return the values of a sample, as they stand in its text; none for what it does not have."""
     otel = span._span
-    values = _values(otel, parent_number_of(otel), otel.status.description, attributes_of(otel))
+    values = _values(otel, _ids_of(otel), otel.status.description, attributes_of(otel))
     return ["" if value is None else str(value) for value in values]
 
 

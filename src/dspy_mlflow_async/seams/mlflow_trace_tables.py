@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import enum
 import functools
-import json
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from mlflow.tracing.constant import SpanAttributeKey
+from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_span_text import read
 from dspy_mlflow_async.seams.mlflow_store import finalizes, shared_view, write_session
 from dspy_mlflow_async.seams.patching import over
 
@@ -438,9 +438,7 @@ def cost_of(attributes: Mapping[str, Any]) -> str | None:
     usage, model, provider = (attributes.get(key) for key in _PRICE)
     # Looked up each time, since `mlflow_prices` puts its own there.
     calculate = translation.calculate_cost_by_model_and_token_usage
-    cost = calculate(
-        json.loads(model or ""), json.loads(usage or ""), None if provider is None else json.loads(provider)
-    )
+    cost = calculate(read(model or ""), read(usage or ""), None if provider is None else read(provider))
     return dump_span_attribute_value(cost) if cost else None
 
 
@@ -470,7 +468,19 @@ def model_dimension(value: str | None) -> str | None:
 
 def analytics_columns(metadata: dict[str, str]) -> dict[str, Any]:
     """Return totals and session by column: None where the metadata say nothing of them."""
+    if metadata.keys().isdisjoint(_NOT_USAGE):
+        usage = read(metadata.get(TraceMetadataKey.TOKEN_USAGE, "{}"))
+        if type(usage) is dict and usage.keys() <= _TOKENS and all(map(_is_count, usage.values())):
+            return _NO_ANALYTICS | usage
     return _NO_ANALYTICS | analytics_columns_from_metadata(metadata)
+
+
+_TOKENS = frozenset(name for name in _NO_ANALYTICS if "tokens" in name)
+_NOT_USAGE = frozenset({TraceMetadataKey.TRACE_SESSION, TraceMetadataKey.COST})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # what a column takes
 
 
 def assessment_columns(assessment: Any) -> dict[str, Any]:

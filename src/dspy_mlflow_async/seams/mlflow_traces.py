@@ -32,7 +32,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
 )
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.mlflow_live import attributes_of, is_in_environment
-from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, StillSpans, add_sizes, text_of
+from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, StillSpans, add_sizes, read, text_of
 
 __all__ = [
     "InMemoryTrace",
@@ -80,6 +80,9 @@ def _nothing(*_: Any, **__: Any) -> None:
 aggregate_cost_from_spans: Any = taken(f"{_UTILS}:aggregate_cost_from_spans", _nothing)
 aggregate_usage_from_spans: Any = taken(f"{_UTILS}:aggregate_usage_from_spans", _nothing)
 generate_assessment_id: Any = taken(f"{_UTILS}:generate_assessment_id", lambda: f"a-{uuid.uuid4().hex}")
+# From mlflow 3.15 on.
+SpanAggregationNode: Any = taken(f"{_UTILS}:SpanAggregationNode")
+aggregate_usage_from_span_nodes: Any = taken(f"{_UTILS}:aggregate_usage_from_span_nodes")
 maybe_get_request_id: Any = taken(f"{_UTILS}:maybe_get_request_id", _nothing)
 set_request_response_preview: Any = taken(f"{_UTILS}.truncation:set_request_response_preview", _nothing)
 get_display_handler: Any = taken("mlflow.tracing.display:get_display_handler")
@@ -239,7 +242,10 @@ def usage_of_records(records: Sequence[SpanRecord | _Brief]) -> dict[str, int] |
     """Add up the usage of a trace's spans, which have been recorded, likewise."""
     ids = {record.span_id for record in records}
     tops = [record for record in records if record.parent_id not in ids]
-    if len(tops) == 1 and tops[0].attributes.get(SpanAttributeKey.CHAT_USAGE, "null") != "null":
+    if len(tops) == 1 and (text := tops[0].attributes.get(SpanAttributeKey.CHAT_USAGE, "null")) != "null":
+        if aggregate_usage_from_span_nodes is not None and text and type(text) is str:
+            found: dict[str, int] | None = aggregate_usage_from_span_nodes([SpanAggregationNode("", None, read(text))])
+            return found
         records = tops
     usage: dict[str, int] | None = aggregate_usage_from_spans([record.span for record in records])
     return usage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import operator
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,8 @@ def _insert(tables: TraceTables, session: Any, made: Sequence[TraceRows]) -> dic
         for name, some in rows.tables.items():
             rows_by_table.setdefault(name, []).extend(some)
         rows_by_table["tags"].append(tables.artifact_tag(trace_id, place))
+    if stored:  # a database finds its place faster for what has the same key; those of a trace stay in their order
+        rows_by_table["metadata"].sort(key=operator.itemgetter("key"))
     connection = session.connection()
     for table, own in tables.ordered(rows_by_table):
         insert_rows(connection, table, own)

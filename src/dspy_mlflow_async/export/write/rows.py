@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from typing import Any
 from mlflow.tracing.constant import SpanAttributeKey, SpansLocation, TokenUsageKey, TraceMetadataKey, TraceTagKey
 
 from dspy_mlflow_async.export.operations import TraceOperation
-from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, record_of, still, text_of
+from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, read, record_of, still, text_of
 from dspy_mlflow_async.seams.mlflow_trace_tables import (
     TraceTables,
     Translation,
@@ -225,16 +224,14 @@ class _Totals:
         own_usage, own_cost = metadata.get(TraceMetadataKey.TOKEN_USAGE), metadata.get(TraceMetadataKey.COST)
         if has_usage and not own_usage:
             raise UnfitError("its usage is for MLflow to add up")
-        kinds.update(
-            name
-            for name, is_so in (
-                ("usage", has_usage),
-                ("usage of its own", own_usage and not has_usage),
-                ("cost of its own", own_cost),
-                ("session", TraceMetadataKey.TRACE_SESSION in metadata),
-            )
-            if is_so
-        )
+        if has_usage:
+            kinds.add("usage")
+        elif own_usage:
+            kinds.add("usage of its own")
+        if own_cost:
+            kinds.add("cost of its own")
+        if TraceMetadataKey.TRACE_SESSION in metadata:
+            kinds.add("session")
         cost: Mapping[str, Any] = {}
         if any(span.cost for span in spans):
             cost = total_cost([(span.record.span_id, span.record.parent_id, span.cost) for span in spans])
@@ -253,17 +250,17 @@ class _Totals:
         columns = self.columns = analytics_columns(metadata)
         if has_usage and all(columns[key] is None for key in TokenUsageKey.all_keys()):
             raise UnfitError("its usage is for MLflow to add up")
-        if TraceMetadataKey.COST not in metadata:
+        if cost and TraceMetadataKey.COST not in metadata:
             columns |= _costs(cost)
         elif cost and all(columns[key] is None for key in _COSTS):
             raise UnfitError("its cost is for MLflow to add up")
-        self.metadata = {key: value for key, value in metadata.items() if key not in _IN_COLUMNS}
+        for key in _IN_COLUMNS:
+            metadata.pop(key, None)
 
 
-@functools.lru_cache(maxsize=256)
 def _counts(text: Any) -> bool:
     """Return whether the usage of a span counts for its trace."""
-    usage = json.loads(text)
+    usage = read(text)
     if usage is not None and not (isinstance(usage, dict) and TokenUsageKey.INPUT_TOKENS in usage):
         raise UnfitError("its usage is odd")
     return usage is not None
