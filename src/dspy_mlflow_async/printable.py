@@ -35,8 +35,8 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun: ``1 record``, ``2 records``."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+    """Return a number with its noun: ``1 record``, ``2,000 records``."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def mask_uris(text: object) -> str:

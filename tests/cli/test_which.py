@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 import dspy_mlflow_async
 from dspy_mlflow_async.cli import app
 from dspy_mlflow_async.cli.lineage import aorigin_of, origin_of
-from dspy_mlflow_async.cli.lineage.reading import Lineage
+from dspy_mlflow_async.cli.lineage.origins import Found, Origin
+from dspy_mlflow_async.cli.lineage.reading import Candidate, Lineage, Score
+from dspy_mlflow_async.cli.lineage.showing import lines_of, section
 from dspy_mlflow_async.runs.lineage import hash_of
 from dspy_mlflow_async.spans.describe import program_hash
 from echo import Chain, EchoLM
@@ -172,7 +174,7 @@ def test_report_draws_the_candidates(compiled, tmp_path, origin):
         each.rstrip() for each in lines[begin + 1 : begin + 3]
     ]
     assert "first: “Improved first <&>.”" in lines[begin + 3]
-    assert f"        └── {third}  100 eval 1  result" == lines[begin + 4].rstrip()
+    assert f"        └── {third}  100 eval 1 · result" == lines[begin + 4].rstrip()
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1
     assert f'<tspan class="title">{third}</tspan>' in page
@@ -205,3 +207,20 @@ def test_nothing_is_made_of_another_database(tmp_path):
         assert done.exit_code == (1 if words == ["doctor"] else 2), done.output
 
     assert before == path.read_bytes()
+
+
+def test_scores_on_batches_are_one_line(experiment):
+    """GEPA scores a candidate on dozens of batches, none of which has a run: how many, from which to which."""
+    batches = [Score("eval", None, value, 3, "exact", None) for value in (33.33, 100.0, 66.67)]
+    scores = (Score("eval", 0, 75.0, 4, "exact", "r-1"), *batches, Score("eval", None, 50.0, 2, None, None))
+    candidate = Candidate("0" * 12, (), None, {}, scores)
+    lineage = Lineage("GEPA", "0" * 12, None, {candidate.hash: candidate}, 0, {}, {})
+    origin = Origin("0" * 12, frozenset(), (Found("r", "GEPA", lineage, candidate),), (), (), (), ())
+
+    assert [
+        "  75 at eval 0 on 4 by exact, run r-1",
+        "  33.33 to 100 at eval on 3 by exact, 3 times",
+        "  50 at eval on 2",
+    ] == lines_of(origin)[2:-1]
+    assert "GEPA: 1 candidate<" in section(lineage)
+    assert " and 2 more · start" in section(lineage)

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.cli.audit.findings import MEANINGS, NOTES, Audit, Finding
-from dspy_mlflow_async.printable import mask_uris
+from dspy_mlflow_async.printable import counted, mask_uris
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,17 +21,17 @@ li { overflow-wrap: anywhere; } p { margin: .3em 0; } .good { color: #177a2b; }
 
 def summary(audit: Audit) -> str:
     """Say in one sentence what was looked at, and what came of it."""
-    seen = f"{audit.traces:,} traces and {audit.runs:,} runs looked at"
+    seen = f"{counted(audit.traces, 'trace')} and {counted(audit.runs, 'run')} looked at"
     faults = sum(count for kind, count in audit.counts.items() if kind not in NOTES)
     young = f"; {audit.young} still at work" if audit.young else ""
-    return f"{seen}{young}: {f'{faults:,} faults' if faults else 'nothing is wrong'}."
+    return f"{seen}{young}: {counted(faults, 'fault') if faults else 'nothing is wrong'}."
 
 
 def print_text(console: Console, audit: Audit, base: str) -> None:
     """Print what was found, faults first, each kind with its cause, its cure and some examples."""
     for kind in audit.kinds:
         meaning, count = MEANINGS[kind], audit.counts[kind]
-        console.print(f"{'note' if kind in NOTES else 'FAULT'}  {count:,} {meaning.title}", markup=False)
+        console.print(f"{'note' if kind in NOTES else 'FAULT'}  {meaning.title}: {count:,}", markup=False)
         console.print(f"       {meaning.cause}", markup=False)
         console.print(f"       {meaning.cure}", markup=False)
         for finding in audit.examples[kind]:
@@ -90,9 +90,13 @@ def as_html(audit: Audit, uri: str, base: str) -> str:
             f"{escape(each.detail)}</li>"
             for each in shown
         )
-        more = f"<p>… and {audit.counts[kind] - len(shown):,} more</p>" if audit.counts[kind] > len(shown) else ""
+        more = (
+            f"<p>… and {audit.counts[kind] - len(shown):,} more; see --examples</p>"
+            if audit.counts[kind] > len(shown)
+            else ""
+        )
         parts.append(
-            f'<h2 class="{"note" if kind in NOTES else "fault"}">{audit.counts[kind]:,} {escape(meaning.title)}</h2>'
+            f'<h2 class="{"note" if kind in NOTES else "fault"}">{escape(meaning.title)}: {audit.counts[kind]:,}</h2>'
             f"<p>{escape(meaning.cause)}</p><p>{escape(meaning.cure)}</p><ul>{items}</ul>{more}"
         )
     return (

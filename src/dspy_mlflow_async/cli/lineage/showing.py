@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from rich.tree import Tree
 
-from dspy_mlflow_async.cli.lineage.reading import Candidate, Lineage
+from dspy_mlflow_async.cli.lineage.reading import Candidate, Lineage, Score
+from dspy_mlflow_async.printable import counted
 from dspy_mlflow_async.runs.drawing import Row, svg
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def lines_of(origin: Origin) -> list[str]:
         if candidate.parents:
             lines.append(f"  made of {', '.join(candidate.parents)} (by {candidate.parents_by})")
         lines += [f"  {_cut(change)}" for change in lineage.changes(candidate)]
-        lines += [f"  {score}" + (f", run {score.run_id}" if score.run_id else "") for score in candidate.scores]
+        lines += [f"  {each}" for each in _scores(candidate)]
     for run in origin.evaluations:
         score = "no score" if run.score is None else f"{run.score:g}"
         lines.append(f"evaluated in run {run.run_id} ({run.run_name}): {score}")
@@ -94,13 +95,31 @@ def lines_of(origin: Origin) -> list[str]:
     return lines
 
 
+def _scores(candidate: Candidate) -> list[str]:
+    """Return its scores, a line each; those on batches, which have no run and may be hundreds, in one for each kind."""
+    lines = [f"{score}, run {score.run_id}" for score in candidate.scores if score.run_id]
+    kinds: dict[tuple[str, int, str | None], list[Score]] = {}
+    for score in candidate.scores:
+        if not score.run_id:
+            kinds.setdefault((score.key, score.examples, score.metric), []).append(score)
+    for (key, examples, metric), scores in kinds.items():
+        low, high = (choose(each.value for each in scores) for choose in (min, max))
+        if len(scores) == 1:
+            lines.append(str(scores[0]))
+            continue
+        low, high = (choose(each.value for each in scores) for choose in (min, max))
+        by = f" by {metric}" if metric else ""
+        lines.append(f"{low:g} to {high:g} at {key} on {examples}{by}, {len(scores)} times")
+    return lines
+
+
 def _links(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what} of its last traces: {', '.join(names)}"] if names else []
 
 
 def _title(lineage: Lineage) -> str:
     more = f", and {lineage.left_out} more" if lineage.left_out else ""
-    return f"{lineage.optimizer}: {len(lineage.candidates)} candidates{more}"
+    return f"{lineage.optimizer}: {counted(len(lineage.candidates), 'candidate')}{more}"
 
 
 def _note(lineage: Lineage, candidate: Candidate) -> str:
@@ -113,7 +132,7 @@ def _note(lineage: Lineage, candidate: Candidate) -> str:
     parts = (("start", candidate.hash == lineage.start), ("result", candidate.hash == lineage.result))
     roles = [role for role, is_one in parts if is_one]
     also = f"also of {', '.join(candidate.parents[1:])}" if len(candidate.parents) > 1 else ""
-    return "  ".join(filter(None, (", ".join(shown), ", ".join(roles), also)))
+    return " · ".join(filter(None, (", ".join(shown), ", ".join(roles), also)))
 
 
 def _colour(candidate: Candidate, scores: Sequence[float]) -> str:

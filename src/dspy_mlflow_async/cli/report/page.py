@@ -17,6 +17,7 @@ from dspy_mlflow_async.evaluate.statistics import standard_error
 
 _Z = 1.96  # standard errors on each side of a 95% interval
 _MAX_ROWS = 1000
+_MAX_NAMES = 4  # of runs, in a page's title
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; }
@@ -40,7 +41,8 @@ def page(nodes: Sequence[Node], changes: Changes | None) -> str:
         parts += _lineages(node)
     if changes is not None:
         parts += [f"<h2>{escape(summary_of(changes))}</h2>", _changes(changes)]
-    title = escape(", ".join(node.name for node in nodes))
+    more = f" and {len(nodes) - _MAX_NAMES} more" if len(nodes) > _MAX_NAMES else ""
+    title = escape(", ".join(node.name for node in nodes[:_MAX_NAMES]) + more)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
@@ -111,11 +113,14 @@ def _scores(evaluations: Sequence[Node]) -> bytes:
 
 
 def _steps(node: Node) -> bytes:
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(3.5)
     best = [max(node.series[: place + 1]) for place in range(len(node.series))]
     axes.plot(node.series, marker="o", label="score")
     axes.plot(best, linestyle="--", color="tab:gray", label="best so far")
     axes.set_xlabel("evaluation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel("score (percent)")
     axes.set_title(node.name.replace("$", r"\$"))
     axes.legend()

@@ -15,6 +15,7 @@ from rich.text import Text
 from dspy_mlflow_async.cli.report.comparing import Changes
 from dspy_mlflow_async.cli.report.reading import Node
 from dspy_mlflow_async.evaluate.comparison import cost_text, errors_text
+from dspy_mlflow_async.printable import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters
@@ -40,7 +41,7 @@ def spark_line(values: Sequence[float], width: int = _SPARKS) -> str:
 def run_cells(node: Node, depth: int) -> dict[str, str]:
     """Return the cells of one run in the table of runs, by column."""
     return {
-        "run": f"{'  ' * depth}{node.name}",
+        "run": f"{'  ' * depth}{printable(node.name, one_line=True)}",
         "kind": node.kind,
         "status": str(node.run.info.status),
         "score": _score_cell(node),
@@ -100,7 +101,9 @@ def list_table(runs: Sequence[Any]) -> Table:
     for run in runs:
         begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.info.start_time / 1000))
         status = Text(str(run.info.status), style=_STYLES.get(str(run.info.status), ""))
-        table.add_row(Text(run.info.run_id), Text(str(run.info.run_name or "")), status, Text(begun))
+        table.add_row(
+            Text(run.info.run_id), Text(printable(run.info.run_name or "", one_line=True)), status, Text(begun)
+        )
     return table
 
 
