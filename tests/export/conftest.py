@@ -96,3 +96,11 @@ def proxy(server):
     proxy = Proxy(server.port)
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+def kept_proxy(server):
+    """One that keeps connections open, as servers do."""
+    proxy = Proxy(server.port, keeps_open=True)
+    yield proxy
+    proxy.close()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -80,6 +81,37 @@ class Installed:
         self.queue.worker.is_paused = False
 
 
+_TABLES = [
+    *("trace_info", "trace_tags", "trace_request_metadata", "trace_metrics", "spans", "span_metrics", "assessments"),
+    "entity_associations",
+]
+
+
+class Tables:
+    """The tables for traces in the sqlite file of a server."""
+
+    def __init__(self, database, uri):
+        self.uri, self._database = uri, database
+
+    def tables(self):
+        """Every row of them, sorted."""
+        with contextlib.closing(sqlite3.connect(self._database)) as connection:
+            connection.row_factory = sqlite3.Row
+            return {
+                name: sorted(
+                    ({key: str(row[key]) for key in row.keys()} for row in connection.execute(f"SELECT * FROM {name}")),  # noqa: S608, SIM118
+                    key=repr,
+                )
+                for name in _TABLES
+            }
+
+    def forget(self):
+        """Delete what is in them."""
+        with contextlib.closing(sqlite3.connect(self._database)) as connection, connection:
+            for name in reversed(_TABLES):
+                connection.execute(f"DELETE FROM {name}")  # noqa: S608 - names of ours
+
+
 @dataclasses.dataclass(frozen=True)
 class Page:
     """What something before the server answers in its place."""
@@ -111,8 +143,9 @@ class Proxy:
         answers: What the server was asked and has answered: request and status.
     """
 
-    def __init__(self, port):
+    def __init__(self, port, *, keeps_open=False):
         self.port = port
+        self._keeps_open = keeps_open
         self.fault = None
         self.faults = 0
         self.seen = threading.Event()
@@ -136,35 +169,47 @@ class Proxy:
     def _serve(self, client):
         with client, contextlib.suppress(OSError):
             client.settimeout(60)
-            request = self._read_request(client)
-            if not request:
-                return
-            fault = self._next_fault()
-            page = Page(fault, b'{"detail": "proxy"}', "application/json") if isinstance(fault, int) else fault
-            if isinstance(page, Page) and page.is_for(request):
-                client.sendall(page.answer)
-                return
-            if fault == "hang":
-                self._closed.wait(60)
-                return
-            if isinstance(fault, float):
-                self._closed.wait(fault)
-            if isinstance(fault, threading.Event):
-                fault.wait(60)
-            with socket.create_connection(("127.0.0.1", self.port), timeout=60) as upstream:
-                if fault == "cut":
-                    upstream.sendall(request[: len(request) // 2])
-                    return
-                upstream.sendall(request)
-                answer = b""
-                while chunk := upstream.recv(65536):
-                    answer += chunk
-            if answer:
-                self.answers.append((request, int(answer.split(b" ", 2)[1])))
-            if fault == "hang up":  # the server has done its work, and the answer is lost half-way
-                client.sendall(answer[:5])
-                return
-            client.sendall(answer)
+            while self._serve_once(client) and self._keeps_open:
+                pass
+
+    def _serve_once(self, client):
+        """Answer one request; true where another may follow."""
+        request = self._read_request(client)
+        if not request:
+            return False
+        fault = self._next_fault()
+        page = Page(fault, b'{"detail": "proxy"}', "application/json") if isinstance(fault, int) else fault
+        if isinstance(page, Page) and page.is_for(request):
+            client.sendall(self._kept(page.answer))
+            return True
+        if fault == "hang":
+            self._closed.wait(60)
+            return False
+        if isinstance(fault, float):
+            self._closed.wait(fault)
+        if isinstance(fault, threading.Event):
+            fault.wait(60)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as upstream:
+            if fault == "cut":
+                upstream.sendall(request[: len(request) // 2])
+                return False
+            upstream.sendall(request)
+            answer = b""
+            while chunk := upstream.recv(65536):
+                answer += chunk
+        if answer:
+            self.answers.append((request, int(answer.split(b" ", 2)[1])))
+        if fault == "hang up":  # the server has done its work, and the answer is lost half-way
+            client.sendall(answer[:5])
+            return False
+        client.sendall(self._kept(answer))
+        return True
+
+    def _kept(self, answer):
+        """The answer, of a server that keeps the connection open where this does."""
+        head, end, body = answer.partition(b"\r\n\r\n")
+        lines = [line for line in head.split(b"\r\n") if line.lower() != b"connection: close"]
+        return b"\r\n".join(lines) + end + body if self._keeps_open else answer
 
     def _next_fault(self):
         with self._in_turn:

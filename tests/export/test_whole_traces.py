@@ -1,12 +1,11 @@
 """A server with our store takes whole traces in one request, and stores what MLflow's own server stores of them."""
 
-import contextlib
 import os
-import sqlite3
 import sys
 from pathlib import Path
 
 import pytest
+from stores import Tables
 
 from dspy_mlflow_async.export.write.errors import Verdict
 from dspy_mlflow_async.export.write.whole_traces import WholeTraces
@@ -23,35 +22,6 @@ else:
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("whole traces")]
 
 _PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-_TABLES = [
-    *("trace_info", "trace_tags", "trace_request_metadata", "trace_metrics", "spans", "span_metrics", "assessments"),
-    "entity_associations",
-]
-
-
-class Ours:
-    """A server over a sqlite file with our store."""
-
-    def __init__(self, server, database):
-        self.uri, self._database = server.uri, database
-
-    def tables(self):
-        """Every row of the tables for traces, sorted."""
-        with contextlib.closing(sqlite3.connect(self._database)) as connection:
-            connection.row_factory = sqlite3.Row
-            return {
-                name: sorted(
-                    ({key: str(row[key]) for key in row.keys()} for row in connection.execute(f"SELECT * FROM {name}")),  # noqa: S608, SIM118
-                    key=repr,
-                )
-                for name in _TABLES
-            }
-
-    def forget(self):
-        """Delete what is in them."""
-        with contextlib.closing(sqlite3.connect(self._database)) as connection, connection:
-            for name in reversed(_TABLES):
-                connection.execute(f"DELETE FROM {name}")  # noqa: S608 - names of ours
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +39,7 @@ def server(_empty_store, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(installed.parent), os.environ.get("PYTHONPATH")])))
         with mlflow_server(folder, f"dspy+sqlite:///{database}") as server:
-            yield Ours(server, database)
+            yield Tables(database, server.uri)
 
 
 def write(uri, operations, *, is_whole):

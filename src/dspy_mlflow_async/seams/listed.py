@@ -17,6 +17,7 @@ _UTILS = "mlflow.tracing.utils"
 _CALLBACK = "mlflow.dspy.callback:MlflowCallback"
 _PROCESSOR = "mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor"
 _SQL_STORE = "mlflow.store.tracking.sqlalchemy_store"
+_REST_STORE = "mlflow.store.tracking.rest_store:RestStore"
 _MODELS = "mlflow.store.tracking.dbmodels.models"
 _ANALYTICS = "mlflow.store.tracking.utils.trace_analytics"
 _TRANSLATION = "mlflow.tracing.otel.translation"
@@ -232,6 +233,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_FLUENT}:_get_latest_active_run", _EXPERIMENT, shape="()"),
     Seam(f"{_UTILS}:maybe_get_request_id", _WRITE, shape="(is_evaluate=)", is_feature=True),
     Seam(f"{_UTILS}:update_trace_state_from_span_conditionally", _WRITE, shape="(trace, root)"),
+    Seam(f"{_UTILS}.otlp:resource_to_otel_proto", _WRITE, shape="(resource)", is_feature=True),
     Seam(f"{_UTILS}.otlp:should_export_otlp_metrics", _WRITE, shape="()", is_feature=True),
     Seam(f"{_UTILS}.truncation:set_request_response_preview", _WRITE, shape="(info, data)", is_feature=True),
     Seam(
@@ -244,14 +246,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.tracking._tracking_service.utils:_get_store", _FORK, shape="(uri)"),
     Seam("mlflow.tracking._tracking_service.utils:_resolve_tracking_uri", _WRITE, shape="(uri)"),
     Seam("mlflow.protos.service_pb2:StartTraceV3", _WRITE, shape=".DESCRIPTOR", is_feature=True),
-    Seam("mlflow.store.tracking.rest_store:RestStore", _WRITE, shape=".start_trace", is_feature=True),
+    Seam(_REST_STORE, _WRITE, shape=".start_trace", is_feature=True),
     Seam(
-        "mlflow.store.tracking.rest_store:RestStore._call_endpoint",
-        _WRITE,
-        is_feature=True,
-        shape="(self, api, body, endpoint=, response_proto=)",
+        f"{_REST_STORE}._call_endpoint", _WRITE, is_feature=True, shape="(self, api, body, endpoint=, response_proto=)"
     ),
-    Seam("mlflow.store.tracking.rest_store:RestStore._get_server_version", _WRITE, shape="(creds)"),
+    Seam(f"{_REST_STORE}._get_server_version", _WRITE, shape="(creds)"),
     Seam("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore.ManagedSessionMaker", _WRITE, is_optional=True),
     Seam(
         "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._run_with_deadlock_retry",
@@ -339,9 +338,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("opentelemetry.sdk.trace:TracerProvider._tracers", _SCOPE, shape=".values", is_optional=True),
     # MLflow, whole traces
     Seam("mlflow.protos.service_pb2:TraceInfoV3", _WHOLE, shape=".FromString", is_feature=True),
-    Seam(
-        "mlflow.store.tracking.rest_store:RestStore.log_spans", _WHOLE, shape="(self, location, spans)", is_feature=True
-    ),
+    Seam(f"{_REST_STORE}.log_spans", _WHOLE, shape="(self, location, spans)", is_feature=True),
     Seam(
         "mlflow.utils.rest_utils:http_request",
         _WHOLE,
@@ -439,6 +436,9 @@ SEAMS: tuple[Seam, ...] = (
         shape=".encode",
     ),
     Seam("opentelemetry.context:_RUNTIME_CONTEXT", _CONTEXT, shape=".get_current", is_optional=True),
+    Seam("mlflow.utils.rest_utils:verify_rest_response", _WRITE, shape="(response, endpoint)", is_optional=True),
+    Seam("urllib3.connectionpool:HTTPConnectionPool._get_conn", _WRITE, shape="(self)", is_optional=True),
+    Seam("urllib3.connectionpool:HTTPConnectionPool._put_conn", _WRITE, shape="(self, conn)", is_optional=True),
     Seam("opentelemetry.sdk.trace:TracerProvider._active_span_processor", _EXPORT, shape=".on_start"),
     Seam("opentelemetry.sdk.trace:SynchronousMultiSpanProcessor._span_processors", _EXPORT, shape=".__iter__"),
     Seam("opentelemetry.sdk.trace:ReadableSpan._attributes", _SPANS, shape=".get"),

@@ -1,4 +1,4 @@
-"""MLflow's HTTP requests: with timeouts, and excluded from instrumentation.
+"""MLflow's HTTP requests: with timeouts, excluded from instrumentation, and sent again where only the body differs.
 
 For the export room. Checked on mlflow 3.11.1 and 3.17.2.
 """
@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
+from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ErrorCode
 from mlflow.tracking.request_header import registry as request_headers
 from mlflow.utils import rest_utils
+from mlflow.utils.workspace_context import get_request_workspace
 from opentelemetry import context as otel_context
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from requests import sessions
+from requests.utils import get_netrc_auth
 
+from dspy_mlflow_async.seams.http_repeated import NOT_UNDERSTOOD, Repeater, repeater_of
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.patching import Undo, over, patch, together
 
@@ -30,7 +37,10 @@ __all__ = [
     "Status",
     "bound_http",
     "is_limited",
+    "is_repeatable",
     "limited_http",
+    "repeat",
+    "repeatable",
     "suppressed_instrumentation",
 ]
 
@@ -66,6 +76,8 @@ class _Known:
     def __init__(self) -> None:
         self.headers: dict[str, Any] | None = None
         self.proxies: dict[str, dict[str, str]] = {}  # by host
+        self.facts: tuple[Any, ...] | None = None  # see `_facts`
+        self.finding_out = threading.Lock()
 
 
 class _Block:
@@ -79,11 +91,13 @@ class _Block:
 
 _OF_DATABRICKS: Any = taken("mlflow.tracking.request_header.registry:DatabricksRequestHeaderProvider")
 _PROVIDERS: Any = taken("mlflow.tracking.request_header.registry:_request_header_provider_registry")
+verify_rest_response: Any = taken("mlflow.utils.rest_utils:verify_rest_response")
 _OK, _BAD_REQUEST = 200, 400
 _OTLP_PATH, _DATABRICKS_OTLP = "/v1/traces", "/otel/"
 _START_TRACE_PATH = "/api/3.0/mlflow/traces"
 
 _block: ContextVar[_Block | None] = ContextVar("dspy_mlflow_async_http", default=None)
+_repeatable: ContextVar[tuple[Any, str] | None] = ContextVar("dspy_mlflow_async_repeatable", default=None)
 
 
 def bound_http() -> Undo:
@@ -126,9 +140,127 @@ def _limiting(respond: Callable[..., Any]) -> Callable[..., Any]:
             if response.status_code == _OK and not _is_answer(method, urlsplit(url).path, response):
                 kind = response.headers.get("Content-Type") or "nothing"
                 raise NoAnswerError(f"{urlsplit(url).path} was answered with {kind}, and not as MLflow answers")
+            if (named := _repeatable.get()) is not None and _learnt_of(block, store := named[0]) is None:
+                is_plain = kwargs.get("auth") is None and verify_rest_response is not None
+                _learn(block, store, repeater_of(response, named[1], kwargs["timeout"]) if is_plain else None)
         return response
 
     return _get_http_response_with_retries
+
+
+class _Learnt(NamedTuple):
+    """Way to repeat a request.
+
+    Attributes:
+        facts: What it depends on.
+        repeater: What repeats it; None where that cannot be.
+        until: When it is to be learnt anew, on the monotonic clock.
+    """
+
+    facts: tuple[Any, ...]
+    repeater: Repeater | None
+    until: float
+
+
+_LEARNT_SECONDS = 60.0
+# By store and workspace.
+_learnt: weakref.WeakKeyDictionary[Any, dict[str | None, _Learnt]] = weakref.WeakKeyDictionary()
+
+
+def _facts(block: _Block, store: Any) -> tuple[Any, ...]:
+    """Return all that MLflow and requests make a request from, but for what it is about: found out once for a block.
+
+    To look is cheaper than to make a request; connections are those of one process.
+    """
+    known = block.known
+    with known.finding_out:
+        if known.facts is None:
+            creds = store.get_host_creds()
+            known.facts = (
+                os.getpid(),
+                block.seconds,
+                dict(os.environ),
+                vars(creds),
+                request_headers.resolve_request_headers(),
+                sessions.get_environ_proxies(creds.host),
+                get_netrc_auth(creds.host),
+            )
+        return known.facts
+
+
+def _learnt_of(block: _Block, store: Any) -> _Learnt | None:
+    learnt = _learnt.get(store, {}).get(get_request_workspace())
+    is_valid = learnt is not None and learnt.until > time.monotonic() and learnt.facts == _facts(block, store)
+    return learnt if is_valid else None
+
+
+def _learn(block: _Block, store: Any, repeater: Repeater | None) -> None:
+    until = time.monotonic() + _LEARNT_SECONDS
+    _learnt.setdefault(store, {})[get_request_workspace()] = _Learnt(_facts(block, store), repeater, until)
+
+
+@contextlib.contextmanager
+def repeatable(store: Any, endpoint: str) -> Iterator[None]:
+    """Learn of MLflow's request inside how to make others like it.
+
+    Args:
+        store: Sends it.
+        endpoint: The path that MLflow is asked to send to.
+    """
+    token = _repeatable.set((store, endpoint))
+    try:
+        yield
+    finally:
+        _repeatable.reset(token)
+
+
+def is_repeatable(store: Any) -> bool:
+    """Return whether a request can be made like one before."""
+    block = _block.get()
+    learnt = None if block is None else _learnt_of(block, store)
+    return learnt is not None and learnt.repeater is not None
+
+
+def repeat(store: Any, path: str, headers: str, body: bytes) -> bool:
+    """Send a body as MLflow would, with a request like one before.
+
+    Args:
+        store: Has sent that.
+        path: Below the server's address.
+        headers: Lines about the body, but for its length.
+        body: What to send.
+
+    Returns:
+        Whether the server has taken it; False where the request is for MLflow to make.
+
+    Raises:
+        MlflowException: What MLflow raises where there is no answer, or one that refuses.
+        NoAnswerError: Where no MLflow server has answered.
+    """
+    block = _block.get()
+    learnt = None if block is None else _learnt_of(block, store)
+    if block is None or learnt is None or learnt.repeater is None:
+        return False
+    url = learnt.repeater.base + path
+    try:
+        answer = learnt.repeater.post(path, headers, body)
+    except OSError as error:
+        raise MlflowException(f"API request to {url} failed with exception {error!r}") from error
+    if answer is None:
+        return False
+    if answer is NOT_UNDERSTOOD:
+        _learn(block, store, None)
+        return False
+    if answer.status_code != _OK:
+        response = answer.as_response(url)
+        block.statuses.append(Status(answer.status_code, is_mlflows=_is_refusal(response)))
+        verify_rest_response(response, path)
+        return True
+    block.statuses.append(Status(_OK))
+    if not _is_answer("POST", path, answer):
+        kind = answer.headers["Content-Type"] or "nothing"
+        raise NoAnswerError(f"{urlsplit(url).path} was answered with {kind}, and not as MLflow answers")
+    return True
 
 
 def _is_refusal(response: Any) -> bool:

@@ -14,7 +14,6 @@ from types import FunctionType
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
-from mlflow.entities import Trace, TraceData
 from mlflow.entities.model_registry import PromptVersion
 from mlflow.entities.trace_state import TraceState
 from mlflow.exceptions import MlflowException, RestException
@@ -29,6 +28,9 @@ from dspy_mlflow_async.seams.installed import require_for
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_client import MlflowClient
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
+from dspy_mlflow_async.seams.mlflow_http import is_repeatable, repeat, repeatable
+from dspy_mlflow_async.seams.mlflow_span_message import message_of, writes_same_messages
+from dspy_mlflow_async.seams.mlflow_trace_text import can_write_text, text_of_start
 from dspy_mlflow_async.seams.patching import over
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "is_sql",
     "is_unsupported",
     "link_prompts",
+    "log_spans",
     "one_transaction",
     "renew_connections",
     "request_workspace",
@@ -60,15 +63,15 @@ __all__ = [
 # What a trace is sent to a server with, whose answer is then not read. Without any of them it is read.
 RestStore: Any = taken("mlflow.store.tracking.rest_store:RestStore")
 StartTraceV3: Any = taken("mlflow.protos.service_pb2:StartTraceV3")
-message_to_json: Any = taken("mlflow.utils.proto_json_utils:message_to_json")
 _V3_TRACE_REST_API_PATH_PREFIX: Any = taken("mlflow.utils.rest_utils:_V3_TRACE_REST_API_PATH_PREFIX")
-_can_skip_answer = None not in (
+_can_skip_answer = can_write_text and None not in (
     RestStore,
     taken("mlflow.store.tracking.rest_store:RestStore._call_endpoint"),
-    StartTraceV3,
-    message_to_json,
     _V3_TRACE_REST_API_PATH_PREFIX,
 )
+_send_spans: Any = taken("mlflow.store.tracking.rest_store:RestStore.log_spans")
+_TRACE_HEADERS = "Content-Type: application/json\r\n"
+_SPANS_PATH, _SPANS_HEADERS = "/v1/traces", "Content-Type: application/x-protobuf\r\nx-mlflow-experiment-id: {}\r\n"
 
 
 def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
@@ -184,10 +187,32 @@ def start_trace(client: TracingClient, info: Any, *, reads_answer: bool) -> Any:
     store = client.store
     if reads_answer or not _can_skip_answer or type(store).start_trace is not RestStore.start_trace:
         return client.start_trace(info)
-    trace = Trace(info=info, data=TraceData(spans=[]))
-    body = message_to_json(StartTraceV3(trace=trace.to_proto()))
-    store._call_endpoint(StartTraceV3, body, endpoint=_V3_TRACE_REST_API_PATH_PREFIX, response_proto=Empty())
+    body = text_of_start(info)
+    if not repeat(store, _V3_TRACE_REST_API_PATH_PREFIX, _TRACE_HEADERS, body.encode()):
+        with repeatable(store, _V3_TRACE_REST_API_PATH_PREFIX):
+            store._call_endpoint(StartTraceV3, body, endpoint=_V3_TRACE_REST_API_PATH_PREFIX, response_proto=Empty())
     return info
+
+
+def log_spans(client: TracingClient, experiment_id: str, spans: Sequence[Any]) -> None:
+    """Call ``client.log_spans``; a server is sent them as it was sent traces before, in the same batch.
+
+    Args:
+        client: The client of the store.
+        experiment_id: Where the spans go.
+        spans: Immutable spans of one resource.
+    """
+    store = client.store
+    if (
+        is_repeatable(store)
+        and experiment_id.isdecimal()
+        and _send_spans is not None
+        and type(store).log_spans is RestStore.log_spans
+        and writes_same_messages()
+        and repeat(store, _SPANS_PATH, _SPANS_HEADERS.format(experiment_id), message_of(spans))
+    ):
+        return
+    client.log_spans(experiment_id, list(spans))
 
 
 def end_stored_trace(uri: str, trace_id: str, duration_ms: int) -> None:

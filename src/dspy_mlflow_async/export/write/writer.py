@@ -311,9 +311,8 @@ class Writer:
                 for operation, info in zip(operations, infos, strict=True)
                 for outcome in self._log_group([operation], [info], statuses)
             ]
-        last = {
-            operation.key: index for index, operation in enumerate(operations)
-        }  # where several have spans of one trace
+        # Where several have spans of one trace.
+        last = {operation.key: index for index, operation in enumerate(operations)}
         return [
             self._completed(operation, info, statuses, is_last=last[operation.key] == index)
             for index, (operation, info) in enumerate(zip(operations, infos, strict=True))
@@ -366,7 +365,7 @@ class Writer:
         if not (self.takes_spans and spans):
             return
         try:
-            self.client.log_spans(experiment_id or "0", list(spans))
+            mlflow_store.log_spans(self.client, experiment_id or "0", spans)
         except Exception as error:
             if not mlflow_store.is_unsupported(error):
                 raise
