@@ -425,9 +425,9 @@ class Writer:
             mlflow_traces.complete_metadata(Trace(info, TraceData(list(spans))))
             if _totals(info) == _totals(stored):
                 return
-            # Nothing else is written: somebody may be saying something about the trace at this moment.
-            info.trace_metadata = {key: info.trace_metadata[key] for key in _TOTALS if key in info.trace_metadata}
-            info.tags = {}
+            if self.takes_batches:  # nothing else: somebody may be adding to it. Older stores take back what they miss.
+                info.trace_metadata = {key: info.trace_metadata[key] for key in _TOTALS if key in info.trace_metadata}
+                info.tags = {}
             self._restart(info)
 
     # --- what is said about a trace later, and runs ---
