@@ -26,7 +26,7 @@ from mlflow.utils.workspace_context import get_request_workspace
 from opentelemetry import context as otel_context
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from requests import sessions
-from requests.utils import get_netrc_auth
+from requests.utils import get_environ_proxies, get_netrc_auth
 
 from dspy_mlflow_async.seams.http_repeated import NOT_UNDERSTOOD, Repeater, repeater_of
 from dspy_mlflow_async.seams.listed import taken
@@ -182,7 +182,7 @@ def _facts(block: _Block, store: Any) -> tuple[Any, ...]:
                 dict(os.environ),
                 vars(creds),
                 request_headers.resolve_request_headers(),
-                sessions.get_environ_proxies(creds.host),
+                get_environ_proxies(creds.host),
                 get_netrc_auth(creds.host),
             )
         return known.facts

@@ -41,7 +41,7 @@ _FIRST, _SECOND = b"\x0a", b"\x12"  # the first and the second field of a messag
 _DOUBLE = struct.Struct("<d")
 _CONTINUES, _ALL_BITS = 0x80, 0xFFFFFFFFFFFFFFFF
 
-_scan = json.JSONDecoder().scan_once
+_scan: Any = vars(json.JSONDecoder())["scan_once"]  # which typeshed leaves out
 # An attribute of which most spans have the same, such as its type, is made once.
 _SHORT = 120
 
