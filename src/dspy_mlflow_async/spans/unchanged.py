@@ -33,7 +33,7 @@ _Seen = list[tuple[Any, tuple[str, ...] | None]]
 
 
 def unchanged_text(value: Any, max_bytes: int, *, secrets: bool) -> str | None:
-    """Return what ``Plain(max_bytes, secrets=secrets)`` makes of a value, where it changes nothing.
+    """Return what a pass of ``Plain`` makes of a value, where it changes nothing.
 
     Args:
         value: Any value.
