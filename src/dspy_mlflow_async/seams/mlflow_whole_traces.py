@@ -14,6 +14,7 @@ from typing import Any
 from mlflow.entities import TraceInfo
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.mlflow_span_message import varint
 from dspy_mlflow_async.seams.patching import over
 
 __all__ = ["ROUTE", "asks", "can_be_sent", "can_send", "decode_infos", "encode_infos", "send"]
@@ -99,7 +100,7 @@ def encode_infos(infos: Sequence[Any]) -> bytes:
     for info in infos:
         with contextlib.suppress(Exception):
             message = info.to_proto().SerializeToString()
-            parts += [_KEY, _varint(len(message)), message]
+            parts += [_KEY, varint(len(message)), message]
     return b"".join(parts)
 
 
@@ -111,14 +112,6 @@ def decode_infos(body: bytes) -> list[TraceInfo]:
             with contextlib.suppress(Exception):
                 infos.append(TraceInfo.from_proto(TraceInfoV3.FromString(message)))
     return infos
-
-
-def _varint(number: int) -> bytes:
-    digits = bytearray()
-    while number >= _CONTINUES:
-        digits.append(number & 0x7F | _CONTINUES)
-        number >>= 7
-    return bytes([*digits, number])
 
 
 def _fields(body: bytes) -> Iterator[bytes]:
