@@ -103,14 +103,6 @@ class CallSpan(Span):
         else:
             super().set_status(status, description)
 
-    def finish(self, attributes: Mapping[str, str], status: Status) -> None:
-        """Record what is known at the end, and how it went; a status that is OK stays."""
-        self.recorded.update(attributes)
-        if self._status is _UNSET:
-            self._status = status
-        else:
-            self.set_status(status)
-
     def end(self, end_time: int | None = None) -> None:
         """End the span. Ending it twice does nothing."""
         try:
@@ -245,7 +237,7 @@ class CallTracer:
         limits: Its bounds for spans.
     """
 
-    __slots__ = (*("_begins_traces", "_known", "_new_number", "_new_trace_number", "_processors", "limits", "tracer"),)
+    __slots__ = ("_begins_traces", "_known", "_new_number", "_new_trace_number", "_processors", "limits", "tracer")
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer

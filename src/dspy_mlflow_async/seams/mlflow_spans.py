@@ -26,7 +26,6 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_call_span import (
     BegunCall,
-    CallSpan,
     CallTracer,
     call_tracer,
     is_root,
@@ -414,13 +413,10 @@ def finish_span(
             attributes[_LOG_LEVEL] = _ERROR_LEVEL
         elif _LOG_LEVEL not in attributes_of(recording):  # the user may have set one
             attributes[_LOG_LEVEL] = span.level
-    if event is None and type(recording) is CallSpan:
-        recording.finish(attributes, status)
-    else:
-        write(recording, attributes)
-        if event is not None:
-            recording.add_event("exception", event)
-        recording.set_status(status)
+    write(recording, attributes)
+    if event is not None:
+        recording.add_event("exception", event)
+    recording.set_status(status)
     if SpanAttributeKey.CHAT_USAGE in attributes and set_span_cost_attribute and computes_cost():
         set_span_cost_attribute(span.live)
     if get_config().span_processors:  # asked here, since it imports that anew for each span

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import ReadableSpan, Span
 
+    from dspy_mlflow_async.export.assemble.open_trace import OpenTrace
     from dspy_mlflow_async.export.queue.pipeline import Pipeline
 
 # All that exist, so that a forked child can renew their locks.
@@ -147,10 +148,7 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         if entry is None or not entry.is_open or self._pipeline.assembler.may_be_evicted(entry):
             return self._child_started(span, None)
         span.trace = entry
-        live = register(span, entry.identity.trace_id, entry.trace)
-        if entry.ended_at is not None:  # meanwhile
-            self._pipeline.assembler.child_started(entry.identity.otel_id, span.number)
-        return live
+        return self._joined(span, entry)
 
     def _root_started(self, span: Any) -> LiveSpan | None:
         info = self.start_trace(span)
@@ -173,9 +171,12 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         if entry is None:  # a trace that was begun before us, or in another process
             super().on_start(span, parent_context)
             return None
+        return self._joined(span, entry)
+
+    def _joined(self, span: Any, entry: OpenTrace) -> LiveSpan:
         live = register(span, entry.identity.trace_id, entry.trace)
-        if entry.ended_at is not None:
-            assembler.child_started(otel_id, mlflow_traces.number_of(span))
+        if entry.ended_at is not None:  # meanwhile, too
+            self._pipeline.assembler.child_started(entry.identity.otel_id, mlflow_traces.number_of(span))
         return live
 
     @guarded
