@@ -103,7 +103,6 @@ def _scores(candidate: Candidate) -> list[str]:
         if not score.run_id:
             kinds.setdefault((score.key, score.examples, score.metric), []).append(score)
     for (key, examples, metric), scores in kinds.items():
-        low, high = (choose(each.value for each in scores) for choose in (min, max))
         if len(scores) == 1:
             lines.append(str(scores[0]))
             continue
