@@ -77,7 +77,6 @@ class _Known:
         self.headers: dict[str, Any] | None = None
         self.proxies: dict[str, dict[str, str]] = {}  # by host
         self.facts: tuple[Any, ...] | None = None  # see `_facts`
-        self.finding_out = threading.Lock()
 
 
 class _Block:
@@ -140,9 +139,11 @@ def _limiting(respond: Callable[..., Any]) -> Callable[..., Any]:
             if response.status_code == _OK and not _is_answer(method, urlsplit(url).path, response):
                 kind = response.headers.get("Content-Type") or "nothing"
                 raise NoAnswerError(f"{urlsplit(url).path} was answered with {kind}, and not as MLflow answers")
-            if (named := _repeatable.get()) is not None and _learnt_of(block, store := named[0]) is None:
+            store, endpoint = _repeatable.get() or (None, "")
+            # A plugin that is asked for headers may send requests of its own, of which nothing is learnt.
+            if store is not None and url.endswith(endpoint) and _learnt_of(block, store) is None:
                 is_plain = kwargs.get("auth") is None and verify_rest_response is not None
-                _learn(block, store, repeater_of(response, named[1], kwargs["timeout"]) if is_plain else None)
+                _learn(block, store, repeater_of(response, endpoint, kwargs["timeout"]) if is_plain else None)
         return response
 
     return _get_http_response_with_retries
@@ -173,19 +174,18 @@ def _facts(block: _Block, store: Any) -> tuple[Any, ...]:
     To look is cheaper than to make a request; connections are those of one process.
     """
     known = block.known
-    with known.finding_out:
-        if known.facts is None:
-            creds = store.get_host_creds()
-            known.facts = (
-                os.getpid(),
-                block.seconds,
-                dict(os.environ),
-                vars(creds),
-                request_headers.resolve_request_headers(),
-                get_environ_proxies(creds.host),
-                get_netrc_auth(creds.host),
-            )
-        return known.facts
+    if known.facts is None:  # no lock: plugins run here, and two threads find the same
+        creds = store.get_host_creds()
+        known.facts = (
+            os.getpid(),
+            block.seconds,
+            dict(os.environ),
+            vars(creds),
+            request_headers.resolve_request_headers(),
+            get_environ_proxies(creds.host),
+            get_netrc_auth(creds.host),
+        )
+    return known.facts
 
 
 def _learnt_of(block: _Block, store: Any) -> _Learnt | None:
