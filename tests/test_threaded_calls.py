@@ -57,19 +57,38 @@ def test_an_answer_that_comes_too_late():
     assert [("answer", TimeoutError)] == slow.discarded
 
 
-def test_an_interrupt_while_waiting():
+@pytest.fixture
+def interrupt_once():
+    """Make Ctrl-C an interrupt the first time, and nothing after it."""
+    are_to_come = [KeyboardInterrupt()]
+
+    def interrupt(*_):
+        if are_to_come:
+            raise are_to_come.pop()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_waiting(interrupt_once):
     """Ctrl-C passes at once, and the answer goes where it is cleaned up."""
-    slow = Slow()
+    slow, has_passed = Slow(), threading.Event()
 
     def interrupt():
         assert slow.begun.wait(TIMEOUT)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        # Python sleeps through a signal that comes between its last look for one and the sleep itself.
+        while not has_passed.wait(0.01):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        call_with_timeout(slow, TIMEOUT, slow.discard)
-    thread.join(TIMEOUT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call_with_timeout(slow, TIMEOUT, slow.discard)
+    finally:
+        has_passed.set()
+        thread.join(TIMEOUT)
     slow.go_on()
 
     assert slow.is_discarded()

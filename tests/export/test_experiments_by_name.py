@@ -7,6 +7,7 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS
+from opentelemetry import metrics
 from requests import sessions
 from stores import call
 
@@ -49,10 +50,22 @@ def test_any_other_refusal_is_one(store_uri):
     assert RESOURCE_ALREADY_EXISTS != PERMISSION_DENIED
 
 
-def test_metrics_ask_no_store_in_the_callers_thread(make, monkeypatch):
+@pytest.fixture
+def metrics_to_nowhere(monkeypatch):
+    """OpenTelemetry's metrics, for a server that is away, until the test is over: their thread is of the process."""
+    for name, value in {
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://127.0.0.1:9/v1/metrics",
+        "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT": "1",  # seconds, for its last attempts
+        "OTEL_METRIC_EXPORT_INTERVAL": "3600000",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield
+    metrics.get_meter_provider().shutdown()
+
+
+def test_metrics_ask_no_store_in_the_callers_thread(make, metrics_to_nowhere, monkeypatch):
     """With OpenTelemetry's metrics on and a server that is away, a span's end sends no request, and loses no trace."""
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://127.0.0.1:9/v1/metrics")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/protobuf")
     asked, send = [], sessions.Session.send
 
     def note(self, request, **kwargs):

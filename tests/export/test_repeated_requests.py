@@ -44,12 +44,13 @@ def _short_pauses(monkeypatch):
 
 
 @pytest.fixture
-def ordinary(monkeypatch):
-    """Paths of the requests that are made by requests."""
+def ordinary(kept_proxy, monkeypatch):
+    """Paths of the requests that are made of the server by requests."""
     paths, send = [], requests.Session.send
 
     def sent(self, request, **options):
-        paths.append(request.path_url)
+        if request.url.startswith(kept_proxy.uri):
+            paths.append(request.path_url)
         return send(self, request, **options)
 
     monkeypatch.setattr(requests.Session, "send", sent)
