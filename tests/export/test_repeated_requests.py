@@ -3,12 +3,15 @@
 import itertools
 import json
 import shutil
+import threading
 
+import mlflow
 import pytest
 import requests
 from mlflow.entities import Trace, TraceData
 from mlflow.protos.service_pb2 import StartTraceV3
 from mlflow.tracing.utils.otlp import resource_to_otel_proto
+from mlflow.tracking.request_header import registry as request_headers
 from mlflow.utils.proto_json_utils import message_to_json
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from stores import Page, Tables, call, wait_until
@@ -92,6 +95,40 @@ def test_a_batch_costs_no_ordinary_request(make, kept_proxy, ordinary, monkeypat
         assert f"authorization: bearer {token}" in starts[0]
         more = {"content-type: application/x-protobuf", f"x-mlflow-experiment-id: {installed.experiment_id}"}
         assert [sorted({*starts[0]} - {"content-type: application/json"} | more)] * len(spans) == spans
+
+
+class AskingHeaders:
+    """A plugin that asks the server for what it puts into the headers, as some do for a token."""
+
+    is_asking = threading.local()
+
+    def in_context(self):
+        return not getattr(self.is_asking, "now", False)
+
+    def request_headers(self):
+        self.is_asking.now = True
+        try:
+            return {"X-Experiment": mlflow.MlflowClient().get_experiment("0").name}
+        finally:
+            self.is_asking.now = False
+
+
+def test_headers_of_a_plugin_that_asks_the_server(make, kept_proxy, monkeypatch):
+    """It waits for nobody, its requests are not the ones that are repeated, and each of ours has its header."""
+    registered = request_headers._request_header_provider_registry._registry
+    monkeypatch.setattr(request_headers._request_header_provider_registry, "_registry", [*registered, AskingHeaders()])
+    installed = make(uri=kept_proxy.uri)
+    ids = [call() for _ in range(8)]
+    assert export.flush(60)
+    installed.stop_writing()
+    ids += [call() for _ in range(8)]
+    kept_proxy.answers.clear()
+    installed.queue.work()
+
+    assert arrived(installed, ids)
+    told = [(line.split()[1], headers) for line, headers in told_headers(kept_proxy.answers) if line.startswith("POST")]
+    assert 8 == [path for path, _ in told].count("/api/3.0/mlflow/traces")
+    assert [] == [path for path, headers in told if "x-experiment: default" not in headers]
 
 
 @pytest.mark.parametrize(
