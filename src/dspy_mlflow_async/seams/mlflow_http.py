@@ -140,7 +140,7 @@ def _limiting(respond: Callable[..., Any]) -> Callable[..., Any]:
                 kind = response.headers.get("Content-Type") or "nothing"
                 raise NoAnswerError(f"{urlsplit(url).path} was answered with {kind}, and not as MLflow answers")
             store, endpoint = _repeatable.get() or (None, "")
-            # A plugin that is asked for headers may send requests of its own, of which nothing is learnt.
+            # A plugin that is asked for credentials may send requests of its own, of which nothing is learnt.
             if store is not None and url.endswith(endpoint) and _learnt_of(block, store) is None:
                 is_plain = kwargs.get("auth") is None and verify_rest_response is not None
                 _learn(block, store, repeater_of(response, endpoint, kwargs["timeout"]) if is_plain else None)
@@ -301,14 +301,29 @@ def _accepts_all(content: bytes) -> bool:
 def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
     def resolve_request_headers(given: Any = None) -> Any:
         block = _block.get()
-        if block is None or given is not None:
+        if block is None:
             is_ours = threading.current_thread().name.startswith("dspy-mlflow-async")
             return (_asking_those_present(resolve) if is_ours else resolve)(given)
-        if block.known.headers is None:
-            block.known.headers = dict(_asking_those_present(resolve)())
+        if given is not None or block.known.headers is None:
+            with _apart_from(block):
+                found = _asking_those_present(resolve)(given)
+            if given is not None:
+                return found
+            block.known.headers = dict(found)
         return dict(block.known.headers)
 
     return resolve_request_headers
+
+
+@contextlib.contextmanager
+def _apart_from(block: _Block) -> Iterator[None]:
+    """Bound what plugins ask of a server, and learn nothing of it: their requests may lack what they are asked for."""
+    tokens = _block.set(_Block(block.seconds, _Known())), _repeatable.set(None)
+    try:
+        yield
+    finally:
+        _block.reset(tokens[0])
+        _repeatable.reset(tokens[1])
 
 
 def _asking_those_present(resolve: Callable[..., Any]) -> Callable[..., Any]:
