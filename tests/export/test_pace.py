@@ -1,11 +1,14 @@
 """The writer keeps pace with a program that never pauses, and takes its time beside one that does."""
 
 import os
+import threading
 
 from stores import call, wait_until
 
 from dspy_mlflow_async import export
 from dspy_mlflow_async.export.queue.worker import Worker
+from dspy_mlflow_async.export.write.writer import Writer
+from echo import TIMEOUT
 
 
 def test_a_writer_that_falls_behind_does_not_rest(sqlite, monkeypatch):
@@ -32,6 +35,48 @@ def test_a_writer_that_falls_behind_does_not_rest(sqlite, monkeypatch):
     assert lingered > 300
     assert rested
     assert max(rested) < 256
+
+
+def test_what_comes_one_by_one_is_written_together(sqlite, monkeypatch):
+    """Less than a batch waits for more: a transaction for each of the traces costs several times as much."""
+    worker, rest, write = sqlite.queue.worker, Worker.rest, Writer.write
+    steps = {name: threading.Semaphore(0) for name in ("rests", "rested", "writes", "written")}
+    batches, rests = [], []
+
+    def step(begun, over):
+        steps[begun].release()
+        assert steps[over].acquire(timeout=TIMEOUT)
+
+    def rest_when_told(self, seconds):
+        if self is worker:
+            rests.append(seconds)
+            step("rests", "rested")
+            seconds = 0
+        rest(self, seconds)
+
+    def write_when_told(self, operations):
+        batches.append(len(operations))
+        step("writes", "written")
+        return write(self, operations)
+
+    monkeypatch.setattr(Worker, "rest", rest_when_told)
+    monkeypatch.setattr(Writer, "write", write_when_told)
+    call(children=0)
+    assert steps["rests"].acquire(timeout=TIMEOUT)
+    steps["rested"].release()
+    assert steps["writes"].acquire(timeout=TIMEOUT)
+    call(children=0)
+    steps["written"].release()
+    assert steps["rests"].acquire(timeout=TIMEOUT)
+    for _ in range(5):
+        call(children=0)
+    steps["rested"].release()
+    for name in ("written", "rested"):
+        steps[name].release(100)
+    wait_until(lambda: not export.stats().waiting, TIMEOUT)
+
+    assert [1, 6] == batches
+    assert rests[0] == rests[1]  # as long as for the first, and not as short as the batch
 
 
 def test_a_program_that_never_pauses_does_not_starve_the_writer(sqlite):

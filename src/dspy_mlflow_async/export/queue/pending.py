@@ -109,6 +109,13 @@ class PendingOperations:
         with self.lock:
             return any(entry.operation is None for entry in self._by_key.get(key, ()))
 
+    def is_part_of_batch(self, most: int) -> bool:
+        """Return whether some traces wait, less than a batch of so many, and nothing else, as far as that is known."""
+        if not 0 < len(self._all) < most:
+            return False
+        with self.lock:
+            return all(entry.run is None for entry in self._all.values())
+
     def is_done_with(self, number: int) -> bool:
         """Return whether nothing is left of the entries up to a number."""
         with self.lock:

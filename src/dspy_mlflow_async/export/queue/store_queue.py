@@ -35,6 +35,7 @@ _BATCH_BYTES = 8 * 2**20
 # How long the writer rests after a batch at the most, in seconds: it rests as long as the batch took, so that the
 # program that is being watched gets the interpreter at least half of the time. It does not once somebody flushes, half
 # of the memory is full, or more waits than a burst leaves: what a program that never pauses puts off, it pays later.
+# Less than a batch of traces waits for more of them, since a transaction costs as much as ten traces in it.
 _LONGEST_REST = 0.5
 _BURST = 4 * BATCH_OPERATIONS
 _ADOPT_EVERY = 60.0
@@ -140,9 +141,11 @@ class StoreQueue:
             self.availability.begin()
             did_something = self._write_batch()
             self._notify()
-            if not did_something:
+            if not (did_something and len(self.pending)):
                 break
-            if len(self.pending) < _BURST:
+            if self.pending.is_part_of_batch(BATCH_OPERATIONS):
+                self.worker.linger()
+            elif len(self.pending) < _BURST:
                 self.worker.rest(min(time.monotonic() - began, _LONGEST_REST))
         self._notify()
 

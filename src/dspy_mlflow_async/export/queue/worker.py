@@ -87,6 +87,10 @@ class Worker:
         """End the hurry."""
         self._hurry.clear()
 
+    def linger(self) -> None:
+        """Wait, in the thread, for what may follow what is there, unless somebody is in a hurry."""
+        self.rest(_LINGER)
+
     def rest(self, seconds: float) -> None:
         """Wait, in the thread, unless somebody is in a hurry."""
         if not self._hurry.is_set():
@@ -107,7 +111,7 @@ class Worker:
         while not self.is_stopped:
             self._is_at_work = False
             self._wake.wait(self._next_wait())
-            self.rest(_LINGER)
+            self.linger()
             self._wake.clear()
             try:
                 self._work()
