@@ -304,13 +304,10 @@ def _asking_once(resolve: Callable[..., Any]) -> Callable[..., Any]:
         if block is None:
             is_ours = threading.current_thread().name.startswith("dspy-mlflow-async")
             return (_asking_those_present(resolve) if is_ours else resolve)(given)
-        if given is not None or block.known.headers is None:
+        if block.known.headers is None:
             with _apart_from(block):
-                found = _asking_those_present(resolve)(given)
-            if given is not None:
-                return found
-            block.known.headers = dict(found)
-        return dict(block.known.headers)
+                block.known.headers = dict(_asking_those_present(resolve)())
+        return block.known.headers | (given or {})
 
     return resolve_request_headers
 
