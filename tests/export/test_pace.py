@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 from stores import call, wait_until
 
@@ -77,6 +78,66 @@ def test_what_comes_one_by_one_is_written_together(sqlite, monkeypatch):
 
     assert [1, 6] == batches
     assert rests[0] == rests[1]  # as long as for the first, and not as short as the batch
+
+
+def test_the_further_behind_a_writer_is_the_longer_are_its_turns(sqlite, monkeypatch):
+    """Among many callers it has the interpreter seldom: at one pace for all it fell behind for good."""
+    turns = []
+    monkeypatch.setattr(Worker, "give_turn", lambda _, seconds: turns.append(seconds))
+    sqlite.queue.worker.is_paused = True
+    for _ in range(255):
+        call(children=0)
+    assert not turns
+
+    for _ in range(512):
+        call(children=0)
+    sqlite.queue.worker.is_paused = False
+
+    assert sorted(turns) == turns
+    assert 2 * turns[0] == turns[-1]
+
+
+def test_a_turn_ends_when_the_writer_rests():
+    """Nobody waits for a writer that has nothing to do."""
+    begun, over = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        over.wait(TIMEOUT)
+
+    worker = Worker(work, lambda: None)
+    worker.give_turn(TIMEOUT)  # it has not begun
+    worker.hurry()
+    worker.start()
+    assert begun.wait(TIMEOUT)
+    given = threading.Thread(target=worker.give_turn, args=(TIMEOUT,))
+    given.start()
+    over.set()
+    given.join(TIMEOUT / 2)
+
+    assert not given.is_alive()
+    worker.stop()
+
+
+def test_nobody_waits_long_for_a_writer_that_does_not_get_on():
+    """A store that is locked, or slow, is nothing that the interpreter would help with."""
+    begun, over = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        over.wait(TIMEOUT)
+
+    worker = Worker(work, lambda: None)
+    worker.hurry()
+    worker.start()
+    assert begun.wait(TIMEOUT)
+    began = time.monotonic()
+    for _ in range(200):
+        worker.give_turn(0.05)
+
+    assert time.monotonic() - began < 5  # of 10
+    over.set()
+    worker.stop()
 
 
 def test_a_program_that_never_pauses_does_not_starve_the_writer(sqlite):

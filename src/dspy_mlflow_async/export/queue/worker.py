@@ -12,8 +12,10 @@ logger = logging.getLogger("dspy_mlflow_async")
 
 # How long the first of a batch waits for others, in seconds, unless somebody waits for it.
 _LINGER = 0.5
-# How long a caller lets go of the interpreter, in seconds: as long as a thread takes to wake up.
-_TURN = 0.00005
+# How long a caller lets go of the interpreter at least, in seconds: as long as a thread takes to wake up.
+_SHORTEST_TURN = 0.00005
+# How long the thread is given more than that, once it has got on: what takes longer waits for something else.
+_GETS_ON = 2.0
 
 
 class Worker:
@@ -35,7 +37,9 @@ class Worker:
         self._stop = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._is_at_work = False
+        self._rests = threading.Event()
+        self._rests.set()
+        self._got_on = 0.0  # monotonic
         self.is_paused = False
 
     @property
@@ -73,15 +77,22 @@ class Worker:
         self._hurry.set()
         self._wake.set()
 
-    def give_turn(self) -> None:
-        """Let the thread have the interpreter, from a caller's, where it is at work.
+    def give_turn(self, seconds: float) -> None:
+        """Let the thread have the interpreter, from a caller's: for so long, or until it rests or has got on.
 
         A thread that waits for the interpreter asks for it once nobody has let go of it for 5 ms. A program that lets
         go of it for a microsecond now and then, as DSPy does for each id that it makes, is never asked, and takes it
         back before the other has woken up: that would never have its turn.
         """
-        if self._is_at_work:
-            time.sleep(_TURN)
+        if not self._rests.is_set():
+            gets_on = time.monotonic() - self._got_on < _GETS_ON
+            self._rests.wait(max(seconds, _SHORTEST_TURN) if gets_on else _SHORTEST_TURN)
+
+    def note_progress(self) -> None:
+        """Note, in the thread, that some of the work is done: whoever gives it a turn goes on."""
+        self._got_on = time.monotonic()
+        self._rests.set()
+        self._rests.clear()
 
     def take_time(self) -> None:
         """End the hurry."""
@@ -94,13 +105,16 @@ class Worker:
     def rest(self, seconds: float) -> None:
         """Wait, in the thread, unless somebody is in a hurry."""
         if not self._hurry.is_set():
-            self._is_at_work = False
+            self._rests.set()
             self._hurry.wait(seconds)
-        self._is_at_work = True
+        self._got_on = time.monotonic()
+        self._rests.clear()
 
     def pause(self, seconds: float) -> None:
         """Wait, in the thread, whoever is in a hurry; not at the end."""
+        self._rests.set()
         self._stop.wait(seconds)
+        self._rests.clear()
 
     def stop(self) -> None:
         """End the thread after what it is doing."""
@@ -109,7 +123,7 @@ class Worker:
 
     def _run(self) -> None:
         while not self.is_stopped:
-            self._is_at_work = False
+            self._rests.set()
             self._wake.wait(self._next_wait())
             self.linger()
             self._wake.clear()
