@@ -20,6 +20,7 @@ from audit_cases import Desk, evaluate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.tracking._tracking_service.utils import _get_store
+from packaging.version import Version
 from runtools import Candidates, NoBar, devset
 from typer.testing import CliRunner
 
@@ -33,6 +34,7 @@ from dspy_mlflow_async.seams.mlflow_store import renew_connections
 from echo import Chain, EchoLM
 
 pytestmark = pytest.mark.timeout(400)  # whoever is first makes the stores
+BEFORE_3_13 = Version(mlflow.__version__).release < (3, 13)  # once a root has ended MLflow forgets the spans below it
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ THEIRS = {
     "metric_without_a_name": {"fewer_feedbacks"},
     "judged": set(),
     "switched_in_a_call": {"no_parent", "unfinished"},
-    "outliving_its_caller": {"late"},
+    "outliving_its_caller": {"no_parent"} if BEFORE_3_13 else {"late"},
 }
 
 
@@ -222,6 +224,21 @@ class Broken:
             self.copy(table, "request_id", trace, request_id=new)
         self.copy("spans", "trace_id", trace, trace_id=new)
 
+    def set_tokens(self, trace, **tokens):
+        """Change a trace's totals, or take them away, where this MLflow has them: in columns, or in the metadata."""
+        names = {row[1] for row in self.sql("pragma table_info(trace_info)")}
+        if "total_tokens" in names:
+            columns = ", ".join(f"{name} = ?" for name in tokens)
+            self.sql(f"update trace_info set {columns} where request_id = ?", (*tokens.values(), trace))
+            return
+        where = "where request_id = ? and key = 'mlflow.trace.tokenUsage'"
+        (before,) = self.sql(f"select value from trace_request_metadata {where}", (trace,)).fetchone()
+        after = {name: count for name, count in (json.loads(before) | tokens).items() if count is not None}
+        if after:
+            self.sql(f"update trace_request_metadata set value = ? {where}", (json.dumps(after), trace))
+        else:
+            self.sql(f"delete from trace_request_metadata {where}", (trace,))
+
     def edit(self, trace, span, old, new):
         """Replace a part of a span's content."""
         (content,) = self.sql("select content from spans where trace_id = ? and span_id = ?", (trace, span)).fetchone()
@@ -243,8 +260,7 @@ def a_piece_of_its_own(store):
     store.sql("delete from spans where trace_id = 'tr-piece' and span_id != ? and parent_span_id != ?", (piece, piece))
     store.sql("delete from spans where trace_id = 'tr-piece' and parent_span_id is null")
     store.sql("update spans set parent_span_id = null where trace_id = 'tr-piece' and span_id = ?", (piece,))
-    own = "input_tokens = 10, output_tokens = 2, total_tokens = 12"
-    store.sql(f"update trace_info set {own} where request_id = 'tr-piece'")
+    store.set_tokens("tr-piece", input_tokens=10, output_tokens=2, total_tokens=12)
 
 
 def a_call_without_its_steps(store):
@@ -352,7 +368,7 @@ def late(store):
     trace = store.trace("Chain.forward")
     span = store.span(trace, "EchoLM.__call__", 1)
     store.sql("update spans set end_time_unix_nano = end_time_unix_nano + 1000000000 where span_id = ?", (span,))
-    store.edit(trace, span, r'"outcome": ".*?", ', "")
+    store.edit(trace, span, '"outcome": ', '"another": ')
 
 
 def shared_steps(store):
@@ -364,12 +380,11 @@ def left_running(store):
 
 
 def wrong_tokens(store):
-    store.sql("update trace_info set total_tokens = 1 where request_id = ?", (store.trace("Chain.forward"),))
+    store.set_tokens(store.trace("Chain.forward"), total_tokens=1)
 
 
 def lost_tokens(store):
-    none = "input_tokens = null, output_tokens = null, total_tokens = null"
-    store.sql(f"update trace_info set {none} where request_id = ?", (store.trace("Chain.forward"),))
+    store.set_tokens(store.trace("Chain.forward"), input_tokens=None, output_tokens=None, total_tokens=None)
 
 
 def a_second_feedback(store):
@@ -486,6 +501,7 @@ def an_old_trace(store):
     store.sql("update trace_info set timestamp_ms = 1 where request_id = ?", (store.trace("Chain.forward"),))
 
 
+@pytest.mark.skipif(BEFORE_3_13, reason="before MLflow 3.13 there are no archives")
 def test_archived_traces(good, tmp_path):
     """Spans that MLflow has moved into its archive are read there; where that is gone, the audit goes on."""
     archive = tmp_path / "archive"
