@@ -4,12 +4,14 @@ import os
 import threading
 import time
 
+import dspy
 from stores import call, wait_until
 
-from dspy_mlflow_async import export
+from dspy_mlflow_async import TracingCallback, export
 from dspy_mlflow_async.export.queue.worker import Worker
 from dspy_mlflow_async.export.write.writer import Writer
-from echo import TIMEOUT
+from dspy_mlflow_async.seams.mlflow_packed_spans import PackedSpans
+from echo import TIMEOUT, EchoLM
 
 
 def test_a_writer_that_falls_behind_does_not_rest(sqlite, monkeypatch):
@@ -138,6 +140,24 @@ def test_nobody_waits_long_for_a_writer_that_does_not_get_on():
     assert time.monotonic() - began < 5  # of 10
     over.set()
     worker.stop()
+
+
+def test_what_waits_is_packed(sqlite):
+    """A call that waits leaves little for the garbage collector to look at, and is stored with all of its spans."""
+    sqlite.stop_writing()
+    program = dspy.Predict("question -> answer")
+    with dspy.context(lm=EchoLM(), callbacks=[TracingCallback()]):
+        program(question="@a")
+    waiting = sqlite.queue.pending.take_residents()
+
+    assert [PackedSpans] == [type(entry.operation.spans) for entry in waiting]
+    sqlite.queue.pending.release(waiting)
+    sqlite.write_again()
+    assert export.flush(60)
+    (trace,) = sqlite.read().values()
+    assert {"Predict.forward", "ChatAdapter.format", "EchoLM.__call__", "ChatAdapter.parse"} == {
+        span.name for span in trace.data.spans
+    }
 
 
 def test_a_program_that_never_pauses_does_not_starve_the_writer(sqlite):

@@ -1,6 +1,7 @@
 """Spans of DSPy's calls, which are made without the SDK's constructor: nobody who looks at one can tell."""
 
 import copy
+import gc
 import json
 import threading
 
@@ -10,12 +11,14 @@ import pytest
 from mlflow.entities import LiveSpan, SpanEvent
 from mlflow.entities.span import create_mlflow_span
 from mlflow.tracing import sampling
+from mlflow.tracing.attachments import Attachment
 from mlflow.tracing.provider import provider
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from dspy_mlflow_async.seams.mlflow_call_span import CallSpan
 from dspy_mlflow_async.seams.mlflow_live import register
+from dspy_mlflow_async.seams.mlflow_packed_spans import PackedSpans, packed
 from echo import EchoLM
 
 READ = (
@@ -329,3 +332,80 @@ def test_who_comes_to_listen_in_the_middle_of_a_call(calls):
 
     assert ["call"] * 2 == [each.name for each in told]
     assert all(isinstance(each, ReadableSpan) and not isinstance(each, CallSpan) for each in told)
+
+
+# --- those that wait --------------------------------------------------------------------------------------------------
+
+
+def ended_calls(calls, *statuses):
+    """MLflow's spans of calls that have ended, each below the one before it."""
+    lives, above = [], None
+    for number, status in enumerate(statuses):
+        above, live = calls.begin(f"call {number}", above)
+        live.set_inputs({"question": f"é {number}"})
+        live.set_attribute("number", number)
+        above.set_attribute("numbers", [1, 2])
+        above.set_status(status)
+        lives.append(live)
+    for live in reversed(lives):
+        live._span.end()
+    return lives
+
+
+def test_a_span_that_waits_is_the_same_span(calls):
+    """It is packed, and unpacked again for whoever looks."""
+    given = ended_calls(calls, Status(StatusCode.OK), Status(StatusCode.ERROR, "no"), Status(StatusCode.UNSET))
+    spans = packed(given)
+
+    assert isinstance(spans, PackedSpans)
+    assert 3 == len(spans)
+    assert spans[0] is next(iter(spans))
+    for before, after in zip(given, spans, strict=True):
+        assert type(before) is type(after)
+        assert shown(before._span) == shown(after._span)
+        assert before._span.get_span_context() == after._span.get_span_context()
+        assert before.to_dict() == after.to_dict()
+        assert before.to_immutable_span().to_dict() == after.to_immutable_span().to_dict()
+        assert before.trace_id == after.trace_id
+
+
+def test_the_garbage_collector_passes_by_what_waits(calls):
+    """A thousand traces that wait were looked at again and again, object by object."""
+    given = ended_calls(calls, *[Status(StatusCode.OK)] * 4)
+    for live in given:
+        del live._span.recorded["numbers"]
+    packed(given)  # the names of attributes are the same in all traces
+    gc.collect()
+    spans = packed(given)
+    gc.collect(0)
+
+    assert [calls] == [held for held in gc.get_referents(spans) if gc.is_tracked(held) and held is not PackedSpans]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda live: live.add_event(SpanEvent("event")),
+        lambda live: live._span.add_link(SpanContext(1, 2, is_remote=True, trace_flags=TraceFlags(1))),
+        lambda live: live.set_inputs({"image": Attachment(content_type="image/png", content_bytes=b"1")}),
+    ],
+)
+def test_what_has_more_waits_as_it_is(calls, more):
+    """Events, links and files are not packed."""
+    root, live = calls.begin("root", None)
+    child = calls.begin("child", root)
+    more(child.live)
+    child.span.end()
+    root.end()
+    spans = [live, child.live]
+
+    assert packed(spans) is spans
+
+
+def test_what_is_not_of_calls_alone_waits_as_it_is(calls):
+    """Spans of others, and spans whose parents are elsewhere."""
+    root, live = calls.begin("root", None)
+    theirs = register(calls.tracer.start_span("theirs"), "tr-1", mlflow.tracing.trace_manager._Trace(None))
+    child = calls.begin("child", root)
+    for given in ([], [theirs], [live, theirs], [child.live]):
+        assert packed(given) is given

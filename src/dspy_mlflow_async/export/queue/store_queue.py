@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from dspy_mlflow_async.export.operations import Operation, RunOperation
+from dspy_mlflow_async.export.operations import Operation, RunOperation, TraceOperation
 from dspy_mlflow_async.export.queue.availability import ATTEMPTS, Availability
 from dspy_mlflow_async.export.queue.overflow import Overflow
 from dspy_mlflow_async.export.queue.pending import Pending, PendingOperations
@@ -17,6 +17,7 @@ from dspy_mlflow_async.export.queue.write_ahead import WriteAhead
 from dspy_mlflow_async.export.spool.disk import Disk
 from dspy_mlflow_async.export.write.errors import Verdict
 from dspy_mlflow_async.export.write.writer import Writer
+from dspy_mlflow_async.seams.mlflow_packed_spans import packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,6 +98,8 @@ class StoreQueue:
     def put(self, operation: Operation) -> None:
         """Take an operation. The caller waits for the disk only when the memory is full, or with ``durable``."""
         self._write_ahead(operation)
+        if isinstance(operation, TraceOperation):
+            operation.spans = packed(operation.spans)
         # Operations on runs are few, and somebody will wait for them.
         most = None if isinstance(operation, RunOperation) else self.options.max_waiting_bytes
         # What follows what lies on disk would wait in memory for long.
