@@ -162,7 +162,13 @@ if pid == 0:
 assert 0 == os.waitpid(pid, 0)[1]
 """
     program = f"writes = True\n{WORKER}{body}"
-    process = start(program, *place, str(tmp_path / "ids"), DSPY_MLFLOW_ASYNC_SPOOL=str(tmp_path / "file" / "spool"))
+    process = start(
+        program,
+        *place,
+        str(tmp_path / "ids"),
+        DSPY_MLFLOW_ASYNC_SPOOL=str(tmp_path / "file" / "spool"),
+        PYTHONWARNINGS="ignore:This process:DeprecationWarning",  # Python 3.12 and later warn of any fork with threads
+    )
     (first,), err = finish(process, 100)
 
     assert (0, "") == (process.returncode, err)
