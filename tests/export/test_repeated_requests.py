@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import threading
 
 import mlflow
@@ -228,6 +230,19 @@ def write(uri, operations):
     for start in range(0, len(operations), 32):
         outcomes += writer.write([*map(twin, operations[start : start + 32])])
     return {outcome.operation.key: outcome.verdict for outcome in outcomes}
+
+
+def test_samples_need_no_resource_of_opentelemetrys():
+    """It is made in threads, which the end of a process has no more: traces would go by slower functions."""
+    script = """
+from opentelemetry.sdk.resources import Resource
+from dspy_mlflow_async.seams import mlflow_span_message
+Resource.create = None
+assert mlflow_span_message.writes_same_messages()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+
+    assert (0, "") == (ended.returncode, ended.stderr)
 
 
 def test_messages_and_texts_are_mlflows(traces):

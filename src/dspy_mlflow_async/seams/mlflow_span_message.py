@@ -115,7 +115,9 @@ def _span(span: Span) -> bytes:
 def _kind(other_kind: SpanKind | None) -> bytes:
     """Return the kind of a span, as MLflow's own function writes it: before 3.18 not at all."""
     kind = other_kind or SpanKind.INTERNAL
-    otel = ReadableSpan(name="", context=_context(1), kind=kind, start_time=1, attributes=_REQUEST)
+    otel = ReadableSpan(
+        name="", context=_context(1), kind=kind, start_time=1, attributes=_REQUEST, resource=Resource({})
+    )
     number = Span(otel).to_otel_proto().kind
     return _KIND + varint(number) if number else b""
 
