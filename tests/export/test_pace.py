@@ -5,9 +5,11 @@ import threading
 import time
 
 import dspy
+import pytest
 from stores import call, wait_until
 
 from dspy_mlflow_async import TracingCallback, export
+from dspy_mlflow_async.export.queue.turns import Turns
 from dspy_mlflow_async.export.queue.worker import Worker
 from dspy_mlflow_async.export.write.writer import Writer
 from dspy_mlflow_async.seams.mlflow_packed_spans import PackedSpans
@@ -85,7 +87,7 @@ def test_what_comes_one_by_one_is_written_together(sqlite, monkeypatch):
 def test_the_further_behind_a_writer_is_the_longer_are_its_turns(sqlite, monkeypatch):
     """Among many callers it has the interpreter seldom: at one pace for all it fell behind for good."""
     turns = []
-    monkeypatch.setattr(Worker, "give_turn", lambda _, seconds: turns.append(seconds))
+    monkeypatch.setattr(Turns, "give", lambda _, seconds: turns.append(seconds))
     sqlite.queue.worker.is_paused = True
     for _ in range(255):
         call(children=0)
@@ -99,8 +101,9 @@ def test_the_further_behind_a_writer_is_the_longer_are_its_turns(sqlite, monkeyp
     assert 2 * turns[0] == turns[-1]
 
 
-def test_a_turn_ends_when_the_writer_rests():
-    """Nobody waits for a writer that has nothing to do."""
+@pytest.fixture
+def busy():
+    """Start a worker that is at work until the event is set."""
     begun, over = threading.Event(), threading.Event()
 
     def work():
@@ -108,38 +111,66 @@ def test_a_turn_ends_when_the_writer_rests():
         over.wait(TIMEOUT)
 
     worker = Worker(work, lambda: None)
-    worker.give_turn(TIMEOUT)  # it has not begun
+    worker.turns.give(TIMEOUT)  # it has not begun
     worker.hurry()
     worker.start()
     assert begun.wait(TIMEOUT)
-    given = threading.Thread(target=worker.give_turn, args=(TIMEOUT,))
+    yield worker, over
+    over.set()
+    worker.stop()
+
+
+def test_a_turn_ends_when_the_writer_rests(busy):
+    """Nobody waits for a writer that has nothing to do."""
+    worker, over = busy
+    worker.turns.note_progress(needed=TIMEOUT)
+    given = threading.Thread(target=worker.turns.give, args=(TIMEOUT,))
     given.start()
     over.set()
     given.join(TIMEOUT / 2)
 
     assert not given.is_alive()
-    worker.stop()
 
 
-def test_nobody_waits_long_for_a_writer_that_does_not_get_on():
+def test_nobody_waits_long_for_a_writer_that_does_not_get_on(busy):
     """A store that is locked, or slow, is nothing that the interpreter would help with."""
-    begun, over = threading.Event(), threading.Event()
-
-    def work():
-        begun.set()
-        over.wait(TIMEOUT)
-
-    worker = Worker(work, lambda: None)
-    worker.hurry()
-    worker.start()
-    assert begun.wait(TIMEOUT)
+    worker, _ = busy
     began = time.monotonic()
     for _ in range(200):
-        worker.give_turn(0.05)
+        worker.turns.give(0.05)
 
     assert time.monotonic() - began < 5  # of 10
-    over.set()
-    worker.stop()
+
+
+def test_callers_give_what_a_batch_takes_of_the_processor(busy):
+    """A batch that takes long, and little of the processor, waits for a disk or for other processes."""
+    worker, _ = busy
+    for _ in range(20):  # batches
+        worker.turns.note_progress(needed=0.01)
+        began = time.monotonic()
+        for _ in range(20):
+            worker.turns.give(0.01)
+
+        assert time.monotonic() - began < 0.1  # of 0.2
+
+
+def test_what_a_batch_takes_of_the_processor_is_noted(sqlite, monkeypatch):
+    """The time that it waits for the store is none of it."""
+    notes, write = [], Writer.write
+
+    def write_slowly(self, operations):
+        threading.Event().wait(1)
+        return write(self, operations)
+
+    monkeypatch.setattr(Turns, "note_progress", lambda _, needed: notes.append(needed))
+    call()
+    assert export.flush(60)
+    monkeypatch.setattr(Writer, "write", write_slowly)
+    notes.clear()
+    call()
+    assert export.flush(60)
+
+    assert 0 < max(notes) < 0.5
 
 
 def test_what_waits_is_packed(sqlite):

@@ -110,7 +110,7 @@ class StoreQueue:
             self.overflow.put(operation)
         self.worker.wake()
         if bursts := len(self.pending) // _BURST:
-            self.worker.give_turn(_TURN * 2 ** min(bursts, _MOST_BURSTS) if self._writes_here else 0.0)
+            self.worker.turns.give(_TURN * 2 ** min(bursts, _MOST_BURSTS) if self._writes_here else 0.0)
 
     @property
     def _writes_here(self) -> bool:
@@ -149,10 +149,10 @@ class StoreQueue:
             if self.availability.is_away:
                 self.overflow.spill_all()
                 break
-            began = time.monotonic()
+            began, taken = time.monotonic(), time.thread_time()
             self.availability.begin()
             did_something = self._write_batch()
-            self.worker.note_progress()
+            self.worker.turns.note_progress(time.thread_time() - taken)
             self._notify()
             if not (did_something and len(self.pending)):
                 break

@@ -8,14 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from dspy_mlflow_async.export.queue.turns import Turns
+
 logger = logging.getLogger("dspy_mlflow_async")
 
 # How long the first of a batch waits for others, in seconds, unless somebody waits for it.
 _LINGER = 0.5
-# How long a caller lets go of the interpreter at least, in seconds: as long as a thread takes to wake up.
-_SHORTEST_TURN = 0.00005
-# How long the thread is given more than that, once it has got on: what takes longer waits for something else.
-_GETS_ON = 2.0
 
 
 class Worker:
@@ -26,6 +24,7 @@ class Worker:
         next_wait: Seconds until something is due that nobody wakes the thread for; None where nothing is.
 
     Attributes:
+        turns: What callers give it of the interpreter.
         is_paused: For tests: the thread is not started, as if it had not had its turn yet.
     """
 
@@ -37,9 +36,7 @@ class Worker:
         self._stop = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._rests = threading.Event()
-        self._rests.set()
-        self._got_on = 0.0  # monotonic
+        self.turns = Turns()
         self.is_paused = False
 
     @property
@@ -77,23 +74,6 @@ class Worker:
         self._hurry.set()
         self._wake.set()
 
-    def give_turn(self, seconds: float) -> None:
-        """Let the thread have the interpreter, from a caller's: for so long, or until it rests or has got on.
-
-        A thread that waits for the interpreter asks for it once nobody has let go of it for 5 ms. A program that lets
-        go of it for a microsecond now and then, as DSPy does for each id that it makes, is never asked, and takes it
-        back before the other has woken up: that would never have its turn.
-        """
-        if not self._rests.is_set():
-            gets_on = time.monotonic() - self._got_on < _GETS_ON
-            self._rests.wait(max(seconds, _SHORTEST_TURN) if gets_on else _SHORTEST_TURN)
-
-    def note_progress(self) -> None:
-        """Note, in the thread, that some of the work is done: whoever gives it a turn goes on."""
-        self._got_on = time.monotonic()
-        self._rests.set()
-        self._rests.clear()
-
     def take_time(self) -> None:
         """End the hurry."""
         self._hurry.clear()
@@ -105,16 +85,15 @@ class Worker:
     def rest(self, seconds: float) -> None:
         """Wait, in the thread, unless somebody is in a hurry."""
         if not self._hurry.is_set():
-            self._rests.set()
+            self.turns.rest()
             self._hurry.wait(seconds)
-        self._got_on = time.monotonic()
-        self._rests.clear()
+        self.turns.begin()
 
     def pause(self, seconds: float) -> None:
         """Wait, in the thread, whoever is in a hurry; not at the end."""
-        self._rests.set()
+        self.turns.rest()
         self._stop.wait(seconds)
-        self._rests.clear()
+        self.turns.begin()
 
     def stop(self) -> None:
         """End the thread after what it is doing."""
@@ -123,7 +102,7 @@ class Worker:
 
     def _run(self) -> None:
         while not self.is_stopped:
-            self._rests.set()
+            self.turns.rest()
             self._wake.wait(self._next_wait())
             self.linger()
             self._wake.clear()
