@@ -114,19 +114,14 @@ def _span(span: Span) -> bytes:
 @functools.lru_cache(maxsize=8)
 def _kind(other_kind: SpanKind | None) -> bytes:
     """Return the kind of a span, as MLflow's own function writes it: before 3.18 not at all."""
-    kind = other_kind or SpanKind.INTERNAL
-    otel = ReadableSpan(
-        name="", context=_context(1), kind=kind, start_time=1, attributes=_REQUEST, resource=Resource({})
-    )
-    number = Span(otel).to_otel_proto().kind
+    number = _sample(kind=other_kind or SpanKind.INTERNAL, attributes=_REQUEST).to_otel_proto().kind
     return _KIND + varint(number) if number else b""
 
 
 @functools.lru_cache(maxsize=64)
 def _status(code: StatusCode, description: str | None) -> bytes:
     """Return the status of a span, as MLflow's own function writes it."""
-    otel = ReadableSpan(name="", context=_context(1), resource=Resource({}), status=Status(code, description))
-    status = Span(otel).status.to_otel_proto_status()
+    status = _sample(code, description).status.to_otel_proto_status()
     return _part(_STATUS, status.SerializeToString())
 
 
