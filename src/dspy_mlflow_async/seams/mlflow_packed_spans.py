@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opentelemetry.trace import Status, StatusCode
 
+from dspy_mlflow_async.seams.made_once import MadeOnce
 from dspy_mlflow_async.seams.mlflow_call_span import CallLiveSpan, CallSpan, CallTracer
 
-_UNSET, _OK, _ERROR = StatusCode.UNSET, StatusCode.OK, StatusCode.ERROR
-_STATUSES = tuple(map(Status, (_UNSET, _OK, _ERROR)))
+_OK, _ERROR = StatusCode.OK, StatusCode.ERROR
+_STATUSES = tuple(map(Status, (StatusCode.UNSET, _OK, _ERROR)))  # by the number of the code
 _ROOT = -1
 
 
-class PackedSpans(Sequence[Any]):
+class PackedSpans(MadeOnce):
     """MLflow's spans of calls that have ended, packed until somebody looks at one.
 
     Args:
@@ -28,30 +29,20 @@ class PackedSpans(Sequence[Any]):
         packed: OpenTelemetry's id of their trace, how many there are, and what there is to each.
     """
 
-    __slots__ = ("_begun_by", "_made", "_packed")
+    __slots__ = ("_begun_by", "_packed")
 
     def __init__(self, begun_by: CallTracer, packed: tuple[Any, ...]) -> None:
+        super().__init__()
         self._begun_by = begun_by
         self._packed = packed
-        self._made: list[Any] | None = None
 
     def __len__(self) -> int:
         """Return how many there are."""
         return int(self._packed[1])
 
-    def __getitem__(self, index: Any) -> Any:
-        """Return one of them, or several."""
-        return self._all()[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Go through all of them."""
-        return iter(self._all())
-
-    def _all(self) -> list[Any]:
-        made = self._made
-        if made is None:
-            made = self._made = _unpacked(self._begun_by, self._packed)
-        return made
+    def make(self) -> list[Any]:
+        """Make all of them."""
+        return _unpacked(self._begun_by, self._packed)
 
 
 def packed(spans: Sequence[Any]) -> Sequence[Any]:

@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.made_once import MadeOnce
 from dspy_mlflow_async.seams.mlflow_call_span import (
     number_of,
     parent_number_of,
@@ -54,33 +55,26 @@ def still(span: Any) -> Span:
     return found
 
 
-class StillSpans(Sequence[Span]):
+class StillSpans(MadeOnce):
     """Immutable forms of spans that have ended, made once somebody asks for one: rows need none.
 
     Attributes:
         given: The spans as they came.
     """
 
+    __slots__ = ("given",)
+
     def __init__(self, given: Sequence[Any]) -> None:
+        super().__init__()
         self.given = given
-        self._made: list[Span] | None = None
 
     def __len__(self) -> int:
         """Return how many there are."""
         return len(self.given)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Return one of them, or several."""
-        return self._all()[index]
-
-    def __iter__(self) -> Iterator[Span]:
-        """Go through all of them."""
-        return iter(self._all())
-
-    def _all(self) -> list[Span]:
-        if self._made is None:
-            self._made = list(map(still, self.given))
-        return self._made
+    def make(self) -> list[Span]:
+        """Make all of them."""
+        return list(map(still, self.given))
 
 
 class SpanRecord(NamedTuple):
