@@ -17,6 +17,7 @@ from mlflow.tracing import utils as tracing_utils
 from mlflow.tracing.constant import TokenUsageKey
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.litellm_prices import cost_of_tokens
 from dspy_mlflow_async.seams.mlflow_http import is_limited
 from dspy_mlflow_async.seams.patching import Undo, over, patch, together
 
@@ -81,8 +82,11 @@ def _without_import(original: Any, providers: ModuleType) -> Any:
 
     @functools.wraps(original)
     def calculate_cost_by_model_and_token_usage(*args: Any, **kwargs: Any) -> Any:
-        calculate = offline if is_limited() and not is_imported("litellm") else original
-        return calculate(*args, **kwargs)
+        if not is_limited():
+            return original(*args, **kwargs)
+        if not is_imported("litellm"):
+            return offline(*args, **kwargs)
+        return original(*args, **kwargs) if kwargs else cost_of_tokens(original, *args)
 
     return calculate_cost_by_model_and_token_usage
 
