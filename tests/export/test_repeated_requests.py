@@ -10,7 +10,7 @@ import threading
 import mlflow
 import pytest
 import requests
-from mlflow.entities import Trace, TraceData
+from mlflow.entities import LiveSpan, Trace, TraceData
 from mlflow.protos.service_pb2 import StartTraceV3
 from mlflow.tracing.utils.otlp import resource_to_otel_proto
 from mlflow.tracking.request_header import registry as request_headers
@@ -108,6 +108,21 @@ def test_a_batch_costs_no_ordinary_request(make, kept_proxy, ordinary, monkeypat
         assert f"authorization: bearer {token}" in starts[0]
         more = {"content-type: application/x-protobuf", f"x-mlflow-experiment-id: {installed.experiment_id}"}
         assert [sorted({*starts[0]} - {"content-type: application/json"} | more)] * len(spans) == spans
+
+
+def test_spans_are_sent_as_they_came(make, kept_proxy, monkeypatch):
+    """No immutable span is made of one of a call, which would cost as much as what is sent of it."""
+    installed = make(uri=kept_proxy.uri)
+    call()
+    assert export.flush(60)
+    made, still = [], LiveSpan.to_immutable_span
+    monkeypatch.setattr(LiveSpan, "to_immutable_span", lambda span: made.append(span) or still(span))
+    ids = [call() for _ in range(5)]
+    assert export.flush(60)
+
+    assert [] == made
+    assert set(ids) <= set(installed.read())
+    assert arrived(installed, [*installed.read()])
 
 
 class AskingHeaders:

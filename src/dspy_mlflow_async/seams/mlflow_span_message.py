@@ -26,6 +26,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
     trace_number_of,
 )
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
+from dspy_mlflow_async.seams.mlflow_span_text import has_more, still
 
 __all__ = ["message_of", "varint", "writes_same_messages"]
 
@@ -84,15 +85,15 @@ def _part(key: bytes, content: bytes) -> bytes:
 def _span(span: Span) -> bytes:
     otel = span._span
     attributes, parent, end = attributes_of(otel), parent_number_of(otel), otel.end_time
-    if otel.events or getattr(span, "_links", None) or not (end and otel.start_time):
-        return bytes(span.to_otel_proto().SerializeToString())
+    if has_more(span, otel) or not (end and otel.start_time):
+        return bytes(still(span).to_otel_proto().SerializeToString())
     try:
         content = [
             _short_attribute(key, text) if len(text) < _SHORT else _attribute(key, text)
             for key, text in attributes.items()
         ]
     except TypeError:  # some value that is no text
-        return bytes(span.to_otel_proto().SerializeToString())
+        return bytes(still(span).to_otel_proto().SerializeToString())
     name, status = otel.name.encode(), otel.status
     other_kind = None if otel.kind is SpanKind.INTERNAL else otel.kind  # to hash it takes a while
     return b"".join(

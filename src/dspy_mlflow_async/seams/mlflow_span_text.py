@@ -31,7 +31,7 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
 )
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
-__all__ = ["SpanRecord", "StillSpans", "add_sizes", "read", "record_of", "still", "text_of"]
+__all__ = ["SpanRecord", "StillSpans", "add_sizes", "as_given", "has_more", "read", "record_of", "still", "text_of"]
 
 TraceJSONEncoder: Any = taken("mlflow.tracing.utils:TraceJSONEncoder", json.JSONEncoder)
 add_size_stats_to_trace_metadata: Any = taken(
@@ -77,6 +77,11 @@ class StillSpans(MadeOnce):
         return list(map(still, self.given))
 
 
+def as_given(spans: Sequence[Any]) -> Sequence[Any]:
+    """Return spans as they came, live or immutable, where their immutable forms are made once somebody asks."""
+    return spans.given if type(spans) is StillSpans else spans
+
+
 class SpanRecord(NamedTuple):
     """Facts of a span that has ended, for its row.
 
@@ -112,7 +117,7 @@ class SpanRecord(NamedTuple):
 def record_of(span: Span) -> SpanRecord:
     """Return the facts of a span that has ended."""
     otel = span._span
-    ids, attributes, has_more = _ids_of(otel), attributes_of(otel), _has_more(span, otel)
+    ids, attributes, is_long = _ids_of(otel), attributes_of(otel), has_more(span, otel)
     type_text, status = attributes.get(SpanAttributeKey.SPAN_TYPE), _name_of(otel.status.status_code)
     return SpanRecord(
         span,
@@ -124,13 +129,14 @@ def record_of(span: Span) -> SpanRecord:
         otel.start_time,
         otel.end_time,
         attributes,
-        has_more,
+        is_long,
         resource_of_span(otel),
-        _dumped(span, None) if has_more else _written(span, otel, ids, status, attributes),
+        _dumped(span, None) if is_long else _written(span, otel, ids, status, attributes),
     )
 
 
-def _has_more(span: Span, otel: Any) -> bool:
+def has_more(span: Span, otel: Any) -> bool:
+    """Return whether a span has events or links."""
     return bool(otel.events or span.__dict__.get("_links"))  # a live span makes an empty list for whoever asks
 
 
@@ -148,7 +154,7 @@ def text_of(span: Span, attributes: Mapping[str, Any] | None = None) -> str:
         attributes: What it is to have in place of its own.
     """
     otel = span._span
-    if _has_more(span, otel):
+    if has_more(span, otel):
         return _dumped(span, attributes)
     own = attributes_of(otel) if attributes is None else attributes
     return _written(span, otel, _ids_of(otel), _name_of(otel.status.status_code), own)

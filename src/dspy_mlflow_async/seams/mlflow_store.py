@@ -30,6 +30,7 @@ from dspy_mlflow_async.seams.mlflow_client import MlflowClient
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.mlflow_http import is_repeatable, repeat, repeatable
 from dspy_mlflow_async.seams.mlflow_span_message import message_of, writes_same_messages
+from dspy_mlflow_async.seams.mlflow_span_text import still
 from dspy_mlflow_async.seams.mlflow_trace_text import can_write_text, text_of_start
 from dspy_mlflow_async.seams.patching import over
 
@@ -200,7 +201,7 @@ def log_spans(client: TracingClient, experiment_id: str, spans: Sequence[Any]) -
     Args:
         client: The client of the store.
         experiment_id: Where the spans go.
-        spans: Immutable spans of one resource.
+        spans: Spans of one resource that have ended, live or immutable.
     """
     store = client.store
     if (
@@ -212,7 +213,7 @@ def log_spans(client: TracingClient, experiment_id: str, spans: Sequence[Any]) -
         and repeat(store, _SPANS_PATH, _SPANS_HEADERS.format(experiment_id), message_of(spans))
     ):
         return
-    client.log_spans(experiment_id, list(spans))
+    client.log_spans(experiment_id, list(map(still, spans)))
 
 
 def end_stored_trace(uri: str, trace_id: str, duration_ms: int) -> None:

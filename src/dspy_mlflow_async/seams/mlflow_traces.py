@@ -28,16 +28,18 @@ from dspy_mlflow_async.seams.mlflow_call_span import (
     is_sampled,
     number_of,
     parent_number_of,
+    resource_of_span,
     trace_number_of,
 )
 from dspy_mlflow_async.seams.mlflow_experiment import is_in_notebook_of_databricks
 from dspy_mlflow_async.seams.mlflow_live import attributes_of, is_in_environment
-from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, StillSpans, add_sizes, read, text_of
+from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, add_sizes, as_given, read, text_of
 
 __all__ = [
     "InMemoryTrace",
     "adopt_trace",
     "aggregate_cost_from_spans",
+    "as_given",
     "complete_metadata",
     "complete_recorded",
     "display",
@@ -265,14 +267,14 @@ def _brief(span: Any) -> _Brief:
     return _Brief(span, number_of(otel), parent_number_of(otel), attributes_of(otel))
 
 
-def has_attachments(spans: Iterable[Any]) -> bool:
+def has_attachments(spans: Sequence[Any]) -> bool:
     """Return whether any of these spans has files beside it, which go where only the store's answer says."""
-    return any(map(attachments_of, spans.given if type(spans) is StillSpans else spans))
+    return any(map(attachments_of, as_given(spans)))
 
 
 def resource_of(spans: Sequence[Any]) -> frozenset[tuple[str, Any]]:
     """Return the attributes of what made these spans; MLflow sends those of the first span alone."""
-    resource = spans[0]._span.resource if spans else None
+    resource = resource_of_span(as_given(spans)[0]._span) if spans else None
     return frozenset() if resource is None else frozenset(resource.attributes.items())
 
 

@@ -300,7 +300,8 @@ class Writer:
         try:
             with mlflow_store.workspace_scope(operations[0].workspace):
                 self._log_spans(
-                    operations[0].experiment_id, [span for operation in operations for span in operation.spans]
+                    operations[0].experiment_id,
+                    [span for operation in operations for span in mlflow_traces.as_given(operation.spans)],
                 )
         except Exception as error:  # noqa: BLE001 - judged
             verdict = classify(error, statuses)
@@ -376,7 +377,7 @@ class Writer:
         if operation.stage != "whole":
             return
         attachments: dict[str, Any] = {}
-        for span in operation.spans:
+        for span in mlflow_traces.as_given(operation.spans):
             attachments.update(attachments_of(span))
         with contextlib.suppress(Exception):
             if attachments:
