@@ -11,7 +11,7 @@ from runtools import Program, evaluate
 import dspy_mlflow_async
 from dspy_mlflow_async.runs.feedback import feedback_of
 from dspy_mlflow_async.runs.handle import RunHandle, storable_key
-from dspy_mlflow_async.seams import mlflow_prices
+from dspy_mlflow_async.seams import litellm_prices
 from dspy_mlflow_async.spans.door import Door
 
 
@@ -89,6 +89,6 @@ def test_a_module_that_another_thread_imports_is_not_waited_for(monkeypatch):
     module.__spec__ = types.SimpleNamespace(_initializing=True)
     monkeypatch.setitem(sys.modules, "litellm", module)
 
-    assert not mlflow_prices.is_imported("litellm")
+    assert not litellm_prices.is_imported()
     module.__spec__._initializing = False
-    assert mlflow_prices.is_imported("litellm")
+    assert litellm_prices.is_imported()

@@ -62,13 +62,19 @@ class _Tariff(NamedTuple):
 _tariffs: dict[tuple[str, str | None], _Tariff] = {}
 
 
+def is_imported() -> bool:
+    """Return whether LiteLLM is there for use. While another thread imports it, whoever uses it waits for that."""
+    module = sys.modules.get("litellm")
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
 def cost_of_tokens(
     calculate: Calculate, model: str | None, usage: Mapping[str, int] | None, provider: str | None = None
 ) -> Cost | None:
-    """Return what MLflow reckons for these tokens by LiteLLM, which the program has imported.
+    """Return what MLflow reckons for these tokens; where LiteLLM is imported, without asking it each time.
 
     Args:
-        calculate: MLflow's function, which asks LiteLLM.
+        calculate: MLflow's function, which asks LiteLLM where that is imported.
         model: The model's name.
         usage: Its tokens, by the names of ``TokenUsageKey``.
         provider: The provider's name, if it is known.
@@ -76,7 +82,7 @@ def cost_of_tokens(
     Returns:
         The US dollars by the names of ``CostKey``; None for a model without a known price.
     """
-    prices = getattr(sys.modules.get("litellm"), "model_cost", None)
+    prices = getattr(sys.modules.get("litellm"), "model_cost", None) if is_imported() else None
     tokens = _plain_tokens(usage)
     if tokens is None or type(prices) is not dict or type(model) is not str or type(provider) not in _NAMES:
         return calculate(model, usage, provider)

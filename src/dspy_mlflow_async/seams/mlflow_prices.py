@@ -8,7 +8,6 @@ from __future__ import annotations
 import builtins
 import functools
 import os
-import sys
 from collections.abc import Mapping
 from types import FunctionType, ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ from mlflow.tracing import utils as tracing_utils
 from mlflow.tracing.constant import TokenUsageKey
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.litellm_prices import cost_of_tokens
+from dspy_mlflow_async.seams.litellm_prices import is_imported
 from dspy_mlflow_async.seams.mlflow_http import is_limited
 from dspy_mlflow_async.seams.patching import Undo, over, patch, together
 
@@ -27,17 +26,11 @@ _CALCULATE = "mlflow.tracing.utils:calculate_cost_by_model_and_token_usage"
 __all__ = ["cost_in_usd", "patch_prices"]
 
 
-def is_imported(name: str) -> bool:
-    """Return whether a module is there for use. While another thread imports it, whoever uses it waits for that."""
-    module = sys.modules.get(name)
-    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
-
-
 def cost_in_usd(model: str, tokens: Mapping[str, int]) -> float | None:
     """Return what MLflow reckons that these tokens cost, or None for a model without a known price."""
     provider, _, name = model.rpartition("/")
     calculate = taken(_CALCULATE)
-    if calculate is not None and is_imported("litellm"):
+    if calculate is not None and is_imported():
         cost = calculate(model, dict(tokens), provider.partition("/")[0] or None)
         return None if cost is None else float(cost["total_cost"])
     # MLflow would import it now, and it then looks for prices in the network, for seconds where there is none.
@@ -82,11 +75,8 @@ def _without_import(original: Any, providers: ModuleType) -> Any:
 
     @functools.wraps(original)
     def calculate_cost_by_model_and_token_usage(*args: Any, **kwargs: Any) -> Any:
-        if not is_limited():
-            return original(*args, **kwargs)
-        if not is_imported("litellm"):
-            return offline(*args, **kwargs)
-        return original(*args, **kwargs) if kwargs else cost_of_tokens(original, *args)
+        calculate = offline if is_limited() and not is_imported() else original
+        return calculate(*args, **kwargs)
 
     return calculate_cost_by_model_and_token_usage
 

@@ -18,6 +18,7 @@ from typing import Any
 from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey
 
 from dspy_mlflow_async.seams.listed import taken
+from dspy_mlflow_async.seams.litellm_prices import cost_of_tokens
 from dspy_mlflow_async.seams.mlflow_span_text import read
 from dspy_mlflow_async.seams.mlflow_store import finalizes, shared_view, write_session
 from dspy_mlflow_async.seams.patching import over
@@ -438,7 +439,7 @@ def cost_of(attributes: Mapping[str, Any]) -> str | None:
     usage, model, provider = (attributes.get(key) for key in _PRICE)
     # Looked up each time, since `mlflow_prices` puts its own there.
     calculate = translation.calculate_cost_by_model_and_token_usage
-    cost = calculate(read(model or ""), read(usage or ""), None if provider is None else read(provider))
+    cost = cost_of_tokens(calculate, read(model or ""), read(usage or ""), None if provider is None else read(provider))
     return dump_span_attribute_value(cost) if cost else None
 
 
