@@ -40,7 +40,7 @@ _MOST_MODELS = 1024
 
 
 class _Tariff(NamedTuple):
-    """What is known of a model's price.
+    """Price of a model, as far as it is known.
 
     Attributes:
         size: How many models LiteLLM's list has; whoever registers one may change what another is taken for.

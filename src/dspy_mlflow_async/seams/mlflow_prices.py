@@ -16,7 +16,7 @@ from mlflow.tracing import utils as tracing_utils
 from mlflow.tracing.constant import TokenUsageKey
 
 from dspy_mlflow_async.seams.listed import taken
-from dspy_mlflow_async.seams.litellm_prices import is_imported
+from dspy_mlflow_async.seams.litellm_prices import cost_of_tokens, is_imported
 from dspy_mlflow_async.seams.mlflow_http import is_limited
 from dspy_mlflow_async.seams.patching import Undo, over, patch, together
 
@@ -75,8 +75,11 @@ def _without_import(original: Any, providers: ModuleType) -> Any:
 
     @functools.wraps(original)
     def calculate_cost_by_model_and_token_usage(*args: Any, **kwargs: Any) -> Any:
-        calculate = offline if is_limited() and not is_imported() else original
-        return calculate(*args, **kwargs)
+        if not is_limited():
+            return original(*args, **kwargs)
+        if not is_imported():
+            return offline(*args, **kwargs)
+        return original(*args, **kwargs) if kwargs else cost_of_tokens(original, *args)
 
     return calculate_cost_by_model_and_token_usage
 

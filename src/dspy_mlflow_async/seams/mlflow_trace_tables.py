@@ -437,7 +437,7 @@ _NESTED = frozenset("{[\\ ")
 def cost_of(attributes: Mapping[str, Any]) -> str | None:
     """Return the cost that MLflow adds to a priced span, as it writes it; None for a model without a price."""
     usage, model, provider = (attributes.get(key) for key in _PRICE)
-    # Looked up each time, since `mlflow_prices` puts its own there.
+    # Looked up each time, since `mlflow_prices` puts its own there; in a server with our store it is MLflow's.
     calculate = translation.calculate_cost_by_model_and_token_usage
     cost = cost_of_tokens(calculate, read(model or ""), read(usage or ""), None if provider is None else read(provider))
     return dump_span_attribute_value(cost) if cost else None
