@@ -6,7 +6,6 @@ as much as a writer takes for all the rest of a small trace.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
 import time
@@ -107,7 +106,11 @@ def _plain_tokens(usage: Mapping[str, int] | None) -> tuple[int, int] | None:
 
 
 def _is_valid(tariff: _Tariff, prices: Mapping[str, Any]) -> bool:
-    return tariff.size == len(prices) and prices.get(tariff.name) == tariff.entry and time.monotonic() < tariff.until
+    try:
+        is_same = bool(prices.get(tariff.name) == tariff.entry)
+    except Exception:  # noqa: BLE001 - whatever somebody has registered there
+        return False
+    return is_same and tariff.size == len(prices) and time.monotonic() < tariff.until
 
 
 def _asked(calculate: Calculate, prices: Mapping[str, Any], model: str, provider: str | None) -> _Tariff:
@@ -116,7 +119,7 @@ def _asked(calculate: Calculate, prices: Mapping[str, Any], model: str, provider
     names = (f"{(provider or '').lower()}/{model}", model, model.partition("/")[2])
     name = next(filter(prices.__contains__, names), "")
     found = prices.get(name)
-    entry = copy.deepcopy(found) if type(found) is dict else None
+    entry = dict(found) if type(found) is dict else None
     costs = [calculate(model, dict(zip(_KINDS, tokens, strict=True)), provider) for tokens in _SAMPLES]
     is_unknown = costs == [None, None]  # for some providers it asks the network first, and waits
     rates = None if is_unknown or entry is None else _rates(entry)
