@@ -53,7 +53,8 @@ def count(database: Path, experiment: str, since_ms: int, spans: int) -> Found:
         WHERE experiments.name = ? AND trace_info.timestamp_ms >= ?
         GROUP BY trace_info.request_id
     """
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as connection:
+    # Not read-only: of a process that has ended within a transaction, the next to look rolls back what is in the file.
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True, timeout=30)) as connection:
         rows = connection.execute(query, (experiment, since_ms)).fetchall()
     whole = sum(1 for count, roots in rows if (count, roots) == (spans, 1))
     return Found(len(rows), whole, sum(count for count, _ in rows))

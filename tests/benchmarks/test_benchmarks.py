@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -425,6 +428,24 @@ def test_counting_agrees_with_mlflow(store_uri):
     assert sum(len(trace.data.spans) for trace in traces) == 13
     assert stores.count(database, "counted", latest + 1, spans=4) == stores.Found(0, 0, 0)
     assert stores.count(database, "another", 0, spans=4) == stores.Found(0, 0, 0)
+
+
+def test_counting_after_a_process_that_ended_within_a_transaction(store_uri, tmp_path):
+    """What it had not committed is rolled back by whoever looks next, for which the file is to be written."""
+    database = tmp_path / "mlflow.db"
+    database.write_bytes(Path(store_uri.removeprefix("sqlite:///")).read_bytes())
+    ends_within = """
+        import os, sqlite3, sys
+        connection = sqlite3.connect(sys.argv[1])
+        connection.execute("PRAGMA cache_size = 1")  # so that what is not committed is in the file already
+        rows = [(f"{number}", "x" * 1000) for number in range(1000)]
+        connection.executemany("INSERT INTO experiments (name, artifact_location) VALUES (?, ?)", rows)
+        os._exit(0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(ends_within), str(database)], check=True, timeout=60)
+
+    assert Path(f"{database}-journal").exists()
+    assert stores.count(database, "1", 0, spans=4) == stores.Found(0, 0, 0)
 
 
 @pytest.mark.parametrize(("depth", "width"), [(1, 1), (3, 1), (1, 2)])
