@@ -45,13 +45,14 @@ def _source(results: Results, source: Path, page: Path) -> str:
     link = os.path.relpath(source.resolve(), page.parent.resolve())
     report = os.path.relpath(source.resolve().parent / "report.md", page.parent.resolve())
     said = data["machine"]
-    load = f"{said['load_before']:.0f} on {said['cores']} cores"
+    load = f"{said['load_before']:.1f} on {said['cores']} cores"
+    untold = f" Of a sample of which it stole more than {machine.MOST_STOLEN:.0%}, no time is told."
     busy = f" **The machine was busy, with a load of {load}: no times are told.**"
     return (
         f"Measured on {machine.in_words(data['machine'])}, {data['started'][:10]}, {data['seconds'] / 60:.0f} minutes, "
         f"load before {data['machine']['load_before']}, stolen by the hypervisor {data['machine']['steal']:.1%}. "
         f"[The full report]({report}), [every sample]({link})."
-        f"{busy if machine.is_busy(said) else ''}"
+        f"{busy if machine.is_busy(said) else untold}"
     )
 
 

@@ -28,7 +28,7 @@ _PACKAGES = (
     "pydantic",
 )
 _BUSY_LOAD = 0.3  # for each core, of the minute before the run: somebody else was at work
-_BUSY_STEAL = 0.02
+MOST_STOLEN = 0.02  # of a sample: with more, its times are those of the hypervisor
 _ROOT = Path(__file__).parent.parent
 
 
@@ -65,8 +65,13 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def is_busy(said: dict[str, Any]) -> bool:
-    """Return whether a machine had something else to do, or gave its time to others, by what a run says of it."""
-    return bool(said["load_before"] > _BUSY_LOAD * (said["cores"] or 1) or said["steal"] > _BUSY_STEAL)
+    """Return whether a machine had something else to do before a run, by what that says of it."""
+    return bool(said["load_before"] > _BUSY_LOAD * (said["cores"] or 1))
+
+
+def is_disturbed(sample: dict[str, Any]) -> bool:
+    """Return whether the hypervisor has given so much time to others during a sample that its times say nothing."""
+    return bool(sample["steal"] > MOST_STOLEN)
 
 
 def _cpu_model() -> str:

@@ -39,6 +39,8 @@ def as_markdown(results: Results, drawn: dict[str, str] | None = None) -> str:
     parts = ["# What tracing costs", source, _HOW]
     if machine.is_busy(said):
         parts.append("**This machine was busy with something else: read no time here, and ratios with care.**")
+    elif said["steal"] > machine.MOST_STOLEN:
+        parts.append("**The hypervisor gave much of the time to others: read times and ratios of times with care.**")
     parts += [f"Without {results.titles[each]}: {reason}." for each, reason in results.unavailable.items()]
     problems = results.problems()
     parts.append("## Is everything there?")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 
+from benchmarks import machine
 from benchmarks.cells import ENOUGH_CALLS, ENOUGH_SECONDS
 from benchmarks.contestants import FLOOR, OPENINFERENCE
 
@@ -172,6 +173,26 @@ class CellResult:
 
 def _value(sample: dict[str, Any], value: Value | str) -> float | None:
     return sample[value] if isinstance(value, str) else value(sample)
+
+
+def wall(sample: dict[str, Any]) -> float | None:
+    """Wall microseconds a call, where the hypervisor has let them be told."""
+    return None if machine.is_disturbed(sample) else float(sample["wall_us"])
+
+
+def p50_ms(sample: dict[str, Any]) -> float | None:
+    """Median milliseconds of a call, where the hypervisor has let them be told."""
+    return None if machine.is_disturbed(sample) else float(sample["latency_p50_us"] or 0) / 1000
+
+
+def p99_ms(sample: dict[str, Any]) -> float | None:
+    """Milliseconds that one call in a hundred takes at least, where the hypervisor has let them be told."""
+    return None if machine.is_disturbed(sample) else float(sample["latency_p99_us"] or 0) / 1000
+
+
+def last_wall_over_first(sample: dict[str, Any]) -> float | None:
+    """Wall time of the last 1,000 calls of a series, over the first 1,000 after the writer began, where told."""
+    return None if machine.is_disturbed(sample) else last_over_first(2)(sample)
 
 
 def cpu_per_stored_trace(sample: dict[str, Any]) -> float | None:

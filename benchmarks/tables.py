@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from benchmarks import machine
 from benchmarks.contestants import CONTESTANTS, FLOOR, MLFLOW, OFF, OPENINFERENCE, OURS, PATCHED
@@ -15,8 +14,11 @@ from benchmarks.results import (
     cpu_of_the_rest,
     cpu_per_stored_trace,
     last_over_first,
+    p50_ms,
+    p99_ms,
     until_stored,
     waiting_per_thousand,
+    wall,
 )
 
 NONE = "-"
@@ -56,11 +58,11 @@ def in_short(results: Results) -> str:
     rows = [
         [
             results.titles[each],
-            NONE if is_busy else above_floor(one, each, "wall_us"),
-            NONE if is_busy else above_floor(eight, each, "wall_us"),
+            NONE if is_busy else above_floor(one, each, wall),
+            NONE if is_busy else above_floor(eight, each, wall),
             above_floor(one, each, "caller_cpu_us"),
             _median(one.spread(each, cpu_per_stored_trace) if one else None),
-            _median(paced.spread(each, _p99_ms) if paced and not is_busy else None),
+            _median(paced.spread(each, p99_ms) if paced and not is_busy else None),
             _median(held.above_floor(each, waiting_per_thousand) if held and each != FLOOR else None),
             _if_stores(results, each, lost(saturated, each) if (saturated := eight or one) else NONE),
         ]
@@ -80,10 +82,6 @@ def in_short(results: Results) -> str:
     return table(head, rows) if rows else NOT_MEASURED
 
 
-def _p99_ms(sample: dict[str, Any]) -> float:
-    return float(sample["latency_p99_us"] or 0) / 1000
-
-
 def _median(value: Spread | None) -> str:
     return number(value.median) if value else NONE
 
@@ -94,7 +92,7 @@ def lost(cell: CellResult, contestant: str) -> str:
     return f"{expected - cell.total(contestant, 'whole'):,} of {expected:,}" if expected else NONE
 
 
-def above_floor(cell: CellResult | None, contestant: str, value: str) -> str:
+def above_floor(cell: CellResult | None, contestant: str, value: Value | str) -> str:
     """A figure less the empty callback's, with the sign of a lower bound where too little fell into its window."""
     if cell is None or contestant in {OFF, FLOOR}:
         return NONE
@@ -107,7 +105,7 @@ def bound(cell: CellResult, contestant: str, value: Value | str = "wall_us") -> 
 
     CPU is used up wherever the window ends.
     """
-    is_bound = value == "wall_us" and any(cell.invalid(sample) for sample in cell.of(contestant))
+    is_bound = value in ("wall_us", wall) and any(cell.invalid(sample) for sample in cell.of(contestant))
     return "≥ " if is_bound else ""
 
 
@@ -200,8 +198,8 @@ def rates(results: Results) -> str:
     rows = [
         [
             f"{cell.id}, {results.titles[each]}",
-            NONE if is_busy else spread(cell.spread(each, lambda sample: (sample["latency_p50_us"] or 0) / 1000)),
-            NONE if is_busy else spread(cell.spread(each, _p99_ms)),
+            NONE if is_busy else spread(cell.spread(each, p50_ms)),
+            NONE if is_busy else spread(cell.spread(each, p99_ms)),
             spread(cell.spread(each, "caller_cpu_us")),
             spread(cell.spread(each, cpu_of_the_rest)),
             spread(cell.spread(each, "cpu_children_us")),

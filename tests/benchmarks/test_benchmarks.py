@@ -311,6 +311,29 @@ def test_a_busy_machine_tells_no_times(stored):
     assert "the same ÷ MLflow | ≤ 0.06 | not told" not in wanted.as_table(results.Results(stored))
 
 
+def test_a_disturbed_sample_tells_no_times(stored):
+    """Those of the others in its cell are told, as far as they need none of its own."""
+    stored["machine"].update(load_before=0.1)
+    stored["cells"][0]["parameters"]["is_timed"] = False
+    for cell in stored["cells"]:
+        for sample in cell["samples"]:
+            sample.update(steal=0.0)
+    told = {}
+    for who in ("", "ours", "floor"):
+        for sample in stored["cells"][0]["samples"] if who else ():
+            sample.update(steal=0.3 if sample["contestant"] == who else 0.0)
+        rows = tables.in_short(results.Results(stored)).split("\n")
+        told[who] = {row.split("|")[1].strip(): row.split("|")[2].strip() != "-" for row in rows[2:]}
+
+    assert told[""]["ours"]
+    assert told[""]["OpenInference, in memory"]
+    assert told["ours"] == told[""] | {"ours": False}
+    assert not any(told["floor"].values())
+    assert "the same ÷ MLflow | ≤ 0.06 | not told: the hypervisor took too much | - | - |" in wanted.as_table(
+        results.Results(stored)
+    )
+
+
 def test_wanted_is_reached_only_where_all_cells_are_within_and_known(stored):
     """The worst cell counts; what was not measured is not reached."""
     text = wanted.as_table(results.Results(stored))
