@@ -173,6 +173,38 @@ def test_what_a_batch_takes_of_the_processor_is_noted(sqlite, monkeypatch):
     assert 0 < max(notes) < 0.5
 
 
+@pytest.mark.parametrize(("waiting", "lets_go"), [(20, True), (300, False)])
+def test_a_writer_that_keeps_pace_lets_callers_on(sqlite, monkeypatch, waiting, lets_go):
+    """Between two traces, of which it makes rows in two steps; one that is behind goes on."""
+    gone = []
+    sqlite.stop_writing()
+    for _ in range(waiting):
+        call(children=0)
+    monkeypatch.setattr(Turns, "let_go", lambda _: gone.append(export.stats().waiting))
+    sqlite.write_again()
+    sqlite.queue.worker.wake()
+    wait_until(lambda: not export.stats().waiting, 60)
+
+    if lets_go:
+        assert 2 * waiting == len(gone)
+    else:
+        assert max(gone, default=0) < 256
+
+
+def test_a_writer_that_somebody_waits_for_goes_on(sqlite, monkeypatch):
+    """Who flushes, or the end of the process, has nothing else to do with the interpreter."""
+    gone = []
+    sqlite.stop_writing()
+    for _ in range(20):
+        call(children=0)
+    monkeypatch.setattr(Turns, "let_go", gone.append)
+    sqlite.write_again()
+    assert export.flush(60)
+
+    assert [] == gone
+    assert 20 == len(sqlite.read())
+
+
 def test_what_waits_is_packed(sqlite):
     """A call that waits leaves little for the garbage collector to look at, and is stored with all of its spans."""
     sqlite.stop_writing()

@@ -77,7 +77,7 @@ class StoreQueue:
         self.ahead = WriteAhead(options, disk, disk if copies is None else Disk(copies))
         self.overflow = Overflow(self.pending, disk, self.ahead, keeps_partial=copies is not None)
         self.settlement = self.settles(self.pending, self.overflow, disk)
-        self.writer = Writer(uri)
+        self.writer = Writer(uri, between_traces=self._let_callers_on)
         self.synchronous = SynchronousWriter(
             Writer(uri, request_seconds=SECONDS, may_try_rows=False),
             self.pending,
@@ -161,6 +161,14 @@ class StoreQueue:
             elif len(self.pending) < _BURST:
                 self.worker.rest(min(time.monotonic() - began, _LONGEST_REST))
         self._notify()
+
+    def _let_callers_on(self) -> None:
+        """Let go of the interpreter between two traces, unless the writer is behind or somebody waits for it.
+
+        A caller would else wait for 5 ms, and for each time that it lets go of it itself, for as long as a batch takes.
+        """
+        if len(self.pending) < _BURST and not self.worker.is_hurried:
+            self.worker.turns.let_go()
 
     def _notify(self) -> None:
         is_light = 2 * self.pending.size <= self.options.max_waiting_bytes

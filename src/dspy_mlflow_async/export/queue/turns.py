@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 # How long a caller lets go of the interpreter at least, in seconds: as long as a thread takes to wake up.
 _SHORTEST = 0.00005
@@ -42,6 +43,10 @@ class Turns:
     def begin(self) -> None:
         """Ask for turns, in the thread."""
         self._rests.clear()
+
+    def let_go(self) -> None:
+        """Let go of the interpreter, in the thread, for long enough that a caller who waits for it wakes up."""
+        time.sleep(_SHORTEST)
 
     def rest(self) -> None:
         """Ask for none, in the thread; whoever gives one goes on."""

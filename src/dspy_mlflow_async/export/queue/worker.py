@@ -54,6 +54,11 @@ class Worker:
         """Return whether the thread shall do nothing further."""
         return self._stop.is_set()
 
+    @property
+    def is_hurried(self) -> bool:
+        """Return whether somebody waits for what the thread does."""
+        return self._hurry.is_set()
+
     def start(self) -> None:
         """Start the thread, unless it lives."""
         with self._starting:

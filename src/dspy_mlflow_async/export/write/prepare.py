@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlflow.entities import Param, RunTag
-from mlflow.tracing.constant import TraceMetadataKey
+from mlflow.tracing.constant import TraceMetadataKey, TraceSizeStatsKey
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
@@ -16,6 +16,14 @@ from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOp
 from dspy_mlflow_async.seams import mlflow_traces
 from dspy_mlflow_async.seams.mlflow_live import computes_cost
 from dspy_mlflow_async.seams.mlflow_span_text import SpanRecord, StillSpans, record_of, still
+
+# What a trace tells of all its spans.
+TOTALS = (
+    TraceMetadataKey.TOKEN_USAGE,
+    TraceMetadataKey.COST,
+    TraceMetadataKey.SIZE_STATS,
+    TraceMetadataKey.SIZE_BYTES,
+)
 
 Records = dict[int, list[SpanRecord]]  # those of an operation's spans, by its `id`
 
@@ -55,6 +63,12 @@ def _prepare_spans(operation: TraceOperation | SpansOperation) -> list[SpanRecor
                 _clean_texts(info)  # the previews are new
     operation.prepared = True
     return records
+
+
+def totals_of(info: Any) -> list[Any]:
+    """Return the usage, the cost and the number of spans that a trace tells, whatever a store makes of their texts."""
+    usage, cost, sizes = (json.loads(info.trace_metadata.get(key) or "{}") for key in TOTALS[:3])
+    return [usage, cost, sizes.get(TraceSizeStatsKey.NUM_SPANS)]
 
 
 def total(info: Any, spans: Any) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 import logging
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspy_mlflow_async.export.operations import TraceOperation
@@ -51,7 +51,15 @@ class RowWriter:
         self._tables: TraceTables | None = None
         self._failed = 0
 
-    def write(self, store: Any, operations: Sequence[Any], records: Records, *, may_try: bool) -> dict[int, str]:
+    def write(
+        self,
+        store: Any,
+        operations: Sequence[Any],
+        records: Records,
+        *,
+        may_try: bool,
+        between_traces: Callable[[], None] = lambda: None,
+    ) -> dict[int, str]:
         """Write those of the operations that are traces of kinds which are proved, and not there yet.
 
         Args:
@@ -59,6 +67,7 @@ class RowWriter:
             operations: Operations on traces, prepared.
             records: The facts of their spans, by the `id` of an operation, where they are there already.
             may_try: Whether trials may be made now, which take a moment.
+            between_traces: Called before the rows of each are made.
 
         Returns:
             By the `id` of each operation that is stored: where its artifacts go. All the others are as they were.
@@ -69,11 +78,11 @@ class RowWriter:
         tables = self._known(store) if may_try else self._tables
         if tables is None or tables.keeps_more:
             return {}
-        made = [
-            rows
-            for operation in operations
-            if (rows := self._rows(tables, operation, records.get(id(operation)))) is not None
-        ]
+        made = []
+        for operation in operations:
+            between_traces()
+            if (rows := self._rows(tables, operation, records.get(id(operation)))) is not None:
+                made.append(rows)
         if may_try:
             self._prove(tables, made)
         ready = [rows for rows in made if rows.kinds <= self.proved]

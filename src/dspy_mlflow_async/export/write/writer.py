@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlflow.entities import Trace, TraceData
 from mlflow.entities.trace_state import TraceState
-from mlflow.tracing.constant import TraceMetadataKey, TraceSizeStatsKey
+from mlflow.tracing.constant import TraceMetadataKey
 
 from dspy_mlflow_async.export.operations import Operation, RunOperation, SpansOperation, TraceOperation, TraceUpdate
 from dspy_mlflow_async.export.write import fork_gate, late_runs, prepare
@@ -30,12 +29,6 @@ _REQUEST_SECONDS = 30.0
 _LANES = 4
 # As often as another process may write the totals of a trace between our look at them and our write, in a row.
 _MOST_CORRECTIONS = 10
-_TOTALS = (
-    TraceMetadataKey.TOKEN_USAGE,
-    TraceMetadataKey.COST,
-    TraceMetadataKey.SIZE_STATS,
-    TraceMetadataKey.SIZE_BYTES,
-)
 _ARTIFACT_LOCATION = "mlflow.artifactLocation"  # the store adds it by itself, and does not like to get it twice
 
 
@@ -48,8 +41,16 @@ class Writer:
         takes_spans: Whether it keeps spans at all; else they go with the artifacts.
     """
 
-    def __init__(self, uri: str, *, request_seconds: float = _REQUEST_SECONDS, may_try_rows: bool = True) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        request_seconds: float = _REQUEST_SECONDS,
+        may_try_rows: bool = True,
+        between_traces: Callable[[], None] = lambda: None,
+    ) -> None:
         self.uri = uri
+        self._between_traces = between_traces
         self._request_seconds = request_seconds
         self._client: mlflow_store.TracingClient | None = None
         self.takes_batches: bool | None = None
@@ -110,6 +111,7 @@ class Writer:
         bad: list[Outcome] = []
         records: Records = {}
         for operation in operations:
+            self._between_traces()
             try:
                 if (made := prepare.prepare(operation)) is not None:
                     records[id(operation)] = made
@@ -189,7 +191,9 @@ class Writer:
             return [], list(operations)
         try:
             store = self.client.store
-            places = row_writer(self.uri).write(store, operations, records, may_try=self._may_try_rows)
+            places = row_writer(self.uri).write(
+                store, operations, records, may_try=self._may_try_rows, between_traces=self._between_traces
+            )
         except Exception as error:  # noqa: BLE001 - what is wrong will show when written by MLflow
             if classify(error) is not Verdict.AWAY:
                 return [], list(operations)
@@ -424,10 +428,11 @@ class Writer:
             info.trace_metadata = dict(stored.trace_metadata)
             prepare.total(info, spans)
             mlflow_traces.complete_metadata(Trace(info, TraceData(list(spans))))
-            if _totals(info) == _totals(stored):
+            if prepare.totals_of(info) == prepare.totals_of(stored):
                 return
             if self.takes_batches:  # nothing else: somebody may be adding to it. Older stores take back what they miss.
-                info.trace_metadata = {key: info.trace_metadata[key] for key in _TOTALS if key in info.trace_metadata}
+                known = info.trace_metadata
+                info.trace_metadata = {key: known[key] for key in prepare.TOTALS if key in known}
                 info.tags = {}
             self._restart(info)
 
@@ -492,9 +497,3 @@ class Writer:
         if self.takes_batches:
             info.assessments = []  # kept by the store; older ones would drop what they are not given
         self.client.start_trace(info)
-
-
-def _totals(info: Any) -> list[Any]:
-    """Return the usage, the cost and the number of spans that a trace tells, whatever a store makes of their texts."""
-    usage, cost, sizes = (json.loads(info.trace_metadata.get(key) or "{}") for key in _TOTALS[:3])
-    return [usage, cost, sizes.get(TraceSizeStatsKey.NUM_SPANS)]
