@@ -135,7 +135,7 @@ def patch_evaluation_config(scoped: Callable[[], AbstractContextManager[None]]) 
 
 def _exchange(old: Any, new: Any) -> None:
     """Put ``new`` wherever a module of MLflow's has ``old`` under its name."""
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if name.startswith("mlflow.") and vars(module).get(_EVALUATION_CONFIG) is old:
             setattr(module, _EVALUATION_CONFIG, new)
 

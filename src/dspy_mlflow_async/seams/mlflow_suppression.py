@@ -101,7 +101,7 @@ def _functions_with(code: CodeType) -> list[Any]:
     """
     found = {
         id(value): value
-        for name, module in list(sys.modules.items())
+        for name, module in sys.modules.copy().items()
         if name.partition(".")[0] == "mlflow"
         for value in list(vars(module).values())
         if isinstance(value, FunctionType) and value.__code__ is code

@@ -255,7 +255,7 @@ class Pipeline:
         if self.options.mode != successor.options.mode:
             return
         root = spool_root(successor.options.spool_dir)
-        for uri, queue in list(self.queues.items()):
+        for uri, queue in self.queues.copy().items():
             if queue.spool.folder.parent == root:
                 queue.renew(successor.options)
                 successor.queues[uri] = self.queues.pop(uri)
