@@ -11,7 +11,7 @@ import dspy_mlflow_async
 
 
 @pytest.fixture
-def importing(monkeypatch):
+def importing():
     """Whatever is made, a module comes: the garbage collector runs, and whatever it runs may import."""
     names = (f"late_{number}" for number in itertools.count())
     added = []

@@ -1,15 +1,19 @@
 """Switched off in the middle of traces: what began under our exporter stays ours until it is stored."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import dspy
 import mlflow
 import pytest
 from mlflow.utils import rest_utils
 from stores import span_processor, wait_until
 
-from dspy_mlflow_async import export
+from dspy_mlflow_async import TracingCallback, export
 from dspy_mlflow_async.export.assemble.span_processor import WholeTraceProcessor
+from dspy_mlflow_async.export.write.writer import Writer
+from echo import EchoLM
 
 TIMEOUT = 60
 
@@ -97,6 +101,32 @@ def test_off_for_good_in_the_middle_of_calls(make, in_flight, off):
     assert export.ExportStats(started=6, ended=6, stored=6) == export.stats()
     off()
     assert type(span_processor()).__module__.startswith("mlflow.")
+
+
+def test_what_is_written_afterwards_imports_nothing(make, monkeypatch):
+    """The last traces are priced as all others: a writer that imports LiteLLM waits for whoever imports meanwhile."""
+    installed = make()
+    writes, may_write, write, imported = threading.Event(), threading.Event(), Writer.write, []
+    monkeypatch.delitem(sys.modules, "litellm", raising=False)
+
+    def write_when_told(self, operations):
+        writes.set()
+        assert may_write.wait(TIMEOUT)
+        outcomes = write(self, operations)
+        imported.append("litellm" in sys.modules)
+        return outcomes
+
+    monkeypatch.setattr(Writer, "write", write_when_told)
+    with dspy.context(lm=EchoLM(model="openai/gpt-4o-mini"), callbacks=[TracingCallback()]):
+        dspy.Predict("question -> answer")(question="@a")
+    assert writes.wait(TIMEOUT)
+    installed.undo()
+    may_write.set()
+    assert export.flush(TIMEOUT)
+
+    assert {False} == {*imported}
+    (trace,) = installed.read().values()
+    assert trace.info.cost["total_cost"] > 0
 
 
 def test_what_begins_meanwhile_is_mlflows(make, in_flight, off):

@@ -37,7 +37,7 @@ _pipeline: Pipeline | None = None
 _installed: Undo | None = None  # of all that is patched
 _closing: list[tuple[Pipeline, threading.Thread]] = []  # what was replaced or undone, until it has come to its end
 _retiring: Pipeline | None = None  # what was undone while traces were open in it
-_unbind_http: Undo | None = None  # the undo of what bounds MLflow's requests, while anybody writes
+_undo_for_writers: Undo | None = None  # of what bounds MLflow's requests and prices spans, while anybody writes
 _pause = threading.Event()  # never set: a wait on it is a pause
 _LOOK = 0.05  # seconds between two looks whether a trace is still open
 counters = TraceCounters()  # one for the process, whatever is installed
@@ -77,7 +77,7 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         The undo: MLflow's own exporter takes the next spans, and what is on its way goes on in the background.
         Undoing twice does nothing, nor does undoing what has been replaced.
     """
-    global _pipeline, _installed, _unbind_http  # noqa: PLW0603
+    global _pipeline, _installed, _undo_for_writers  # noqa: PLW0603
     with _lock:
         old = _pipeline or _take_retiring()
         mine = Pipeline(options, counters, housekeeping)
@@ -85,12 +85,11 @@ def install(options: ExportOptions, housekeeping: Callable[[], None] | None = No
         if old is not None:
             _close(old, successor=mine)
         _pipeline = mine
-        _unbind_http = _unbind_http or mlflow_http.bound_http()
+        _undo_for_writers = _undo_for_writers or together(mlflow_http.bound_http(), patch_prices())
         if _installed is None:
             _installed = together(
                 mlflow_processor.patch_processor_factory(_make_processor),
                 patch_by_id(_OnTheirWay()),
-                patch_prices(),
                 process_exit.on_signals(_leave, options.exit_timeout + 5),
                 gc_deferred.watch(),
             )
@@ -120,7 +119,7 @@ def _retire(mine: Pipeline) -> None:
         return
     mlflow_processor.replace_processors(_theirs_for)
     thread = _close(mine)
-    threading.Thread(target=_unbind_after, args=(thread,), name="dspy-mlflow-async-undo", daemon=True).start()
+    threading.Thread(target=_restore_after, args=(thread,), name="dspy-mlflow-async-undo", daemon=True).start()
 
 
 def _retire_later(mine: Pipeline) -> None:
@@ -133,17 +132,17 @@ def _retire_later(mine: Pipeline) -> None:
         _retiring = None
         mlflow_processor.replace_processors(_theirs_for)
         thread = _close(mine)
-    _unbind_after(thread)
+    _restore_after(thread)
 
 
-def _unbind_after(thread: threading.Thread) -> None:
-    """Restore MLflow's own requests, once nobody writes any more."""
-    global _unbind_http
+def _restore_after(thread: threading.Thread) -> None:
+    """Restore MLflow's own requests and prices, once nobody writes any more."""
+    global _undo_for_writers
     thread.join()
     with _lock:
-        if _installed is None and _retiring is None and _unbind_http is not None:
-            unbind, _unbind_http = _unbind_http, None
-            unbind()
+        if _installed is None and _retiring is None and _undo_for_writers is not None:
+            undo, _undo_for_writers = _undo_for_writers, None
+            undo()
 
 
 def _take_retiring() -> Pipeline | None:
