@@ -75,6 +75,7 @@ def _patched_floor(**logs: bool) -> Installed:  # noqa: ARG001 - nothing is logg
     from mlflow.dspy.callback import MlflowCallback
 
     from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
+    from dspy_mlflow_async.seams.dspy_call_ids import patch_call_ids
     from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
 
     class Empty(MlflowCallback):  # type: ignore[misc]
@@ -84,7 +85,7 @@ def _patched_floor(**logs: bool) -> Installed:  # noqa: ARG001 - nothing is logg
 
     for name in filter(lambda name: name.startswith("on_"), dir(BaseCallback)):
         setattr(Empty, name, getattr(BaseCallback, name))
-    undos = [patch_arguments(), patch_handlers()]
+    undos = [patch_arguments(), patch_call_ids(), patch_handlers()]
     dspy.configure(callbacks=[Empty()])
 
     def uninstall() -> None:

@@ -16,6 +16,7 @@ from dspy_mlflow_async.runs.compile import pool_ended
 from dspy_mlflow_async.runs.evaluation import watch_items
 from dspy_mlflow_async.seams.dspy import ParallelExecutor
 from dspy_mlflow_async.seams.dspy_arguments import patch_arguments
+from dspy_mlflow_async.seams.dspy_call_ids import patch_call_ids
 from dspy_mlflow_async.seams.dspy_dispatch import patch_handlers
 from dspy_mlflow_async.seams.mlflow_remote_traces import patch_headers
 from dspy_mlflow_async.seams.patching import Patches, Undo, patch, together
@@ -49,6 +50,7 @@ class _Hooks:
             ("workers", _patch_workers),
             ("handlers", patch_handlers),
             ("arguments", patch_arguments),
+            ("call ids", patch_call_ids),
             ("headers", lambda: patch_headers(propagation.headers_sent)),
         ):
             self._patches.set(name, put_in, is_needed=is_needed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import weakref
 from types import CodeType, FunctionType
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import dspy.utils.callback as dspy_callback
 
-from dspy_mlflow_async.seams.patching import Undo, patch
+from dspy_mlflow_async.seams.patching import ModuleStandIn, Undo, patch
 
 # With one of these on it, a function's parameters are not those of its code.
 _OVERRIDES = frozenset({"__signature__", "__partialmethod__", "_partialmethod"})
@@ -27,18 +26,11 @@ def patch_arguments() -> Undo:
     """
     if getattr(dspy_callback, "inspect", None) is not inspect:
         return lambda: None
-    return patch(dspy_callback, inspect=_Inspect())
+    return patch(dspy_callback, inspect=_Inspect(inspect))
 
 
-class _Inspect:
+class _Inspect(ModuleStandIn):
     """Module ``inspect``, with ``getcallargs`` of ours."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(inspect, name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the module itself: what DSPy has wrapped takes it along, and loads where this package is absent."""
-        return importlib.import_module, (inspect.__name__,)
 
     @staticmethod
     def getcallargs(func: Any, /, *positional: Any, **named: Any) -> dict[str, Any]:
@@ -65,16 +57,20 @@ class _Parameters(NamedTuple):
     others: str | None
 
 
-_known: weakref.WeakKeyDictionary[FunctionType, _Parameters] = weakref.WeakKeyDictionary()
+_known: dict[weakref.ref[FunctionType], _Parameters] = {}
+
+
+def _forget(func: weakref.ref[FunctionType]) -> None:
+    _known.pop(func, None)
 
 
 def _parameters_of(func: FunctionType) -> _Parameters:
-    known = _known.get(func)
+    known = _known.get(weakref.ref(func))  # as a WeakKeyDictionary does, without a call in between
     if known is None or known.code is not func.__code__:
         code = func.__code__
         total = code.co_argcount + code.co_kwonlyargcount
         names = iter(code.co_varnames[total:])
-        known = _known[func] = _Parameters(
+        known = _known[weakref.ref(func, _forget)] = _Parameters(
             code,
             code.co_varnames[:total],
             code.co_argcount,

@@ -62,15 +62,19 @@ def patch_handlers() -> Undo:
 
 def _remembering(choose: _Choose) -> _Choose:
     """Wrap DSPy's own choice, to be asked once for each type and function."""
-    names_of: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
+    names_of: dict[weakref.ref[type], dict[str, str]] = {}
+
+    def forget(kind: weakref.ref[type]) -> None:
+        names_of.pop(kind, None)
 
     def remembered(callback: Any, instance: Any, fn: Any) -> Any:
-        known = names_of.get(type(instance))
+        kind = type(instance)
+        known = names_of.get(weakref.ref(kind))  # as a WeakKeyDictionary does, without a call in between
         name = known.get(fn.__name__) if known is not None else None
         if name is None:
             name = choose(_NAMES, instance, fn)
             if _is_decided_by_type(instance):
-                names_of.setdefault(type(instance), {})[fn.__name__] = name
+                names_of.setdefault(weakref.ref(kind, forget), {})[fn.__name__] = name
         return getattr(callback, name)
 
     return remembered

@@ -1,4 +1,4 @@
-"""Ids of spans from random numbers of our own, also of the spans by which an SDK is tried.
+"""Ids of spans and calls from random numbers of our own, also of the spans by which an SDK is tried.
 
 OpenTelemetry makes ids from those of ``random``. A program that seeds these would draw others while it is traced, and
 overwrite its traces when it is run again. To ask the system for each would let go of the interpreter each time, and a
@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 _random = Random()  # noqa: S311 - ids are no secrets
+random_bits = _random.getrandbits
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_random.seed)
 
@@ -25,11 +26,11 @@ class OwnIds(IdGenerator):
 
     def generate_span_id(self) -> int:
         """Return a span's id."""
-        return _random.getrandbits(64) or self.generate_span_id()
+        return random_bits(64) or self.generate_span_id()
 
     def generate_trace_id(self) -> int:
         """Return a trace's id."""
-        return _random.getrandbits(128) or self.generate_trace_id()
+        return random_bits(128) or self.generate_trace_id()
 
 
 def provider_of_probes() -> TracerProvider:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 Undo = Callable[[], None]
@@ -82,6 +83,25 @@ class Patches:
         for name in reversed(list(self._undos)):
             if name not in but:
                 self.take_out(name)
+
+
+class ModuleStandIn:
+    """Module as others see it by one name of theirs, with some functions of ours.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        """Return whatever else the module has."""
+        return getattr(self._module, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module itself: who takes it along may be loaded where this package is absent."""
+        return importlib.import_module, (self._module.__name__,)
 
 
 def over(function: FunctionType, names: dict[str, Any]) -> FunctionType:
