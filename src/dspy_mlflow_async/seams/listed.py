@@ -16,6 +16,7 @@ _MANAGER = "mlflow.tracing.trace_manager:InMemoryTraceManager"
 _UTILS = "mlflow.tracing.utils"
 _CALLBACK = "mlflow.dspy.callback:MlflowCallback"
 _PROCESSOR = "mlflow.tracing.processor.mlflow_v3:MlflowV3SpanProcessor"
+_EXPORTER = "mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter"
 _SQL_STORE = "mlflow.store.tracking.sqlalchemy_store"
 _REST_STORE = "mlflow.store.tracking.rest_store:RestStore"
 _MODELS = "mlflow.store.tracking.dbmodels.models"
@@ -31,6 +32,7 @@ _SPANS = "begins and ends spans as MLflow does, with fewer steps"
 _CALLS = "makes the parts of a call's span only when somebody asks for them"
 _MEDIA = "finds pictures, recordings and files in the text of DSPy's types"
 _EXPORT = "hands MLflow the exporter that writes whole traces"
+_BEGIN = "starts a trace as MLflow's processor does, with fewer steps"
 _WRITE = "writes a trace as MLflow's own exporter does"
 _RUNS = "gives each evaluation and compile its own run"
 _EVALUATE = "lets AsyncEvaluate give the tables and files that dspy.Evaluate gives"
@@ -86,6 +88,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("dspy.utils.callback:_get_on_start_handler", _HANDLERS, shape="(callback, instance, fn)", is_optional=True),
     Seam("dspy.utils.callback:_get_on_end_handler", _HANDLERS, shape="(callback, instance, fn)", is_optional=True),
     Seam("dspy.utils.callback:inspect", "tells the arguments of a call faster", shape=".signature", is_optional=True),
+    Seam("dspy.utils.callback:uuid", "makes the ids of calls without the system", shape=".uuid4", is_optional=True),
     # MLflow, the context that tells which span is current
     Seam(f"{_PROVIDER}:mlflow_runtime_context", _CONTEXT),
     Seam(f"{_PROVIDER}:mlflow_runtime_context._current_context", _CONTEXT, shape=".get .set"),
@@ -170,6 +173,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROVIDER}:_trace_disabled_state", _EXPORT, shape=".get", is_optional=True),
     Seam(_PROCESSOR, _EXPORT, shape="(span_exporter=, export_metrics=) .on_start .on_end"),
     Seam(f"{_PROCESSOR}._start_trace", _EXPORT, shape="(self, root_span)"),
+    Seam(f"{_PROCESSOR}._get_basic_trace_metadata", _BEGIN, shape="(self)", is_optional=True),
+    Seam(f"{_PROCESSOR}._get_basic_trace_tags", _BEGIN, shape="(self, span)", is_optional=True),
     Seam(f"{_PROCESSOR}._export_metrics", _EXPORT, shape=".__bool__"),
     Seam(f"{_PROCESSOR}._truncate_metadata", _WRITE, shape="(self, value)"),
     Seam(f"{_PROCESSOR}._deduplication_lock", _FORK, shape=".acquire", is_optional=True),
@@ -178,22 +183,17 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROCESSOR}._pending_on_end_count", _FORK, shape=".__add__", is_optional=True),
     Seam("mlflow.tracing.processor:base_mlflow", _EXPORT, shape=".__spec__"),
     Seam("mlflow.tracing.processor.base_mlflow:retire_batch_processor", _EXPORT, shape="(processor)", is_optional=True),
-    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter", _EXPORT, shape="(uri) .export"),
+    Seam(_EXPORTER, _EXPORT, shape="(uri) .export"),
     Seam(
-        "mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._async_queue",
+        f"{_EXPORTER}._async_queue",
         "lets mlflow.flush_trace_async_logging wait for our exporter",
         is_feature=True,
     ),
-    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._client", _EXPORT, is_optional=True),
-    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._is_async_enabled", _EXPORT, is_optional=True),
-    Seam(
-        "mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._should_enable_async_logging",
-        _EXPORT,
-        shape="(self)",
-        is_optional=True,
-    ),
-    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._deferred_lock", _EXPORT, is_optional=True),
-    Seam("mlflow.tracing.export.mlflow_v3:MlflowV3SpanExporter._deferred_root_spans", _EXPORT, is_optional=True),
+    Seam(f"{_EXPORTER}._client", _EXPORT, is_optional=True),
+    Seam(f"{_EXPORTER}._is_async_enabled", _EXPORT, is_optional=True),
+    Seam(f"{_EXPORTER}._should_enable_async_logging", _EXPORT, shape="(self)", is_optional=True),
+    Seam(f"{_EXPORTER}._deferred_lock", _EXPORT, is_optional=True),
+    Seam(f"{_EXPORTER}._deferred_root_spans", _EXPORT, is_optional=True),
     Seam("mlflow.tracing.export.async_export_queue:AsyncTraceExportQueue._stop_event", _EXPORT),
     Seam(
         "mlflow.tracing.export.inference_table:maybe_add_trace_to_serving_buffer",
@@ -203,7 +203,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(f"{_MANAGER}._lock", _FORK, shape=".acquire .release"),
     Seam(f"{_MANAGER}._otel_id_to_mlflow_trace_id", _EXPORT, shape=".get .pop .__setitem__"),
-    Seam(f"{_MANAGER}._traces", _EXPORT, shape=".get .pop .__setitem__"),
+    Seam(f"{_MANAGER}._traces", _EXPORT, shape=".get .__delitem__ .__setitem__"),
     Seam("mlflow.tracing.trace_manager:_Trace", _EXPORT, shape="(info)"),
     Seam("mlflow.tracing:provider", _EXPORT, shape=".__spec__"),
     Seam("mlflow.tracing.attachments:Attachment", _WRITE, shape="(content_type=, content_bytes=)"),
@@ -251,19 +251,9 @@ SEAMS: tuple[Seam, ...] = (
         f"{_REST_STORE}._call_endpoint", _WRITE, is_feature=True, shape="(self, api, body, endpoint=, response_proto=)"
     ),
     Seam(f"{_REST_STORE}._get_server_version", _WRITE, shape="(creds)"),
-    Seam("mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore.ManagedSessionMaker", _WRITE, is_optional=True),
-    Seam(
-        "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._run_with_deadlock_retry",
-        _WRITE,
-        shape="(self, fn)",
-        is_optional=True,
-    ),
-    Seam(
-        "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore._start_trace_once",
-        _WRITE,
-        shape="(self, info)",
-        is_optional=True,
-    ),
+    Seam(f"{_SQL_STORE}:SqlAlchemyStore.ManagedSessionMaker", _WRITE, is_optional=True),
+    Seam(f"{_SQL_STORE}:SqlAlchemyStore._run_with_deadlock_retry", _WRITE, shape="(self, fn)", is_optional=True),
+    Seam(f"{_SQL_STORE}:SqlAlchemyStore._start_trace_once", _WRITE, shape="(self, info)", is_optional=True),
     Seam("mlflow.utils.databricks_utils:get_workspace_url", _WRITE, shape="()", is_feature=True),
     Seam("mlflow.utils.databricks_utils:is_in_databricks_notebook", _WRITE, shape="()", is_feature=True),
     Seam("mlflow.tracking:MlflowClient._tracking_client", _WRITE, is_optional=True),
@@ -300,6 +290,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("mlflow.utils.uri:is_databricks_uri", _WRITE, shape="(uri)"),
     Seam("mlflow.utils:workspace_context", _WRITE, shape=".__spec__"),
     Seam("mlflow.utils.workspace_context:get_request_workspace", _WRITE, shape="()"),
+    Seam("mlflow.utils.workspace_context:_WORKSPACE", _WRITE, shape=".get", is_optional=True),
     Seam(
         "mlflow.utils.workspace_context:ServerWorkspaceContext",
         _WRITE,

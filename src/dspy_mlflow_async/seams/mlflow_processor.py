@@ -26,6 +26,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from dspy_mlflow_async.seams.listed import taken
 from dspy_mlflow_async.seams.mlflow_experiment import experiment_of_trace
 from dspy_mlflow_async.seams.mlflow_store import resolve_tracking_uri
+from dspy_mlflow_async.seams.mlflow_trace_start import is_start_known, start_trace
+from dspy_mlflow_async.seams.mlflow_traces import peek_trace
 from dspy_mlflow_async.seams.patching import Undo, over, patch
 
 __all__ = [
@@ -102,6 +104,7 @@ class SpanProcessor(MlflowV3SpanProcessor):
             return experiment_of_trace(root, uri)
 
         begin = MlflowV3SpanProcessor._start_trace
+        self._experiment_of = experiment_of
         self._start_unasked = over(begin, begin.__globals__ | {"get_experiment_id_for_trace": experiment_of})
         record = MlflowV3SpanProcessor.record_metrics_for_span
         self._record_unasked = over(record, record.__globals__ | {"get_experiment_id_for_trace": experiment_of})
@@ -111,12 +114,17 @@ class SpanProcessor(MlflowV3SpanProcessor):
         """Return whether the store is asked for the experiment when a trace begins, as by MLflow's own."""
         return True
 
-    def trace_started(self, root: Any, info: Any) -> None:
-        """Take note of a trace that MLflow has begun with this root span."""
+    def trace_started(self, root: Any, trace: _Trace) -> None:
+        """Take note of a trace that has begun with this root span."""
 
-    def start_trace(self, root: Any) -> Any:
-        """Begin a trace with this root span, as MLflow does, and return its info; None where MLflow has none."""
-        return self._start_trace(root)
+    def start_trace(self, root: Any) -> _Trace | None:
+        """Begin a trace with this root span, as MLflow does, and return its record; None where MLflow has none."""
+        if self.asks_store or not is_start_known(self):
+            info = self._start_trace(root)
+            return None if info is None else peek_trace(info.trace_id)
+        trace = start_trace(self, root, self._experiment_of(root))
+        self.trace_started(root, trace)
+        return trace
 
     @property
     def records_metrics(self) -> bool:
@@ -132,8 +140,8 @@ class SpanProcessor(MlflowV3SpanProcessor):
 
     def _start_trace(self, root_span: Any) -> Any:
         info = super()._start_trace(root_span) if self.asks_store else self._start_unasked(self, root_span)
-        if info is not None:
-            self.trace_started(root_span, info)
+        if info is not None and (trace := peek_trace(info.trace_id)) is not None:
+            self.trace_started(root_span, trace)
         return info
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mlflow.entities import Span, TraceData, TraceInfo
 from mlflow.entities.trace_location import TraceLocation
@@ -69,10 +69,13 @@ __all__ = [
     "wants_async",
     "weigh",
     "without_contents",
+    "workspace_here",
     "workspace_of",
 ]
 
 _UTILS = "mlflow.tracing.utils"
+_WORKSPACE: Any = taken("mlflow.utils.workspace_context:_WORKSPACE")
+_WORKSPACE_VARIABLE = "MLFLOW_WORKSPACE"
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -111,7 +114,10 @@ def pop_trace(otel_trace_id: int, trace_id: str) -> None:
     manager = InMemoryTraceManager.get_instance()
     with manager._lock:
         manager._otel_id_to_mlflow_trace_id.pop(otel_trace_id, None)
-        manager._traces.pop(trace_id, None)
+        try:  # noqa: SIM105 - `suppress` takes as long as this, and `pop` three times
+            del manager._traces[trace_id]
+        except KeyError:  # evicted, or timed out
+            pass
 
 
 def adopt_trace(otel_trace_id: int, trace_id: str, trace: _Trace) -> None:
@@ -162,7 +168,14 @@ def workspace_of(trace: _Trace | None) -> str | None:
     """Return the workspace the trace began in (from mlflow 3.12 on it is kept with the trace)."""
     if trace is None:
         return None
-    return getattr(trace, "workspace", None) or get_request_workspace()
+    return getattr(trace, "workspace", None) or workspace_here()
+
+
+def workspace_here() -> str | None:
+    """Return the workspace that is in force here: ``get_request_workspace``."""
+    if _WORKSPACE is None or _WORKSPACE.get() or is_in_environment(_WORKSPACE_VARIABLE):
+        return cast("str | None", get_request_workspace())
+    return None
 
 
 # What MLflow's and OpenTelemetry's objects for one span take without its texts, by tracemalloc on CPython 3.11.

@@ -114,16 +114,14 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         """Return whether MLflow's exporter writes the traces; for ours, the writer asks."""
         return self._pipeline.is_closed
 
-    def trace_started(self, root: Span, info: Any) -> None:
-        """Follow a trace that MLflow has begun."""
+    def trace_started(self, root: Span, trace: Any) -> None:
+        """Follow a trace that has begun."""
         if not self._pipeline.is_closed:
-            self._follow(mlflow_traces.trace_number_of(root), info.trace_id)
+            self._follow(root, trace)
 
     @guarded
-    def _follow(self, otel_id: int, trace_id: str) -> None:
-        trace = mlflow_traces.peek_trace(trace_id)
-        if trace is not None:
-            self._pipeline.assembler.trace_started(otel_id, trace, self.span_exporter.uri)
+    def _follow(self, root: Span, trace: Any) -> None:
+        self._pipeline.assembler.trace_started(mlflow_traces.trace_number_of(root), trace, self.span_exporter.uri)
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Take a span that began."""
@@ -151,16 +149,12 @@ class WholeTraceProcessor(mlflow_processor.SpanProcessor):
         return self._joined(span, entry)
 
     def _root_started(self, span: Any) -> LiveSpan | None:
-        info = self.start_trace(span)
-        if info is None:
-            return None
-        entry = self._pipeline.assembler.entries.get(mlflow_traces.trace_number_of(span))
-        trace = mlflow_traces.peek_trace(info.trace_id) if entry is None else entry.trace
+        trace = self.start_trace(span)
         if trace is None:
             return None
         if mlflow_traces.is_call(span):
-            span.trace = entry
-        return register(span, info.trace_id, trace)
+            span.trace = self._pipeline.assembler.entries.get(span.trace_number)
+        return register(span, trace.info.trace_id, trace)
 
     def _child_started(self, span: Any, parent_context: Context | None) -> LiveSpan | None:
         assembler, otel_id = self._pipeline.assembler, mlflow_traces.trace_number_of(span)
