@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.contestants import FLOOR, MLFLOW, OFF, OPENINFERENCE, OTLP, OURS, PATCHED
+from benchmarks.contestants import FLOOR, MLFLOW, OFF, OPENINFERENCE, OTLP, OURS, PATCHED, PLUGIN
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -106,7 +106,7 @@ def full() -> list[Cell]:
         ),
         Cell("tasks", "1000", "tasks", 1000),
         *_rates("rate", (FLOOR, OURS, PROCESS, MLFLOW, OPENINFERENCE)),
-        *_rates("server", (FLOOR, OURS, PROCESS, MLFLOW, OTLP), store="server"),
+        *_rates("server", (FLOOR, OURS, PLUGIN, PROCESS, MLFLOW, OTLP), store="server"),
         Cell("calls", "10000", "series", 8, calls=10_000, seconds=120, contestants=(*_BASE, PROCESS)),
         Cell("calls", "20000", "series", 8, calls=20_000, seconds=240, contestants=(FLOOR, OURS), timeout=1200),
         Cell(
@@ -252,7 +252,12 @@ def quick() -> list[Cell]:
         Cell("calls", "500-sink", "series", 8, calls=500, store="sink", contestants=(OURS,)),
         Cell("waiting", "200", workers=8, calls=200, store="held", contestants=(FLOOR, OURS)),
         Cell(
-            "server", "pool-8", workers=8, calls=40, store="server", contestants=(OURS, DURABLE, PROCESS, MLFLOW, OTLP)
+            "server",
+            "pool-8",
+            workers=8,
+            calls=40,
+            store="server",
+            contestants=(OURS, PLUGIN, DURABLE, PROCESS, MLFLOW, OTLP),
         ),
         Cell(
             "evaluations", "4-at-once", "evaluations", 4, calls=40, groups=4, logs=("log_evals",), contestants=(OURS,)

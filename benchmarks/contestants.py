@@ -46,6 +46,7 @@ class Contestant:
         is_ours: Whether a missing trace fails the run.
         is_peer: Whether the run goes on without it where it is not installed.
         color: Of its line in plots.
+        server_store: The scheme of the store behind the cell's ``mlflow server``.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Contestant:
     stores: bool = False
     is_ours: bool = False
     is_peer: bool = False
+    server_store: str = "sqlite"
 
 
 def _off(**logs: bool) -> Installed:  # noqa: ARG001 - nothing is logged
@@ -190,6 +192,7 @@ FLOOR = "floor"
 OURS = "ours"
 MLFLOW = "mlflow"
 PATCHED = "floor-patched"
+PLUGIN = "ours-plugin"
 OPENINFERENCE = "openinference"
 OTLP = "openinference-otlp"
 
@@ -205,6 +208,15 @@ CONTESTANTS = {
         Contestant("ours-durable", "ours, durable=True", _ours(durable=True), "#1f77b4", stores=True, is_ours=True),
         Contestant(
             "ours-process", 'ours, export="process"', _ours(export="process"), "#7a4fb5", stores=True, is_ours=True
+        ),
+        Contestant(
+            PLUGIN,
+            "ours, and our store in the server",
+            _ours(),
+            "#4fa3a5",
+            stores=True,
+            is_ours=True,
+            server_store="dspy+sqlite",
         ),
         Contestant(MLFLOW, "mlflow.dspy.autolog()", _mlflow, "#d1495b", stores=True),
         Contestant(OPENINFERENCE, "OpenInference, in memory", _openinference, "#edae49", is_peer=True),

@@ -53,13 +53,13 @@ class Watcher(Protocol):
 
 
 class Laboratory:
-    """The stores, the server, the endpoint and the processes of one run."""
+    """The stores, the servers, the endpoint and the processes of one run."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = contextlib.ExitStack()
         self._sqlite = SqliteStores(folder)
-        self._server: Server | None = None
+        self._servers: dict[str, Server] = {}  # by the store behind them
         self._endpoint: str | None = None
         self._number = 0
         methods = multiprocessing.get_all_start_methods()
@@ -126,7 +126,7 @@ class Laboratory:
             database = self._sqlite.copy_to(folder / "mlflow.db")
             return dataclasses.replace(spec, uri=f"sqlite:///{database}"), database
         if cell.store == "server":
-            server = self._running_server()
+            server = self._running_server(contestant.server_store)
             experiment = f"{EXPERIMENT}-{self._number}"
             return (
                 dataclasses.replace(spec, uri=server.uri, experiment=experiment, server_pid=server.pid),
@@ -134,15 +134,15 @@ class Laboratory:
             )
         return spec, None
 
-    def _running_server(self) -> Server:
-        if self._server is None:
-            folder = self._folder / "server"
+    def _running_server(self, store: str) -> Server:
+        if store not in self._servers:
+            folder = self._folder / f"server-{store}"
             folder.mkdir()
-            server = Server(self._sqlite.copy_to(folder / "mlflow.db"))
+            server = Server(self._sqlite.copy_to(folder / "mlflow.db"), store)
             self._stack.callback(server.stop)
             server.start()
-            self._server = server
-        return self._server
+            self._servers[store] = server
+        return self._servers[store]
 
     def _in_process(self, spec: Spec) -> dict[str, Any]:
         here, there = self._context.Pipe(duplex=False)

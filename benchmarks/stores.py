@@ -86,10 +86,16 @@ class SqliteStores:
 
 
 class Server:
-    """A real ``mlflow server`` over a sqlite file, on loopback, with one worker."""
+    """A real ``mlflow server`` over a sqlite file, on loopback, with one worker.
 
-    def __init__(self, database: Path) -> None:
+    Args:
+        database: The file.
+        scheme: Of the URI by which the server opens it: which store of MLflow's, or of a plugin's, it has.
+    """
+
+    def __init__(self, database: Path, scheme: str) -> None:
         self.database = database
+        self._scheme = scheme
         self._folder = database.parent
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -119,7 +125,7 @@ class Server:
             "--port",
             str(self._port),
             "--backend-store-uri",
-            f"sqlite:///{self.database}",
+            f"{self._scheme}:///{self.database}",
             "--default-artifact-root",
             str(self._folder / "artifacts"),
             "--workers",

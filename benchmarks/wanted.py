@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks import machine, tables
-from benchmarks.contestants import FLOOR, MLFLOW, OPENINFERENCE, OTLP, OURS
+from benchmarks.contestants import FLOOR, MLFLOW, OPENINFERENCE, OTLP, OURS, PLUGIN
 from benchmarks.results import (
     CellResult,
     Results,
@@ -92,7 +92,7 @@ def _cells(results: Results, names: Iterable[str]) -> list[CellResult]:
 
 
 def _ratio(
-    names: Iterable[str], value: Value | str, peer: str, floor: str | None = FLOOR
+    names: Iterable[str], value: Value | str, peer: str, floor: str | None = FLOOR, ours: str = OURS
 ) -> Callable[..., list[Found]]:
     """Ours over a peer."""
 
@@ -100,18 +100,18 @@ def _ratio(
         found = []
         for cell in _cells(results, names):
             name = cell.name if cell.axis == "threads" else cell.id
-            if ratio := cell.ratio(value, OURS, peer, floor):
-                found.append(Found(name, ratio.median, _sign(cell, value, peer)))
-            elif value is wall and {OURS, peer} <= {*cell.contestants}:
+            if ratio := cell.ratio(value, ours, peer, floor):
+                found.append(Found(name, ratio.median, _sign(cell, value, ours, peer)))
+            elif value is wall and {ours, peer} <= {*cell.contestants}:
                 found.append(Found(name, None))
         return found
 
     return find
 
 
-def _sign(cell: CellResult, value: Value | str, peer: str) -> str:
-    ours, theirs = tables.bound(cell, OURS, value), tables.bound(cell, peer, value)
-    return "? " if ours and theirs else "≤ " if theirs else ours
+def _sign(cell: CellResult, value: Value | str, ours: str, peer: str) -> str:
+    of_ours, of_peer = tables.bound(cell, ours, value), tables.bound(cell, peer, value)
+    return "? " if of_ours and of_peer else "≤ " if of_peer else of_ours
 
 
 def _of_ours(name: str, spread: Callable[[CellResult], Spread | None]) -> Callable[[Results], list[Found]]:
@@ -154,6 +154,11 @@ WANTED = (
         _ratio(_SERVERS, cpu_of_all, OTLP),
     ),
     Wanted("a server: CPU of the server ÷ (OpenInference + OTLP)", 1.0, _ratio(_SERVERS, "cpu_server_us", OTLP, None)),
+    Wanted(
+        "the same, with our store in the server",
+        0.25,
+        _ratio(_SERVERS, "cpu_server_us", OTLP, None, PLUGIN),
+    ),
     Wanted(
         "until stored ÷ window, 10,000 calls",
         1.1,
