@@ -334,7 +334,8 @@ def test_settings_that_are_saved_inside_a_call(state, tmp_path, place, has_track
             return dspy.Prediction(answer=dspy.settings.lm(question))
 
     tracker = dspy.utils.usage_tracker.UsageTracker() if has_tracker else None
-    dspy.configure(lm=EchoLM(during=lambda marker: save() if place == "lm" else None), usage_tracker=tracker)
+    lm = EchoLM(during=lambda marker: save() if place == "lm" else None)
+    dspy.configure(lm=lm, usage_tracker=tracker, trace=[])  # which has what other tests have called
     Program()(question="@a")
 
     saved = dspy.load_settings(str(path), allow_pickle=True)
