@@ -9,9 +9,10 @@ from mlflow.pyfunc.context import Context, set_prediction_context
 from mlflow.tracing import provider
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.utils.workspace_context import ServerWorkspaceContext
+from mlflow.utils import workspace_context
 
 import dspy_mlflow_async as dma
+from dspy_mlflow_async.seams.mlflow_store import workspace_scope
 from dspy_mlflow_async.seams.mlflow_trace_start import is_start_known, speaks_only_of
 from dspy_mlflow_async.seams.mlflow_traces import workspace_here
 from dspy_mlflow_async.seams.own_ids import probe_span
@@ -39,19 +40,13 @@ def in_evaluation():
         yield
 
 
-@contextlib.contextmanager
-def in_workspace():
-    with ServerWorkspaceContext("team"):
-        yield
-
-
 SITUATIONS = {
     "plain": contextlib.nullcontext,
     "in a run": mlflow.start_run,
     "with an active model": in_active_model,
     "in a context": lambda: mlflow.tracing.context(metadata={"a": "b"}, tags={"c": "d", "mlflow.traceName": "mine"}),
     "in an evaluation": in_evaluation,
-    "in a workspace": in_workspace,
+    "in a workspace": lambda: workspace_scope("team"),
 }
 
 
@@ -89,8 +84,8 @@ def test_the_workspace_of_the_environment(processor, monkeypatch):
     monkeypatch.setenv("MLFLOW_WORKSPACE", " shared ")
 
     assert "shared" == workspace_here()
-    with ServerWorkspaceContext("team"):
-        assert "team" == workspace_here()
+    with workspace_scope("team"):
+        assert ("team" if hasattr(workspace_context, "ServerWorkspaceContext") else "shared") == workspace_here()
 
 
 def test_traces_with_a_timeout_are_started_by_mlflow(processor, monkeypatch):
