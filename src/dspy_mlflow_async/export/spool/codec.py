@@ -27,7 +27,13 @@ from dspy_mlflow_async.export.operations import (
 )
 from dspy_mlflow_async.export.write.late_runs import is_stand_in
 from dspy_mlflow_async.seams import mlflow_traces
-from dspy_mlflow_async.seams.mlflow_call_span import attachments_of
+from dspy_mlflow_async.seams.mlflow_call_span import (
+    attachments_of,
+    number_of,
+    parent_number_of,
+    resource_of_span,
+    trace_number_of,
+)
 from dspy_mlflow_async.seams.mlflow_live import attributes_of
 
 VERSION = 2
@@ -195,7 +201,7 @@ def _sayable(value: float) -> float | str:
 
 
 def _encode_spans(operation: TraceOperation | SpansOperation) -> dict[str, Any]:
-    resource = mlflow_traces.otel_of(operation.spans[0]).resource if operation.spans else None
+    resource = resource_of_span(mlflow_traces.otel_of(operation.spans[0])) if operation.spans else None
     return {
         "spans": [_encode_span(span) for span in operation.spans],
         "resource": dict(resource.attributes) if resource else {},
@@ -207,12 +213,12 @@ def _encode_spans(operation: TraceOperation | SpansOperation) -> dict[str, Any]:
 
 def _encode_span(span: Any) -> dict[str, Any]:
     otel, attachments = mlflow_traces.otel_of(span), attachments_of(span)
-    context, parent, status = otel.context, otel.parent, otel.status
+    parent, status = parent_number_of(otel), otel.status
     record: dict[str, Any] = {
         "name": otel.name,
-        "trace_id": f"{context.trace_id:032x}",
-        "span_id": f"{context.span_id:016x}",
-        "parent_id": f"{parent.span_id:016x}" if parent else None,
+        "trace_id": f"{trace_number_of(otel):032x}",
+        "span_id": f"{number_of(otel):016x}",
+        "parent_id": None if parent is None else f"{parent:016x}",
         "start": otel.start_time,
         "end": otel.end_time,
         "status": [status.status_code.value, status.description],
