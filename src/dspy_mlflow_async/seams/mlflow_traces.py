@@ -212,8 +212,10 @@ def is_evaluating() -> bool:
 
 def displays() -> bool:
     """Return whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
-    if "IPython" in sys.modules and get_display_handler is not None and not type(get_display_handler()).disabled:
-        return bool(sys.modules["IPython"].get_ipython())
+    ipython = sys.modules.get("IPython")
+    is_notebook = ipython is not None and ipython.InteractiveShell.initialized()
+    if is_notebook and get_display_handler is not None and not type(get_display_handler()).disabled:
+        return True
     return is_in_environment("IS_IN_DB_MODEL_SERVING_ENV")
 
 
