@@ -12,6 +12,7 @@ from mlflow.entities import Feedback
 from mlflow.entities.trace_location import UCSchemaLocation
 from mlflow.tracing import provider as tracing_provider
 from mlflow.tracing.client import TracingClient
+from mlflow.tracing.export import inference_table
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.trace_manager import InMemoryTraceManager
@@ -668,6 +669,18 @@ def test_exporters_to_elsewhere_are_left_alone(store_uri, monkeypatch, place):
     ours = ["WholeTraceExporter" if name == "MlflowV3SpanExporter" else name for name in before]
     assert (before, ours, ours, before) == (before, during, rebuilt, after)
     assert ("WholeTraceExporter" in during) == (place == "otlp and mlflow")
+
+
+@pytest.mark.skipif(not hasattr(inference_table, "maybe_add_trace_to_serving_buffer"), reason="mlflow >= 3.12")
+def test_a_served_model_keeps_its_trace_for_the_answer(sqlite, monkeypatch):
+    """Also where it has imported IPython, in which nobody has begun a shell."""
+    pytest.importorskip("IPython")
+    monkeypatch.setenv("IS_IN_DB_MODEL_SERVING_ENV", "true")
+    with mlflow.start_span("root") as root:
+        mlflow.update_current_trace(client_request_id="asked")
+
+    kept = inference_table._TRACE_BUFFER.pop("asked")
+    assert root.trace_id == kept["info"]["trace_id"]
 
 
 def test_housekeeping_runs(store_uri):
