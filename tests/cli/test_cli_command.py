@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -58,7 +59,16 @@ def test_shells_complete_commands_and_options(command):
     assert ["doctor"] == complete("doc").stdout.split()
     assert "--tracking-uri" in complete("replay --tr").stdout.split()
     assert "set()\n" == complete("doc").stderr
-    assert "dspy_mlflow_async" in command("--show-completion", "bash", env={"SHELL": "/bin/bash"}).stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_shell_is_told_how_to_complete():
+    """By the shell that the command was called from."""
+    code = "from dspy_mlflow_async.cli import main; main()"
+    call = ["bash", "-c", '"$0" "$@"; exit $?', sys.executable, "-W", "ignore", "-c", code, "--show-completion"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=True)
+
+    assert "complete_bash" in done.stdout
 
 
 def test_placeholders_look_alike(command):
