@@ -118,6 +118,7 @@ def store_uri(request, tmp_path_factory):
     before = mlflow.get_tracking_uri()
     uri = f"sqlite:///{path}"
     mlflow.set_tracking_uri(uri)
+    _forget_experiment()  # of the last module's store, set by a fixture that has outlived its tests
     yield uri
     mlflow.set_tracking_uri(before)
 
@@ -126,6 +127,10 @@ def store_uri(request, tmp_path_factory):
 def _experiment_of_its_own():
     """`mlflow.set_experiment` sets a global and an environment variable, which would reach the next test's store."""
     yield
+    _forget_experiment()
+
+
+def _forget_experiment():
     mlflow.tracking.fluent._active_experiment_id = None
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
