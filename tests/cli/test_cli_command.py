@@ -68,6 +68,7 @@ def test_a_shell_is_told_how_to_complete():
     call = ["bash", "-c", '"$0" "$@"; exit $?', sys.executable, "-W", "ignore", "-c", code, "--show-completion"]
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=True)
 
+    assert "dspy_mlflow_async" in done.stdout
     assert "complete_bash" in done.stdout
 
 

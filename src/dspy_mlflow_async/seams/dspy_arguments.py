@@ -60,17 +60,13 @@ class _Parameters(NamedTuple):
 _known: dict[weakref.ref[FunctionType], _Parameters] = {}
 
 
-def _forget(func: weakref.ref[FunctionType]) -> None:
-    _known.pop(func, None)
-
-
 def _parameters_of(func: FunctionType) -> _Parameters:
     known = _known.get(weakref.ref(func))  # as a WeakKeyDictionary does, without a call in between
     if known is None or known.code is not func.__code__:
         code = func.__code__
         total = code.co_argcount + code.co_kwonlyargcount
         names = iter(code.co_varnames[total:])
-        known = _known[weakref.ref(func, _forget)] = _Parameters(
+        known = _known[weakref.ref(func, lambda gone: _known.pop(gone, None))] = _Parameters(
             code,
             code.co_varnames[:total],
             code.co_argcount,

@@ -64,9 +64,6 @@ def _remembering(choose: _Choose) -> _Choose:
     """Wrap DSPy's own choice, to be asked once for each type and function."""
     names_of: dict[weakref.ref[type], dict[str, str]] = {}
 
-    def forget(kind: weakref.ref[type]) -> None:
-        names_of.pop(kind, None)
-
     def remembered(callback: Any, instance: Any, fn: Any) -> Any:
         kind = type(instance)
         known = names_of.get(weakref.ref(kind))  # as a WeakKeyDictionary does, without a call in between
@@ -74,7 +71,7 @@ def _remembering(choose: _Choose) -> _Choose:
         if name is None:
             name = choose(_NAMES, instance, fn)
             if _is_decided_by_type(instance):
-                names_of.setdefault(weakref.ref(kind, forget), {})[fn.__name__] = name
+                names_of.setdefault(weakref.ref(kind, lambda gone: names_of.pop(gone, None)), {})[fn.__name__] = name
         return getattr(callback, name)
 
     return remembered

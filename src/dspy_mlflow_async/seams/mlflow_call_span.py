@@ -46,7 +46,7 @@ class CallSpan(Span):
         number: OpenTelemetry's id of it.
         recorded: Its attributes.
         is_shown: Whether a part of it has been made.
-        trace: What follows its trace, and has MLflow's record of it as ``trace``, for whoever follows one.
+        trace: What follows its trace, for whoever follows one.
     """
 
     __slots__ = (

@@ -139,7 +139,7 @@ def usage_spans_below(top: Span, trace_id: str, ours: Collection[int]) -> list[U
     found = []
     manager = InMemoryTraceManager.get_instance()
     with manager._lock:
-        trace = top.trace.trace if type(top) is CallSpan and top.trace is not None else manager._traces.get(trace_id)
+        trace = manager._traces.get(trace_id)
         for live in reversed(trace.span_dict.values()) if trace is not None else ():
             span = live._span
             if span is top:
