@@ -20,8 +20,9 @@ import mlflow
 import pytest
 from dspy.utils.parallelizer import ParallelExecutor
 from mlflow.tracing.context import _USER_TRACE_CONTEXT
-from mlflow.tracing.provider import mlflow_runtime_context
+from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION, mlflow_runtime_context
 from mlflow.tracing.trace_manager import InMemoryTraceManager
+from mlflow.tracking import fluent
 from opentelemetry.context import Context
 from tqdm import tqdm
 
@@ -159,6 +160,7 @@ def _leaves_nothing_behind():
         assert errors == guard.internal_errors()
         assert_context_is_clean()
         tracer.end_abandoned()
+        _assert_stores_where_others_would()
     finally:
         frame.VARIABLE.set(None)
         _USER_TRACE_CONTEXT.set(None)
@@ -167,6 +169,12 @@ def _leaves_nothing_behind():
         turn_own_autolog_off()
         InMemoryTraceManager.reset()
         mlflow.clear_active_model()  # loading a model makes it active, and its store is another than the next test's
+
+
+def _assert_stores_where_others_would():
+    """A run that some thread has left open, or a destination, sends the next test's traces to another store."""
+    left = [run.info for run in fluent._active_run_stack.get_all_thread_values().values() for run in run]
+    assert ([], None) == (left, _MLFLOW_TRACE_USER_DESTINATION.get())
 
 
 def _patched_functions():

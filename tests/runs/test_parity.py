@@ -9,6 +9,7 @@ import dspy
 import mlflow
 import pytest
 from dspy.teleprompt import BootstrapFewShotWithRandomSearch
+from mlflow.tracking import fluent
 from runtools import (
     PARENT,
     TIMEOUT,
@@ -298,6 +299,8 @@ def fails_with_mlflow(function):
             function(store)
         finally:
             switch_off()
+            if tracer == "mlflow":
+                fluent._active_run_stack.reset()  # runs of threads that have ended, by which later traces would go
 
     del test.__wrapped__
     return test
