@@ -7,6 +7,12 @@ import pytest
 import dspy_mlflow_async
 
 
+def pytest_sessionstart() -> None:
+    """Import what the first use imports: a test may forbid that files are read."""
+    dspy_mlflow_async.autolog(silent=True)
+    pytest_runtest_teardown()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     """After the fixtures, which may reset DSPy's settings, and before the test itself."""

@@ -53,7 +53,9 @@ def test_dies():
 """
 LOADS_US = """
 def test_alike():
-    assert True
+    import mlflow.tracking  # loads what is registered with MLflow
+
+    assert mlflow.tracking
 
 def test_loads_us():
     import dspy_mlflow_async
@@ -148,12 +150,13 @@ def test_what_ended_before_a_crash_is_kept(tmp_path):
 
 @pytest.mark.long
 def test_the_side_without_us_is_without_us(tmp_path):
-    """A test that loads this package there fails, rather than compare ours with ours."""
+    """A test that loads this package there fails, rather than compare ours with ours; MLflow does not load it there."""
     checkout(tmp_path, LOADS_US)
 
     done = compare(tmp_path)
 
-    assert "test_loads_us` | error → passed | DIFFERS |" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `dspy: ")]
+    assert rows == ["| `dspy: tests/test_small.py::test_loads_us` | error → passed | DIFFERS |"]
     assert "dspy_mlflow_async is loaded on the side that is without it" in done.stdout
     assert done.returncode == 1
 
