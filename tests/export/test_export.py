@@ -23,6 +23,7 @@ from dspy_mlflow_async.export import installation
 from dspy_mlflow_async.export.assemble import recent
 from dspy_mlflow_async.export.assemble.open_trace import OpenTrace
 from dspy_mlflow_async.export.operations import TraceOperation, TraceUpdate
+from dspy_mlflow_async.seams import mlflow_traces
 
 
 def test_a_trace_arrives_whole(sqlite):
@@ -681,6 +682,16 @@ def test_a_served_model_keeps_its_trace_for_the_answer(sqlite, monkeypatch):
 
     kept = inference_table._TRACE_BUFFER.pop("asked")
     assert root.trace_id == kept["info"]["trace_id"]
+
+
+def test_the_shell_is_asked_for_as_mlflow_does(monkeypatch):
+    """By ``IPython.get_ipython()``, which embedded shells and other people's tests put their own in place of."""
+    pytest.importorskip("IPython")
+    monkeypatch.setattr("IPython.get_ipython", object)
+    assert mlflow_traces.displays()
+
+    monkeypatch.setattr("IPython.get_ipython", lambda: None)
+    assert not mlflow_traces.displays()
 
 
 def test_housekeeping_runs(store_uri):

@@ -212,8 +212,8 @@ def is_evaluating() -> bool:
 
 def displays() -> bool:
     """Return whether somebody looks: a notebook, or Databricks serving. Otherwise no trace is built for showing."""
-    ipython = sys.modules.get("IPython")
-    is_notebook = ipython is not None and ipython.InteractiveShell.initialized()
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    is_notebook = get_ipython is not None and get_ipython() is not None
     if is_notebook and get_display_handler is not None and not type(get_display_handler()).disabled:
         return True
     return is_in_environment("IS_IN_DB_MODEL_SERVING_ENV")
