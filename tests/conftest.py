@@ -119,7 +119,6 @@ def store_uri(request, tmp_path_factory):
     before = mlflow.get_tracking_uri()
     uri = f"sqlite:///{path}"
     mlflow.set_tracking_uri(uri)
-    _forget_experiment()  # of the last module's store, set by a fixture that has outlived its tests
     yield uri
     mlflow.set_tracking_uri(before)
 
@@ -128,11 +127,7 @@ def store_uri(request, tmp_path_factory):
 def _experiment_of_its_own():
     """`mlflow.set_experiment` sets a global and an environment variable, which would reach the next test's store."""
     yield
-    _forget_experiment()
-
-
-def _forget_experiment():
-    mlflow.tracking.fluent._active_experiment_id = None
+    fluent._active_experiment_id = None
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
 
@@ -160,7 +155,7 @@ def _leaves_nothing_behind():
         assert errors == guard.internal_errors()
         assert_context_is_clean()
         tracer.end_abandoned()
-        _assert_stores_where_others_would()
+        _assert_nothing_sends_traces_elsewhere()
     finally:
         frame.VARIABLE.set(None)
         _USER_TRACE_CONTEXT.set(None)
@@ -171,7 +166,7 @@ def _leaves_nothing_behind():
         mlflow.clear_active_model()  # loading a model makes it active, and its store is another than the next test's
 
 
-def _assert_stores_where_others_would():
+def _assert_nothing_sends_traces_elsewhere():
     """A run that some thread has left open, or a destination, sends the next test's traces to another store."""
     left = [run.info for run in fluent._active_run_stack.get_all_thread_values().values() for run in run]
     assert ([], None) == (left, _MLFLOW_TRACE_USER_DESTINATION.get())
